@@ -1,0 +1,85 @@
+"""One epoch of classifier training (fine-tuning and linear probing), and evaluation."""
+
+from collections.abc import Callable, Sized
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util import dist
+from util.amp import LossScaler, micro_step
+from util.log import RunLog
+from util.lr_sched import CosineSchedule
+from util.meters import Meters, check_finite
+
+
+def train_one_epoch(
+    model: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    loader: Sized,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    epoch: int,
+    scaler: LossScaler,
+    schedule: CosineSchedule,
+    *,
+    accum_iter: int = 1,
+    clip_grad: float | None = None,
+    mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    log: RunLog | None = None,
+    print_freq: int = 20,
+) -> dict[str, float]:
+    """Train the classifier on every batch (imgs [N, C, H, W], targets [N]) of the loader.
+
+    Accumulation, learning rate, result and errors as in engine_pretrain.train_one_epoch.
+    """
+    model.train()
+    optimizer.zero_grad()
+    meters, steps = Meters(device), len(loader)
+
+    def report(step: int, means: dict[str, float]) -> None:
+        check_finite(means["loss"], epoch, step)
+        if log:
+            log.scalars(epoch + step / steps, means)
+
+    for step, (imgs, targets) in enumerate(meters.watch(loader, f"epoch {epoch}", print_freq, report)):
+        part = micro_step(step, steps, accum_iter)
+        if part.first:
+            lr = schedule.apply(optimizer, epoch + step / steps)
+        imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        if mixup_fn:
+            imgs, targets = mixup_fn(imgs, targets)
+        with dist.grad_sync(model, part.last):
+            with scaler.autocast():
+                loss = criterion(model(imgs), targets)
+            scaler.backward(loss / part.size)
+        if part.last:
+            scaler.step(optimizer, model.parameters(), clip_grad)
+        meters.update(loss=loss, lr=lr)
+    return meters.averages()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Sized, device: torch.device, scaler: LossScaler, shared: bool = False
+) -> dict[str, float]:
+    """Exact top-1 and top-5 accuracy (percent; k at most the number of classes) and mean cross-entropy.
+
+    Every image counts once, whatever the sizes of the batches; `shared` says that the ranks hold different images,
+    whose counts are then added up. Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`.
+    """
+    model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
+    sums = torch.zeros(4, dtype=torch.float64)  # images, top-1, top-5, loss
+    for imgs, targets in loader:
+        imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with scaler.autocast():
+            logits = model(imgs)
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [N, k]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+        sums += torch.cat([torch.tensor([len(imgs)]), batch.cpu()]).double()
+    images, top1, top5, loss = dist.sum_over_ranks(sums.tolist(), device) if shared else sums.tolist()
+    stats = {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images}
+    dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    return stats

@@ -1,0 +1,124 @@
+"""Fine-tuning of a pre-trained encoder as a classifier (paper, appendix A.1), and evaluation.
+
+One process, own images:
+    python main_finetune.py --data_path DIR --nb_classes N --model vit_base_patch16 \
+        --finetune mae_pretrain_vit_base.pth
+The paper's ViT-B, one node of 8 GPUs (effective batch 1024):
+    torchrun --nproc_per_node 8 main_finetune.py --data_path DIR --batch_size 32 --accum_iter 4 \
+        --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth --epochs 100 --blr 5e-4 --layer_decay 0.65 \
+        --weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval
+Evaluate a fine-tuned checkpoint:
+    python main_finetune.py --eval --resume FILE --model vit_base_patch16 --batch_size 16 --data_path DIR
+Without --finetune the same training starts from scratch.
+
+output_dir/ as in main_pretrain.py, a checkpoint per epoch.
+"""
+
+import argparse
+
+from timm.data import Mixup
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+
+import models_vit
+from engine_finetune import evaluate, train_one_epoch
+from util import amp, datasets, dist, errors, misc, optim, options
+from util.augment import eval_transform, finetune_transform
+from util.log import RunLog
+from util.loop import run_epochs
+from util.lr_sched import CosineSchedule
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options.common_parser(
+        "MAE fine-tuning", models_vit.MODELS, model="vit_large_patch16", batch_size=64, epochs=50, warmup_epochs=5,
+        weight_decay=0.05, blr=1e-3, min_lr=1e-6, crop_scale=(0.08, 1.0), save_freq=1,
+    )  # fmt: skip
+    options.add_classifier_flags(parser, global_pool=True)
+    add = parser.add_argument_group("regularisation").add_argument
+    add("--drop_path", default=0.1, type=float, help="stochastic depth")
+    add("--layer_decay", default=0.75, type=float, help="learning rate's factor per layer below the head")
+    add("--color_jitter", type=float, help="used only without --aa")
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's augmentation policy; none: off")
+    add("--smoothing", default=0.1, type=float, help="label smoothing")
+    add("--reprob", default=0.25, type=float, help="random erasing: probability")
+    add("--remode", default="pixel", help="random erasing: const, rand or pixel")
+    add("--recount", default=1, type=int, help="random erasing: areas")
+    add("--resplit", action="store_true", help="passed to timm; acts on split batches only, which we don't make")
+    add("--mixup", default=0.0, type=float, help="mixup's alpha; 0: off")
+    add("--cutmix", default=0.0, type=float, help="cutmix's alpha; 0: off")
+    add("--cutmix_minmax", type=float, nargs="+", help="bounds of cutmix's area; replaces alpha")
+    add("--mixup_prob", default=1.0, type=float, help="probability of mixup or cutmix")
+    add("--mixup_switch_prob", default=0.5, type=float, help="probability of cutmix where both are on")
+    add("--mixup_mode", default="batch", help="batch, pair or elem")
+    return options.finish(parser.parse_args(argv))
+
+
+def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
+    """Mixup or cutmix, if any, and the loss that goes with it."""
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        mixup = Mixup(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            num_classes=args.nb_classes,
+        )  # fmt: skip
+        return mixup, SoftTargetCrossEntropy()
+    return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tune or evaluate as the flags say (argv defaults to the command line's)."""
+    args = get_args(argv)
+    options.check(args, models_vit.MODELS)
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
+
+    augmentation = finetune_transform(
+        args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount,
+        args.resplit,
+    )  # fmt: skip
+    train_loader, val_loader = datasets.classifier_loaders(
+        args.data_path, args.nb_classes, None if args.eval else augmentation,
+        eval_transform(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
+        args.dist_eval,
+    )  # fmt: skip
+    model = models_vit.MODELS[args.model](
+        **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool,
+        drop_path_rate=args.drop_path,
+    )  # fmt: skip
+    if args.finetune and not args.eval:
+        misc.load_pretrained(args.finetune, model, args.global_pool)
+        nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    model.to(device)
+    scaler = amp.LossScaler(args.amp, device)
+    if args.eval:
+        misc.resume(args.resume, model)
+        evaluate(model, val_loader, device, scaler, args.dist_eval)
+        return
+
+    lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
+    optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay)
+    schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    mixup_fn, criterion = mixing(args)
+    start_epoch = (misc.resume(args.resume, model, optimizer, scaler) if args.resume else 0) or args.start_epoch
+    model = dist.wrap(model, device)
+
+    log = RunLog(args.output_dir, args.log_dir)
+    log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
+    run_epochs(
+        train_loader,
+        range(start_epoch, args.epochs),
+        args.save_freq,
+        log,
+        train=lambda epoch: train_one_epoch(
+            model, criterion, train_loader, optimizer, device, epoch, scaler, schedule,
+            accum_iter=args.accum_iter, clip_grad=args.clip_grad, mixup_fn=mixup_fn, log=log,
+        ),
+        save=lambda epoch: misc.save_checkpoint(
+            args.output_dir, epoch, model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
+        ),
+        evaluate=lambda: evaluate(model, val_loader, device, scaler, args.dist_eval),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    errors.run(main)

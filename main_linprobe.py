@@ -1,0 +1,83 @@
+"""Linear probing: a linear classifier on the frozen encoder (paper, appendix A.1), and evaluation.
+
+The paper's ViT-B, 8 GPUs (effective batch 16384):
+    torchrun --nproc_per_node 8 main_linprobe.py --data_path DIR --batch_size 512 --accum_iter 4 --cls_token \
+        --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth --epochs 90 --blr 0.1 --weight_decay 0.0 \
+        --dist_eval
+Without --finetune an untrained encoder is probed, for comparison.
+
+output_dir/ as in main_pretrain.py, a checkpoint per epoch.
+"""
+
+import argparse
+
+from torch import nn
+
+import models_vit
+from engine_finetune import evaluate, train_one_epoch
+from util import amp, datasets, dist, errors, misc, optim, options
+from util.augment import eval_transform, weak_transform
+from util.log import RunLog
+from util.loop import run_epochs
+from util.lr_sched import CosineSchedule
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options.common_parser(
+        "MAE linear probing", models_vit.MODELS, model="vit_large_patch16", batch_size=512, epochs=90,
+        warmup_epochs=10, weight_decay=0.0, blr=0.1, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1,
+    )  # fmt: skip
+    options.add_classifier_flags(parser, global_pool=False)
+    return options.finish(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Probe or evaluate as the flags say (argv defaults to the command line's)."""
+    args = get_args(argv)
+    options.check(args, models_vit.MODELS)
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
+
+    augmentation = weak_transform(args.input_size, args.crop_scale, one_draw=True)
+    train_loader, val_loader = datasets.classifier_loaders(
+        args.data_path, args.nb_classes, None if args.eval else augmentation,
+        eval_transform(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
+        args.dist_eval,
+    )  # fmt: skip
+    model = models_vit.MODELS[args.model](
+        **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
+    )
+    if args.finetune and not args.eval:
+        misc.load_pretrained(args.finetune, model, args.global_pool)
+    model = models_vit.make_linear_probe(model).to(device)
+    scaler = amp.LossScaler(args.amp, device)
+    if args.eval:
+        misc.resume(args.resume, model)
+        evaluate(model, val_loader, device, scaler, args.dist_eval)
+        return
+
+    lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
+    optimizer = optim.probe_optimizer(model, lr, args.weight_decay)
+    schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    start_epoch = (misc.resume(args.resume, model, optimizer, scaler) if args.resume else 0) or args.start_epoch
+    model = dist.wrap(model, device)
+
+    log = RunLog(args.output_dir, args.log_dir)
+    log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
+    run_epochs(
+        train_loader,
+        range(start_epoch, args.epochs),
+        args.save_freq,
+        log,
+        train=lambda epoch: train_one_epoch(
+            model, nn.CrossEntropyLoss(), train_loader, optimizer, device, epoch, scaler, schedule,
+            accum_iter=args.accum_iter, clip_grad=args.clip_grad, log=log,
+        ),
+        save=lambda epoch: misc.save_checkpoint(
+            args.output_dir, epoch, model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
+        ),
+        evaluate=lambda: evaluate(model, val_loader, device, scaler, args.dist_eval),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    errors.run(main)

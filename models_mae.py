@@ -1,0 +1,192 @@
+"""The masked autoencoder (He et al., arXiv 2111.06377).
+
+    model = models_mae.mae_vit_base_patch16(norm_pix_loss=True)
+    loss, pred, mask = model(imgs, mask_ratio=0.75)
+
+Shapes: N images, C channels, H x W pixels, p patch size, L = (H/p)*(W/p) patches, K = int(L*(1-ratio)) of them
+visible, D encoder width, E decoder width.
+"""
+
+from functools import partial
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from models_vit import SIZES
+from util.pos_embed import sincos_pos_embed
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """Asymmetric autoencoder: a ViT over the visible patches, a small ViT that predicts the pixels of the others.
+
+    Parameter names are those of the released weights. `config` holds the arguments, so that a checkpoint can say
+    how to build its model. With norm_pix_loss the target is each patch, normalised (paper, section 3).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim,
+            "depth": depth, "num_heads": num_heads, "decoder_embed_dim": decoder_embed_dim,
+            "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads, "mlp_ratio": mlp_ratio,
+            "norm_pix_loss": norm_pix_loss,
+        }  # fmt: skip
+        self.in_chans = in_chans
+        self.norm_pix_loss = norm_pix_loss
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+        def blocks(dim: int, heads: int, count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(count)
+            )
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        tokens = 1 + self.patch_embed.num_patches
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
+        self.blocks = blocks(embed_dim, num_heads, depth)
+        self.norm = norm_layer(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = blocks(decoder_embed_dim, decoder_num_heads, decoder_depth)
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_embed.proj.weight[0].numel())
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier-uniform matrices (the patch projection as if linear), zero biases, sine-cosine positions (A.1)."""
+        for table in (self.pos_embed, self.decoder_pos_embed):
+            table.copy_(sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size))
+        for token in (self.cls_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+
+    def patchify(self, imgs: Tensor) -> Tensor:
+        """Images [N, C, H, W] to patches [N, L, p*p*C], row by row, channels last within a patch."""
+        N, C, H, W = imgs.shape
+        p, q = self.patch_embed.patch_size
+        patches = imgs.reshape(N, C, H // p, p, W // q, q).permute(0, 2, 4, 3, 5, 1)
+        return patches.reshape(N, (H // p) * (W // q), p * q * C)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The inverse of `patchify` for the model's image size: [N, L, p*p*C] to [N, C, H, W]."""
+        p, q = self.patch_embed.patch_size
+        h, w = self.patch_embed.grid_size
+        imgs = patches.reshape(-1, h, w, p, q, self.in_chans).permute(0, 5, 1, 3, 2, 4)
+        return imgs.reshape(-1, self.in_chans, h * p, w * q)
+
+    def random_masking(
+        self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep the K patches of smallest noise, per image, in order of noise (section 3, "simple implementation").
+
+        x [N, L, D], noise [N, L] (uniform, drawn here when None)
+        -> visible [N, K, D], mask [N, L] (1 = removed), ids_restore [N, L] (each patch's rank by noise).
+        """
+        N, L, D = x.shape
+        keep = int(L * (1 - mask_ratio))
+        if noise is None:
+            noise = torch.rand(N, L, device=x.device)
+        ids_shuffle = noise.argsort(dim=1)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        visible = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, D))
+        return visible, (ids_restore >= keep).float(), ids_restore
+
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode the visible patches: imgs [N, C, H, W] -> latent [N, 1+K, D], mask [N, L], ids_restore [N, L]."""
+        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # [N, L, D]
+        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)  # [N, 1+K, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict every patch: latent [N, 1+K, D] -> pred [N, L, p*p*C]."""
+        x = self.decoder_embed(latent)  # [N, 1+K, E]
+        N, L = ids_restore.shape
+        mask_tokens = self.mask_token.to(x.dtype).expand(N, 1 + L - x.shape[1], -1)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # [N, L, E], in order of noise
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def target(self, imgs: Tensor) -> Tensor:
+        """What the decoder should predict, [N, L, p*p*C]: the patches, with norm_pix_loss each normalised."""
+        target = self.patchify(imgs)
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
+            target = (target - mean) / (var + 1e-6).sqrt()
+        return target
+
+    def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error per patch, averaged over the removed patches only (section 3), in fp32."""
+        error = (pred.float() - self.target(imgs)).square().mean(dim=-1)  # [N, L]
+        return (error * mask).sum() / mask.sum()
+
+    def forward(
+        self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """imgs [N, C, H, W] -> loss (scalar), pred [N, L, p*p*C], mask [N, L] (1 = removed)."""
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred = self.forward_decoder(latent, ids_restore)
+        return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def from_config(config: dict) -> MaskedAutoencoderViT:
+    """Build the autoencoder that a checkpoint's `model_config` describes (without its weights)."""
+    return MaskedAutoencoderViT(**{name: value for name, value in config.items() if name != "model"})
+
+
+def _mae(size: str, patch_size: int, decoder: tuple[int, int, int]) -> partial:
+    """decoder: width, depth, heads."""
+    dim, depth, heads = decoder
+    return partial(
+        MaskedAutoencoderViT,
+        patch_size=patch_size,
+        decoder_embed_dim=dim,
+        decoder_depth=depth,
+        decoder_num_heads=heads,
+        **SIZES[size],
+    )
+
+
+mae_vit_base_patch16_dec512d8b = _mae("base", 16, (512, 8, 16))
+mae_vit_large_patch16_dec512d8b = _mae("large", 16, (512, 8, 16))
+mae_vit_huge_patch14_dec512d8b = _mae("huge", 14, (512, 8, 16))
+
+mae_vit_base_patch16 = mae_vit_base_patch16_dec512d8b
+mae_vit_large_patch16 = mae_vit_large_patch16_dec512d8b
+mae_vit_huge_patch14 = mae_vit_huge_patch14_dec512d8b
+# Not in the paper: decoders in proportion to the smaller encoders.
+mae_vit_small_patch16 = _mae("small", 16, (256, 8, 8))
+mae_vit_tiny_patch16 = _mae("tiny", 16, (192, 4, 3))
+mae_vit_demo_patch4 = _mae("demo", 4, (64, 2, 4))
+
+MODELS = {name: factory for name, factory in globals().items() if name.startswith("mae_vit_")}

@@ -1,0 +1,98 @@
+"""Processes: start-up under torchrun or Open MPI, sums over ranks, DDP."""
+
+import os
+import random
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as td
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says it, also before the process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
+
+
+def default_device() -> str:
+    """"cuda", "mps" or "cpu", whichever is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def init(device: str, seed: int, dist_url: str = "env://", dist_on_itp: bool = False) -> torch.device:
+    """Join the process group that the launcher describes (none: a single process), seed this rank's random numbers
+    with seed + rank, and return its device.
+
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; with dist_on_itp Open MPI's variables are read instead.
+    """
+    if dist_on_itp:
+        for name, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
+            os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
+    place = torch.device(device)
+    if place.type == "cuda":
+        if place.index is None:
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
+        torch.backends.cudnn.benchmark = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        td.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+    for seeder in (random.seed, np.random.seed, torch.manual_seed):
+        seeder(seed + rank())
+    return place
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if td.is_initialized():
+        td.barrier()
+
+
+def say(*words: object) -> None:
+    """Print on rank 0 only, at once."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over all ranks (in fp64 where the device has it)."""
+    if not td.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    td.all_reduce(total)
+    return total.tolist()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DDP when there are several ranks, else the model itself. Every parameter takes part in the loss."""
+    if not td.is_initialized():
+        return model
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without DDP around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def grad_sync(model: nn.Module, wanted: bool) -> AbstractContextManager:
+    """Around a forward and backward: exchange gradients only in an accumulation's last micro-step."""
+    if wanted or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

@@ -1,0 +1,43 @@
+"""LARS (You et al., arXiv 1708.03888), as linear probing of MAE uses it."""
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise scaled SGD with momentum.
+
+    Matrices: g <- g + weight_decay * w, then g <- g * trust_coefficient * |w| / |g| (factor 1 where a norm is 0).
+    1-D parameters: plain momentum without decay. Then buffer <- momentum * buffer + g, w <- w - lr * buffer.
+    Written by hand: timm's divides by |g| + weight_decay * |w|, which is another step once there is weight decay.
+    """
+
+    def __init__(
+        self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust_coefficient: float = 0.001
+    ) -> None:
+        defaults = {
+            "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> torch.Tensor | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update.add(parameter, alpha=group["weight_decay"])
+                    weight_norm, update_norm = parameter.norm(), update.norm()
+                    trust = group["trust_coefficient"] * weight_norm / update_norm
+                    scalable = (weight_norm > 0) & (update_norm > 0)
+                    update = update * torch.where(scalable, trust, torch.ones_like(trust))
+                buffer = self.state[parameter].setdefault("mu", torch.zeros_like(parameter))
+                buffer.mul_(group["momentum"]).add_(update)
+                parameter.sub_(buffer, alpha=group["lr"])
+        return loss

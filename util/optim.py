@@ -1,0 +1,37 @@
+"""The optimisers of the three jobs. The order of the groups is that of published checkpoints: don't change it."""
+
+import torch
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from util import dist
+from util.lars import LARS
+
+
+def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) -> float:
+    """lr, or by the linear scaling rule blr * effective batch size / 256 (paper, appendix A). Prints what it took."""
+    ranks = dist.world_size()
+    effective = batch_size * accum_iter * ranks
+    lr = blr * effective / 256 if lr is None else lr
+    dist.say(f"effective batch size {effective} = {batch_size} x {accum_iter} x {ranks} ranks, learning rate {lr:.3g}")
+    return lr
+
+
+def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.95); 1-D parameters don't decay, all others do, cls_token and mask_token too."""
+    return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=(0.9, 0.95))
+
+
+def finetune_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+    """AdamW with layer-wise learning rates (layer_decay per layer below the head, BEiT's rule); 1-D parameters,
+    cls_token and pos_embed don't decay."""
+    groups = param_groups_layer_decay(
+        model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
+    )
+    keep = ("params", "lr_scale", "weight_decay")  # published checkpoints hold nothing else of timm's
+    return torch.optim.AdamW([{name: group[name] for name in keep} for group in groups], lr=lr)
+
+
+def probe_optimizer(model: nn.Module, lr: float, weight_decay: float) -> LARS:
+    """LARS over the head, the only part of a probe that is trained."""
+    return LARS([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
