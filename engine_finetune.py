@@ -69,6 +69,7 @@ def evaluate(
     whose counts are then added up. Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
+    dist.share_buffers(model)
     sums = torch.zeros(4, dtype=torch.float64)  # images, top-1, top-5, loss
     for imgs, targets in loader:
         imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

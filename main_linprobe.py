@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             args.output_dir, epoch, model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
         ),
         evaluate=lambda: evaluate(model, val_loader, device, scaler, args.dist_eval),
+        eval_freq=args.eval_freq,
     )  # fmt: skip
 
 

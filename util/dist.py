@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def launched_rank() -> int:
-    """This process's rank as its launcher says it, also before the process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
+def local_rank() -> int:
+    """This process's rank on its machine as its launcher says it, also before the process group exists."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
 
 
 def default_device() -> str:
@@ -35,7 +35,7 @@ def init(device: str, seed: int, dist_url: str = "env://", dist_on_itp: bool = F
     place = torch.device(device)
     if place.type == "cuda":
         if place.index is None:
-            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            place = torch.device("cuda", local_rank())
         torch.cuda.set_device(place)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -84,6 +84,13 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     if not td.is_initialized():
         return model
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank rank 0's buffers (a probe's BatchNorm statistics), those that a checkpoint holds."""
+    if td.is_initialized():
+        for buffer in model.buffers():
+            td.broadcast(buffer, 0)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -13,15 +13,15 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(); a UserError ends in its message on stderr (from rank 0) and exit code 2."""
+    """Run a script's main(); a UserError ends in its message on stderr (once per machine) and exit code 2."""
     try:
         main()
     except UserError as error:
-        if dist.launched_rank() == 0:
+        if dist.local_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except FloatingPointError as error:
-        print(f"rank {dist.launched_rank()} stops: {error}", file=sys.stderr, flush=True)
+        print(f"rank {dist.rank()} stops: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

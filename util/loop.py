@@ -17,8 +17,10 @@ def run_epochs(
     train: Callable[[int], dict[str, float]],
     save: Callable[[int], None],
     evaluate: Callable[[], dict[str, float]] | None = None,
+    eval_freq: int = 1,
 ) -> None:
-    """Per epoch: shuffle, train, save a checkpoint (every save_freq epochs and after the last), evaluate, and log.
+    """Per epoch: shuffle, train, save a checkpoint (every save_freq epochs and after the last), evaluate (likewise),
+    and log.
 
     log.txt gets train_*, test_*, epoch and n_parameters; the best accuracy so far is printed.
     """
@@ -26,9 +28,10 @@ def run_epochs(
     for epoch in epochs:
         loader.sampler.set_epoch(epoch)
         stats = {f"train_{name}": value for name, value in train(epoch).items()}
-        if (epoch + 1) % save_freq == 0 or epoch + 1 == epochs.stop:
+        last = epoch + 1 == epochs.stop
+        if last or (epoch + 1) % save_freq == 0:
             save(epoch)
-        if evaluate:
+        if evaluate and (last or (epoch + 1) % eval_freq == 0):
             test = evaluate()
             best = max(best, test["acc1"])
             dist.say(f"best accuracy so far: {best:.2f} %")

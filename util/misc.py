@@ -112,6 +112,11 @@ def _names(keys: set[str]) -> str:
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
 
 
+def _modules(keys: set[str]) -> list[str]:
+    """The keys by their outermost module: blocks.* for every key of the blocks."""
+    return sorted({name if "." not in name else name.split(".")[0] + ".*" for name in keys})
+
+
 def _complain(source: str, model: nn.Module, state: dict[str, Tensor], missing: set[str], surplus: set[str]) -> None:
     """Raise UserError if keys are missing or surplus, or shapes differ, naming both sides."""
     own = model.state_dict()
@@ -153,12 +158,12 @@ def resume(
     return checkpoint["epoch"] + 1
 
 
-def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> None:
+def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> tuple[set[str], set[str]]:
     """Put a pre-trained encoder into a classifier, before its head is made ready for training (paper, A.1).
 
     What the classifier has and the file lacks must be the head (and fc_norm when pooling); what the file has beyond
-    it must be the decoder's (and norm when pooling). Positions are resized to the model's grid. Prints what was left
-    out; raises UserError, naming the keys, for anything else.
+    it must be the decoder's (and norm when pooling). Positions are resized to the model's grid. Prints and
+    returns the names that are new and those that were not used; raises UserError, naming the keys, for anything else.
     """
     state, own = dict(load_checkpoint(source)["model"]), set(model.state_dict())
     head = {name for name in own if name.startswith("head.") or (global_pool and name.startswith("fc_norm."))}
@@ -177,4 +182,6 @@ def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> None:
     # "exactly": a head that is already in the file is as unexpected as a missing block.
     _complain(source, model, state, missing - head, (surplus - left_out) | (head - missing))
     model.load_state_dict(state, strict=False)
-    dist.say(f"encoder from {source}; new: {_names(missing)}; not used: {_names(surplus) or 'nothing'}")
+    new, unused = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
+    dist.say(f"encoder from {source}; new here: {new}; in the file but not used: {unused}")
+    return missing, surplus

@@ -19,7 +19,7 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
 
 def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with betas (0.9, 0.95); 1-D parameters don't decay, all others do, cls_token and mask_token too."""
-    return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def finetune_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
@@ -29,7 +29,7 @@ def finetune_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_d
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
     keep = ("params", "lr_scale", "weight_decay")  # published checkpoints hold nothing else of timm's
-    return torch.optim.AdamW([{name: group[name] for name in keep} for group in groups], lr=lr)
+    return torch.optim.AdamW([{name: group[name] for name in keep} for group in groups], lr=lr, fused=True)
 
 
 def probe_optimizer(model: nn.Module, lr: float, weight_decay: float) -> LARS:

@@ -79,6 +79,7 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
     add("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
     add("--crop_pct", type=float, help="evaluation's margin; default: 224/256, above 224 pixels 1")
     add("--eval", action="store_true", help="evaluate the checkpoint given by --resume, then stop")
+    add("--eval_freq", default=1, type=int, help="epochs between evaluations")
     add("--dist_eval", action="store_true", help="share the evaluation among the processes")
 
 
@@ -108,8 +109,9 @@ def check(args: argparse.Namespace, models: dict) -> None:
         patch > 0 and args.input_size > 0 and args.input_size % patch == 0,
         f"--input_size {args.input_size} is not a multiple of the patch size, {patch}",
     )
-    for name in ("batch_size", "accum_iter", "epochs", "save_freq"):
-        need(getattr(args, name) >= 1, f"--{name} {getattr(args, name)} must be at least 1")
+    for name in ("batch_size", "accum_iter", "epochs", "save_freq", "eval_freq"):
+        value = getattr(args, name, 1)
+        need(value >= 1, f"--{name} {value} must be at least 1")
     for name in ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr"):
         need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)} must not be negative")
     evaluating = getattr(args, "eval", False)

@@ -1,0 +1,31 @@
+# make demo: the three jobs on the samples, one table.   make test: the default tests.   make lint: ruff.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/ready
+	$(BIN)/python demo.py
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,111 @@
+"""Engines: accumulation, exact evaluation, stopping on a loss that is not finite."""
+
+import pytest
+import torch
+from torch import nn
+
+import engine_finetune
+from models_mae import MaskedAutoencoderViT
+from util.amp import LossScaler, choose, micro_step
+from util.lr_sched import CosineSchedule
+from util.meters import Meters
+
+CPU = torch.device("cpu")
+CONSTANT = CosineSchedule(0.1, 0.1, 0, 1)
+
+
+def train(model, batches, accum_iter, clip_grad=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine_finetune.train_one_epoch(
+        model, nn.CrossEntropyLoss(), batches, optimizer, CPU, 0, LossScaler("off", CPU), CONSTANT,
+        accum_iter=accum_iter, clip_grad=clip_grad,
+    )  # fmt: skip
+    return model
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(6, 3)
+
+
+def batches(count, size=4):
+    torch.manual_seed(1)
+    return [(torch.randn(size, 6), torch.randint(3, (size,))) for _ in range(count)]
+
+
+def merged(parts):
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def test_an_incomplete_last_group_is_an_update_of_its_own_mean():
+    """5 batches by 2: updates of the means of batches 0-1, 2-3 and 4, neither dropped nor halved."""
+    data = batches(5)
+    ours = train(linear(), data, accum_iter=2)
+    expected = train(linear(), [merged(data[:2]), merged(data[2:4]), data[4]], accum_iter=1)
+    assert torch.allclose(ours.weight, expected.weight, atol=1e-6)
+    assert not torch.allclose(ours.weight, train(linear(), data[:4], accum_iter=2).weight, atol=1e-4)
+
+
+def test_micro_steps_cover_an_epoch():
+    parts = [micro_step(step, 7, 3) for step in range(7)]
+    assert [p.size for p in parts] == [3, 3, 3, 3, 3, 3, 1]
+    assert [p.first for p in parts] == [True, False, False, True, False, False, True]
+    assert [p.last for p in parts] == [False, False, True, False, False, True, True]
+
+
+def test_clipping_bounds_the_update():
+    before = linear()
+    start = torch.cat([before.weight.flatten(), before.bias]).detach()
+    after = train(linear(), batches(1), accum_iter=1, clip_grad=0.01)
+    moved = torch.cat([after.weight.flatten(), after.bias]).detach() - start
+    assert moved.norm() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+def test_top5_is_clamped_to_the_number_of_classes(capsys):
+    """With 3 classes "top-5" is top-3; the closing line is the one that people parse."""
+    stats = engine_finetune.evaluate(linear(), batches(2), CPU, LossScaler("off", CPU))
+    assert stats["acc5"] == 100
+    line = capsys.readouterr().out.strip()
+    assert line == f"* Acc@1 {stats['acc1']:.3f} Acc@5 100.000 loss {stats['loss']:.3f}"
+
+
+def test_training_stops_when_the_loss_is_not_finite():
+    with pytest.raises(FloatingPointError, match="epoch 0 near step 1"):
+        train(linear(), [*batches(1), (torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.long))], 1)
+
+
+def test_meters_average_windows_and_epoch():
+    meters = Meters(CPU)
+    meters.update(loss=torch.tensor(1.0), lr=0.5)
+    meters.update(loss=torch.tensor(2.0), lr=0.5)
+    assert meters.window() == {"loss": 1.5, "lr": 0.5}
+    meters.update(loss=torch.tensor(6.0), lr=0.2)
+    assert meters.window() == pytest.approx({"loss": 6.0, "lr": 0.2})
+    assert meters.averages() == pytest.approx({"loss": 3.0, "lr": 0.4})
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_stays_near_fp32(amp):
+    """Loss and gradients of an autoencoder under autocast, on the CPU, against fp32."""
+    torch.manual_seed(0)
+    model = MaskedAutoencoderViT(16, 4, 3, 32, 2, 2, 16, 1, 2)
+    imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
+
+    def grads(scaler):
+        model.zero_grad()
+        with scaler.autocast():
+            loss = model(imgs, noise=noise)[0]
+        scaler.backward(loss)
+        scale = scaler.scaler.get_scale() if scaler.scaler.is_enabled() else 1.0
+        flat = torch.cat([p.grad.flatten() / scale for p in model.parameters() if p.grad is not None])
+        return loss.item(), flat
+
+    loss, reference = grads(LossScaler("off", CPU))
+    mixed_loss, mixed = grads(LossScaler(amp, CPU))
+    assert mixed_loss == pytest.approx(loss, rel=1e-2)
+    assert (mixed - reference).norm() / reference.norm() < 3e-2
+
+
+def test_a_named_precision_is_taken_and_auto_resolved():
+    assert choose("off", CPU) == "off" and choose("fp16", CPU) == "fp16"
+    assert choose("auto", CPU) in ("bf16", "off")

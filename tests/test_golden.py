@@ -1,0 +1,296 @@
+"""The arithmetic is the reference's: every file of golden/ against the project's own models, engines and optimisers.
+
+MAE_GOLDEN names another folder of the same form (default: tests/golden); every size comes from its meta.json.
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from timm.loss import LabelSmoothingCrossEntropy
+from torch import nn
+
+import engine_finetune
+import engine_pretrain
+from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer, make_linear_probe
+from util import misc, optim
+from util.amp import LossScaler
+from util.lars import LARS
+from util.lr_sched import CosineSchedule
+from util.pos_embed import resize_pos_embed, sincos_pos_embed
+
+GOLDEN = Path(os.environ.get("MAE_GOLDEN") or Path(__file__).parent / "golden")
+META = json.loads((GOLDEN / "meta.json").read_text())
+CONFIG = META["config"]
+CPU = torch.device("cpu")
+ENCODER = {name: CONFIG[name] for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+DECODER = {name: CONFIG[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_num_heads")}
+
+
+def load(name):
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
+def part(tensors, prefix):
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def assert_close(actual, expected, atol, what=""):
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, what
+    difference = (actual - expected).abs().max().item()
+    assert difference <= atol, f"{what}: largest difference {difference:.3g}"
+
+
+def autoencoder(norm_pix_loss):
+    model = MaskedAutoencoderViT(**ENCODER, **DECODER, norm_pix_loss=norm_pix_loss)
+    model.load_state_dict(part(load("mae_forward"), "state/"))
+    return model
+
+
+def schedule_of(run):
+    return CosineSchedule(run["lr"], run["min_lr"], run["warmup_epochs"], run["epochs"])
+
+
+class Recorder(nn.Module):
+    """The model handed to an engine: feeds stored noise, notes every loss and learning rate."""
+
+    def __init__(self, model, optimizer, noise=None):
+        super().__init__()
+        self.model, self.optimizer, self.noise = model, optimizer, iter(noise if noise is not None else [])
+        self.losses, self.lrs = [], []
+
+    def forward(self, imgs, mask_ratio=None):
+        # A group's own lr divided by its scale is the schedule's.
+        group = self.optimizer.param_groups[0]
+        self.lrs.append(group["lr"] / group.get("lr_scale", 1.0))
+        if mask_ratio is None:
+            return self.model(imgs)
+        loss, pred, mask = self.model(imgs, mask_ratio=mask_ratio, noise=next(self.noise))
+        self.losses.append(loss.item())
+        return loss, pred, mask
+
+
+def check_final(model, final, lr_sum):
+    """Every tensor within 1e-5; the key third of a qkv bias (true gradient zero, so that AdamW amplifies rounding)
+    finite and within twice the sum of the learning rates applied."""
+    state = model.state_dict()
+    assert set(state) == set(final)
+    for name, value in final.items():
+        ours = state[name]
+        if name.endswith("attn.qkv.bias"):
+            _, keys, _ = ours.chunk(3)
+            assert keys.isfinite().all()
+            assert_close(keys, value.chunk(3)[1], 2 * lr_sum, f"{name} (keys)")
+            ours, value = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (ours, value))
+        assert_close(ours, value, 1e-5, name)
+
+
+@pytest.mark.parametrize("name", [n for n in load("pos_embed") if n.startswith("sincos/")])
+def test_sincos_positions(name):
+    dim, grid = (int(re.search(rf"{key}=(\d+)", name)[1]) for key in ("dim", "grid"))
+    assert_close(sincos_pos_embed(dim, (grid, grid))[0], load("pos_embed")[name], 1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in load("pos_embed") if n.startswith("interpolate/")])
+def test_resized_positions(name):
+    old, new = (int(re.search(rf"{key}=(\d+)", name)[1]) for key in ("from", "to"))
+    table = load("mae_forward")["state/pos_embed"]
+    assert_close(resize_pos_embed(table, (old, old), (new, new)), load("pos_embed")[name], 1e-6)
+
+
+def test_patchify_and_back():
+    golden, model = load("mae_forward"), autoencoder(False)
+    assert torch.equal(model.patchify(golden["patchify/in"]), golden["patchify/out"])
+    assert torch.equal(model.unpatchify(golden["patchify/out"]), golden["patchify/in"])
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+@pytest.mark.parametrize("ratio", CONFIG["mask_ratios"])
+def test_mae_forward_and_gradients(norm_pix, ratio):
+    golden, model = load("mae_forward"), autoencoder(norm_pix)
+    expected = part(golden, f"forward/norm_pix={norm_pix}/mask_ratio={ratio}/")
+    latent, mask, ids_restore = model.forward_encoder(golden["imgs"], ratio, golden["noise"])
+    assert torch.equal(mask, expected["mask"]) and torch.equal(ids_restore, expected["ids_restore"])
+    assert_close(latent, expected["latent"], 1e-5, "latent")
+    assert_close(model.forward_decoder(latent, ids_restore), expected["pred"], 1e-5, "pred")
+    loss, pred, mask = model(golden["imgs"], mask_ratio=ratio, noise=golden["noise"])
+    assert_close(loss.reshape(1), expected["loss"], 1e-5, "loss")
+    assert_close(pred, expected["pred"], 1e-5, "pred")
+    loss.backward()
+    norms = part(expected, "grad_norm/")
+    trained = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
+    assert set(trained) == set(norms)
+    for name, norm in norms.items():
+        assert trained[name] == pytest.approx(norm.item(), rel=1e-4), name
+
+
+def test_learning_rate_schedule():
+    facts = META["lr_schedule"]
+    for epoch, lr in facts["points"]:
+        assert schedule_of(facts).at(epoch) == pytest.approx(lr, abs=1e-6 * facts["lr"])
+
+
+def test_lars_steps():
+    golden, facts = load("lars"), META["lars"]
+    names = sorted({name.split("/")[0] for name in golden})
+    params = {name: nn.Parameter(golden[f"{name}/0"].clone()) for name in names}
+    settings = {key: facts[key] for key in ("lr", "weight_decay", "momentum", "trust_coefficient")}
+    optimizer = LARS(params.values(), **settings)
+    for step in range(1, facts["steps"] + 1):
+        for name, parameter in params.items():
+            parameter.grad = golden[f"{name}/grad{step}"].clone()
+        optimizer.step()
+        for name, parameter in params.items():
+            assert_close(parameter.detach(), golden[f"{name}/{step}"], 1e-6, f"{name}, step {step}")
+
+
+@pytest.mark.parametrize("rate", list(META["layer_decay"]))
+def test_layer_decay_groups(rate):
+    model = VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=True)
+    groups = optim.finetune_optimizer(model, 1.0, 0.05, float(rate)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = {names[id(p)]: [g["lr_scale"], g["weight_decay"]] for g in groups for p in g["params"]}
+    expected = META["layer_decay"][rate]
+    assert list(ours) == list(expected), "the order of the optimiser's state"
+    for name, values in expected.items():
+        assert ours[name] == pytest.approx(values, abs=1e-6), name
+
+
+def test_pretrain_decay_groups():
+    model = autoencoder(False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = optim.pretrain_optimizer(model, 1.0, META["pretrain_run"]["weight_decay"]).param_groups
+    ours = {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
+    assert list(ours.items()) == list(META["pretrain_weight_decay"].items())
+
+
+def run_pretraining(golden, run):
+    model = autoencoder(run["norm_pix_loss"])
+    optimizer = optim.pretrain_optimizer(model, run["lr"], run["weight_decay"])
+    recorder = Recorder(model, optimizer, golden["noise"])
+    loader, stats = [(imgs, None) for imgs in golden["imgs"]], []
+    for epoch in range(run["epochs"]):
+        stats.append(
+            engine_pretrain.train_one_epoch(
+                recorder, loader, optimizer, CPU, epoch, LossScaler("off", CPU), schedule_of(run),
+                mask_ratio=run["mask_ratio"], accum_iter=run["accum_iter"],
+            )
+        )  # fmt: skip
+    return model, optimizer, recorder, stats
+
+
+def test_pretraining_run():
+    golden, run = load("pretrain_run"), META["pretrain_run"]
+    model, _, recorder, stats = run_pretraining(golden, run)
+    assert_close(recorder.lrs, golden["lrs"], 1e-6, "learning rates")
+    assert_close(recorder.losses, golden["losses"], 1e-5, "losses")
+    assert stats == [pytest.approx(expected, abs=1e-5) for expected in run["epoch_stats"]]
+    check_final(model, part(golden, "final/"), sum(recorder.lrs[:: run["accum_iter"]]))
+
+
+def test_optimizer_state_is_stored_in_the_published_order():
+    """The stored checkpoint is the end of the stored run: our moments must be its moments, one by one."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        stored = torch.load(GOLDEN / "reference_pretrain_checkpoint.pth", weights_only=True)
+    golden, run = load("pretrain_run"), META["pretrain_run"]
+    if not all(torch.equal(stored["model"][name], value) for name, value in part(golden, "final/").items()):
+        pytest.skip("this set's checkpoint is of another run")
+    _, optimizer, _, _ = run_pretraining(golden, run)
+    ours = optimizer.state_dict()
+    assert [g["params"] for g in ours["param_groups"]] == [g["params"] for g in stored["optimizer"]["param_groups"]]
+    for index, state in stored["optimizer"]["state"].items():
+        assert ours["state"][index]["step"] == state["step"]
+        assert_close(ours["state"][index]["exp_avg"], state["exp_avg"], 1e-5, f"state {index}")
+
+
+def run_classifier(golden, run, model, optimizer, criterion):
+    """Train with the project's engine; returns the learning rates and the loss of each batch."""
+    recorder, losses, size = Recorder(model, optimizer), [], run["batch_size"]
+
+    def noting(logits, targets):
+        losses.append(criterion(logits, targets))
+        return losses[-1]
+
+    loader = list(zip(golden["train/imgs"].split(size), golden["train/targets"].split(size), strict=True))
+    stats = [
+        engine_finetune.train_one_epoch(
+            recorder, noting, loader, optimizer, CPU, epoch, LossScaler("off", CPU), schedule_of(run),
+            accum_iter=run["accum_iter"], clip_grad=run.get("clip_grad"),
+        )
+        for epoch in range(run["epochs"])
+    ]  # fmt: skip
+    assert_close([loss.item() for loss in losses], golden["losses"], 1e-5, "losses")
+    assert stats == [pytest.approx(expected, abs=1e-5) for expected in run.get("epoch_stats", stats)]
+    model.eval()
+    with torch.no_grad():
+        assert_close(model(golden["val/imgs"]), golden["val/logits"], 1e-5, "logits")
+    return recorder.lrs
+
+
+@pytest.mark.parametrize("name", ["finetune_run_avg", "finetune_run_cls"])
+def test_finetuning_run(name):
+    golden, run = load(name), META[name]
+    model = VisionTransformer(
+        **ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"], drop_path_rate=run["drop_path"]
+    )
+    model.load_state_dict(part(golden, "init/"))
+    optimizer = optim.finetune_optimizer(model, run["lr"], run["weight_decay"], run["layer_decay"])
+    lrs = run_classifier(golden, run, model, optimizer, LabelSmoothingCrossEntropy(run["smoothing"]))
+    check_final(model, part(golden, "final/"), sum(lrs[:: run["accum_iter"]]))
+
+    sizes = [run["batch_size"], run["batch_size"]]  # unequal: N, N, the rest
+    sizes.append(len(golden["val/imgs"]) - sum(sizes))
+    batches = list(zip(golden["val/imgs"].split(sizes), golden["val/targets"].split(sizes), strict=True))
+    stats = engine_finetune.evaluate(model, batches, CPU, LossScaler("off", CPU))
+    assert stats["acc1"] == pytest.approx(run["val_exact"]["acc1"], abs=1e-4)
+    assert stats["loss"] == pytest.approx(run["val_exact"]["loss"], abs=1e-5)
+
+
+def test_linear_probing_run():
+    golden, run = load("linprobe_run"), META["linprobe_run"]
+    model = make_linear_probe(
+        VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"])
+    )
+    model.load_state_dict(part(golden, "init/"))
+    optimizer = optim.probe_optimizer(model, run["lr"], run["weight_decay"])
+    lrs = run_classifier(golden, run, model, optimizer, nn.CrossEntropyLoss())
+    check_final(model, part(golden, "final/"), sum(lrs))
+
+
+@pytest.mark.parametrize("name", ["finetune_run_avg", "finetune_run_cls"])
+def test_keys_left_out_when_finetuning_starts(name):
+    run = META[name]
+    model = VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"])
+    source = str(GOLDEN / "reference_pretrain_checkpoint.pth")
+    missing, surplus = misc.load_pretrained(source, model, run["global_pool"])
+    assert sorted(missing) == sorted(run["missing_keys_on_load"])
+    assert sorted(surplus) == sorted(run["unexpected_keys_on_load"])
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+def test_reference_checkpoint_resumes(job):
+    """Model, optimiser state (each moment at a parameter of its shape) and epoch of the reference's own files."""
+    source = str(GOLDEN / f"reference_{job}_checkpoint.pth")
+    stored = misc.load_checkpoint(source)
+    if job == "pretrain":
+        model = MaskedAutoencoderViT(**ENCODER, **DECODER)
+        optimizer = optim.pretrain_optimizer(model, 1.0, 0.05)
+    else:
+        pooled = "fc_norm.weight" in stored["model"]
+        model = VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=pooled)
+        optimizer = optim.finetune_optimizer(model, 1.0, 0.05, 0.75)
+    assert misc.resume(source, model, optimizer, LossScaler("off", CPU)) == stored["epoch"] + 1
+    assert all(torch.equal(value, stored["model"][name]) for name, value in model.state_dict().items())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(stored["optimizer"]["state"]) == len(parameters)
+    for index, parameter in enumerate(parameters):
+        theirs = stored["optimizer"]["state"][index]
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+        assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], theirs["exp_avg_sq"])

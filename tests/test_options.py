@@ -1,0 +1,99 @@
+"""Flags: the reference's names and defaults; every problem reported at once, before anything is read."""
+
+import pytest
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import models_mae
+import models_vit
+from util import options
+from util.errors import UserError
+
+JOBS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
+MODELS = {"pretrain": models_mae.MODELS, "finetune": models_vit.MODELS, "linprobe": models_vit.MODELS}
+
+SHARED = {
+    "accum_iter": 1, "lr": None, "output_dir": "./output_dir", "log_dir": "./output_dir", "seed": 0, "resume": "",
+    "start_epoch": 0, "num_workers": 10, "pin_mem": True, "world_size": 1, "local_rank": -1, "dist_on_itp": False,
+    "dist_url": "env://", "input_size": 224,
+}  # fmt: skip
+CLASSIFIER = {"finetune": "", "nb_classes": 1000, "eval": False, "dist_eval": False}
+DEFAULTS = {
+    "pretrain": SHARED | {
+        "batch_size": 64, "epochs": 400, "warmup_epochs": 40, "model": "mae_vit_large_patch16", "mask_ratio": 0.75,
+        "norm_pix_loss": False, "weight_decay": 0.05, "blr": 1e-3, "min_lr": 0,
+    },
+    "finetune": SHARED | CLASSIFIER | {
+        "batch_size": 64, "epochs": 50, "warmup_epochs": 5, "model": "vit_large_patch16", "weight_decay": 0.05,
+        "blr": 1e-3, "min_lr": 1e-6, "drop_path": 0.1, "layer_decay": 0.75, "clip_grad": None, "color_jitter": None,
+        "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "reprob": 0.25, "remode": "pixel", "recount": 1,
+        "resplit": False, "mixup": 0, "cutmix": 0, "cutmix_minmax": None, "mixup_prob": 1.0,
+        "mixup_switch_prob": 0.5, "mixup_mode": "batch", "global_pool": True,
+    },
+    "linprobe": SHARED | CLASSIFIER | {
+        "batch_size": 512, "epochs": 90, "warmup_epochs": 10, "model": "vit_large_patch16", "weight_decay": 0,
+        "blr": 0.1, "min_lr": 0, "global_pool": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_defaults_are_the_references(job):
+    args = vars(JOBS[job].get_args([]))
+    assert {name: args[name] for name in DEFAULTS[job]} == DEFAULTS[job]
+
+
+@pytest.mark.parametrize("job", ["finetune", "linprobe"])
+def test_pooling_flags(job):
+    get_args = JOBS[job].get_args
+    assert get_args(["--global_pool"]).global_pool and not get_args(["--cls_token"]).global_pool
+    assert get_args(["--cutmix_minmax", "0.2", "0.8"]).cutmix_minmax == [0.2, 0.8] if job == "finetune" else True
+
+
+def test_tensorboard_follows_the_output_unless_told():
+    assert main_pretrain.get_args(["--output_dir", "here"]).log_dir == "here"
+    assert main_pretrain.get_args(["--output_dir", "here", "--log_dir", "there"]).log_dir == "there"
+
+
+BAD = [
+    ("pretrain", "--model vit_base_patch16", "choose one of mae_vit_base_patch16_dec512d8b"),
+    ("pretrain", "--input_size 225", "not a multiple of the patch size, 16"),
+    ("pretrain", "--input_size 28 --patch_size 8", "not a multiple of the patch size, 8"),
+    ("pretrain", "--mask_ratio 1", "must keep and remove"),
+    ("pretrain", "--mask_ratio 0", "must keep and remove"),
+    ("pretrain", "--mask_ratio 0.999", "must keep and remove at least one of 196"),
+    ("pretrain", "--batch_size 0", "--batch_size 0 must be at least 1"),
+    ("pretrain", "--accum_iter 0", "--accum_iter 0 must be at least 1"),
+    ("pretrain", "--epochs 10", "--warmup_epochs 40 must be less than --epochs 10"),
+    ("pretrain", "--resume nowhere.pth", "--resume nowhere.pth: no such file"),
+    ("pretrain", "--crop_scale 0.5 0.2", "--crop_scale 0.5 0.2"),
+    ("finetune", "--finetune nowhere.pth", "--finetune nowhere.pth: no such file"),
+    ("finetune", "--eval", "--eval needs --resume"),
+    ("finetune", "--mixup 0.8 --batch_size 3", "must be even"),
+    ("linprobe", "--model mae_vit_base_patch16", "choose one of vit_demo_patch4"),
+    ("linprobe", "--weight_decay -1", "must not be negative"),
+]
+
+
+@pytest.mark.parametrize(("job", "flags", "message"), BAD)
+def test_bad_arguments(job, flags, message):
+    args = JOBS[job].get_args([*flags.split(), "--data_path", "x"])
+    with pytest.raises(UserError) as caught:
+        options.check(args, MODELS[job])
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_reported_at_once():
+    args = main_pretrain.get_args(["--model", "no", "--batch_size", "0", "--mask_ratio", "2", "--epochs", "3"])
+    with pytest.raises(UserError) as caught:
+        options.check(args, models_mae.MODELS)
+    message = str(caught.value)
+    flags = ("--model no", "--batch_size 0", "--mask_ratio 2", "--warmup_epochs 40", "--data_path")
+    assert all(flag in message for flag in flags)
+
+
+def test_a_mistake_ends_in_one_message_and_exit_code_2(script, images, tmp_path):
+    done = script("main_pretrain.py", "--data_path", tmp_path / "none", "--device", "cpu")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: no folder") and "train/<class>/<images>" in done.stderr
