@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util import dist
-from util.amp import LossScaler, micro_step
+from util.amp import LossScaler
 from util.log import RunLog
+from util.loop import train_epoch
 from util.lr_sched import CosineSchedule
-from util.meters import Meters, check_finite
 
 
 def train_one_epoch(
@@ -31,32 +31,19 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train the classifier on every batch (imgs [N, C, H, W], targets [N]) of the loader.
 
-    Accumulation, learning rate, result and errors as in engine_pretrain.train_one_epoch.
+    mixup_fn mixes images and targets first. Accumulation, learning rate, result and errors: util.loop.train_epoch.
     """
-    model.train()
-    optimizer.zero_grad()
-    meters, steps = Meters(device), len(loader)
 
-    def report(step: int, means: dict[str, float]) -> None:
-        check_finite(means["loss"], epoch, step)
-        if log:
-            log.scalars(epoch + step / steps, means)
-
-    for step, (imgs, targets) in enumerate(meters.watch(loader, f"epoch {epoch}", print_freq, report)):
-        part = micro_step(step, steps, accum_iter)
-        if part.first:
-            lr = schedule.apply(optimizer, epoch + step / steps)
+    def loss_of(imgs: Tensor, targets: Tensor) -> Tensor:
         imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn:
             imgs, targets = mixup_fn(imgs, targets)
-        with dist.grad_sync(model, part.last):
-            with scaler.autocast():
-                loss = criterion(model(imgs), targets)
-            scaler.backward(loss / part.size)
-        if part.last:
-            scaler.step(optimizer, model.parameters(), clip_grad)
-        meters.update(loss=loss, lr=lr)
-    return meters.averages()
+        return criterion(model(imgs), targets)
+
+    return train_epoch(
+        model, loader, optimizer, device, epoch, scaler, schedule, loss_of,
+        accum_iter=accum_iter, clip_grad=clip_grad, log=log, loss_tag="loss", print_freq=print_freq,
+    )  # fmt: skip
 
 
 @torch.inference_mode()

@@ -3,13 +3,12 @@
 from collections.abc import Sized
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from util import dist
-from util.amp import LossScaler, micro_step
+from util.amp import LossScaler
 from util.log import RunLog
+from util.loop import train_epoch
 from util.lr_sched import CosineSchedule
-from util.meters import Meters, check_finite
 
 
 def train_one_epoch(
@@ -29,29 +28,13 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train the autoencoder on every batch (imgs [N, C, H, W], anything) of the loader.
 
-    The loss of each batch is divided by the number of batches in its accumulation group; the learning rate is set at
-    the start of a group. Returns the epoch's mean loss and learning rate over all ranks. Raises FloatingPointError
-    on every rank when the reported loss is not finite.
+    Accumulation, learning rate, result and errors: util.loop.train_epoch.
     """
-    model.train()
-    optimizer.zero_grad()
-    meters, steps = Meters(device), len(loader)
 
-    def report(step: int, means: dict[str, float]) -> None:
-        check_finite(means["loss"], epoch, step)
-        if log:
-            log.scalars(epoch + step / steps, {"train_loss": means["loss"], "lr": means["lr"]})
+    def loss_of(imgs: Tensor, _) -> Tensor:
+        return model(imgs.to(device, non_blocking=True), mask_ratio=mask_ratio)[0]
 
-    for step, (imgs, _) in enumerate(meters.watch(loader, f"epoch {epoch}", print_freq, report)):
-        part = micro_step(step, steps, accum_iter)
-        if part.first:
-            lr = schedule.apply(optimizer, epoch + step / steps)
-        imgs = imgs.to(device, non_blocking=True)
-        with dist.grad_sync(model, part.last):
-            with scaler.autocast():
-                loss, _, _ = model(imgs, mask_ratio=mask_ratio)
-            scaler.backward(loss / part.size)
-        if part.last:
-            scaler.step(optimizer, model.parameters(), clip_grad)
-        meters.update(loss=loss, lr=lr)
-    return meters.averages()
+    return train_epoch(
+        model, loader, optimizer, device, epoch, scaler, schedule, loss_of,
+        accum_iter=accum_iter, clip_grad=clip_grad, log=log, loss_tag="train_loss", print_freq=print_freq,
+    )  # fmt: skip

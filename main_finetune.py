@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     mixup_fn, criterion = mixing(args)
-    start_epoch = (misc.resume(args.resume, model, optimizer, scaler) if args.resume else 0) or args.start_epoch
+    start_epoch = misc.resume(args.resume, model, optimizer, scaler, args.start_epoch)
     model = dist.wrap(model, device)
 
     log = RunLog(args.output_dir, args.log_dir)

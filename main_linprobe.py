@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.probe_optimizer(model, lr, args.weight_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    start_epoch = (misc.resume(args.resume, model, optimizer, scaler) if args.resume else 0) or args.start_epoch
+    start_epoch = misc.resume(args.resume, model, optimizer, scaler, args.start_epoch)
     model = dist.wrap(model, device)
 
     log = RunLog(args.output_dir, args.log_dir)

@@ -128,7 +128,7 @@ def test_resuming_another_architecture_names_both_sides(checkpoint):
     path, _ = checkpoint
     with pytest.raises(UserError, match=r"does not fit --model(.|\n)*the file lacks blocks\.2"):
         misc.resume(path, autoencoder(depth=3))
-    with pytest.raises(UserError, match=r"is \[16\] in the file and \[32\] in the model"):
+    with pytest.raises(UserError, match=r"cls_token is \[1, 1, 16\] in the file and \[1, 1, 32\] in the model"):
         misc.resume(path, autoencoder(embed_dim=32))
 
 

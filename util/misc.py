@@ -138,16 +138,20 @@ def resume(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     scaler: LossScaler | None = None,
+    start_epoch: int = 0,
 ) -> int:
-    """Load the model (every key must match) and, given an optimiser, the run's state; returns the epoch to start
-    with, 0 for a file of weights alone. Raises UserError where the file does not fit the model or the optimiser."""
+    """Load the model (every key must match) and, given an optimiser, the run's state; returns the epoch to go on
+    with: start_epoch without a source ("") and for a file of weights alone. Raises UserError where the file does not
+    fit the model or the optimiser."""
+    if not source:
+        return start_epoch
     checkpoint = load_checkpoint(source)
     state, own = checkpoint["model"], model.state_dict()
     _complain(source, model, state, set(own) - set(state), set(state) - set(own))
     model.load_state_dict(state)
     if optimizer is None or "optimizer" not in checkpoint or "epoch" not in checkpoint:
         dist.say(f"weights from {source}")
-        return 0
+        return start_epoch
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError) as error:
