@@ -27,18 +27,19 @@ ROOT = Path(__file__).resolve().parent
 DATA = "samples/fashion_mnist"
 
 # The pictures are small and centred: crops are mild (--crop_scale) and evaluation uses the whole picture (--crop_pct).
-COMMON = f"--data_path {DATA} --input_size 28 --crop_scale 0.6 1.0 --num_workers 1 --amp off"
-CLASSIFY = f"{COMMON} --nb_classes 10 --crop_pct 1 --save_freq 100 --eval_freq 100"
+COMMON = f"--data_path {DATA} --input_size 28 --num_workers 1 --amp off"
+CLASSIFY = f"{COMMON} --nb_classes 10 --crop_scale 0.95 1.0 --crop_pct 1 --save_freq 100 --eval_freq 100"
 PRETRAIN = (
-    f"main_pretrain.py {COMMON} --model mae_vit_demo_patch4 --batch_size 64 --epochs 50 --warmup_epochs 5 --lr 1.5e-3"
+    f"main_pretrain.py {COMMON} --crop_scale 0.8 1.0 --model mae_vit_demo_patch4 --batch_size 64 --epochs 40 "
+    "--warmup_epochs 4 --lr 2e-3"
 )
 PROBE = (
-    f"main_linprobe.py {CLASSIFY} --model vit_demo_patch4 --cls_token --batch_size 50 --epochs 12 --warmup_epochs 1 "
+    f"main_linprobe.py {CLASSIFY} --model vit_demo_patch4 --cls_token --batch_size 50 --epochs 8 --warmup_epochs 1 "
     "--lr 15"
 )
 FINETUNE = (
-    f"main_finetune.py {CLASSIFY} --model vit_demo_patch4 --batch_size 32 --epochs 14 --warmup_epochs 2 --lr 1e-3 "
-    "--drop_path 0.1 --aa none --reprob 0"
+    f"main_finetune.py {CLASSIFY} --model vit_demo_patch4 --batch_size 32 --epochs 10 --warmup_epochs 2 --lr 2e-3 "
+    "--drop_path 0 --smoothing 0 --aa none --reprob 0"
 )
 
 

@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     loader = datasets.train_loader(train_set, args.batch_size, args.num_workers, args.pin_mem, args.seed)
 
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
-
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.pretrain_optimizer(model, lr, args.weight_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)

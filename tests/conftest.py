@@ -1,8 +1,11 @@
 """What several tests share: a small folder of real images, and scripts run as whole processes."""
 
+import functools
+import http.server
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -35,3 +38,14 @@ def script():
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves tmp_path on loopback; torch.hub's cache lies in a folder of its own."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()

@@ -1,9 +1,6 @@
 """Checkpoints: plain to open, safe to open, and told apart when they don't fit."""
 
-import functools
-import http.server
 import pickle
-import threading
 
 import pytest
 import torch
@@ -36,17 +33,6 @@ def checkpoint(tmp_path):
     scaler.step(optimizer, model.parameters(), None)
     misc.save_checkpoint(str(tmp_path), 4, model, optimizer, scaler, {"model": "small", "lr": None, "seed": 0})
     return str(tmp_path / "checkpoint-4.pth"), model
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves tmp_path on loopback; torch.hub's cache lies in a folder of its own."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
 
 
 def test_our_checkpoints_open_without_an_allow_list_and_describe_themselves(checkpoint):

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -264,11 +265,16 @@ def test_linear_probing_run():
     check_final(model, part(golden, "final/"), sum(lrs))
 
 
+@pytest.mark.parametrize("over_http", [False, True])
 @pytest.mark.parametrize("name", ["finetune_run_avg", "finetune_run_cls"])
-def test_keys_left_out_when_finetuning_starts(name):
+def test_reference_checkpoint_starts_finetuning(name, over_http, server, tmp_path):
+    """From a file and from a server on loopback; the keys left out are the reference's."""
     run = META[name]
     model = VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"])
     source = str(GOLDEN / "reference_pretrain_checkpoint.pth")
+    if over_http:
+        shutil.copy(source, tmp_path / "pretrained.pth")
+        source = f"{server}/pretrained.pth"
     missing, surplus = misc.load_pretrained(source, model, run["global_pool"])
     assert sorted(missing) == sorted(run["missing_keys_on_load"])
     assert sorted(surplus) == sorted(run["unexpected_keys_on_load"])

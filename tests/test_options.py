@@ -72,6 +72,7 @@ BAD = [
     ("finetune", "--eval", "--eval needs --resume"),
     ("finetune", "--mixup 0.8 --batch_size 3", "must be even"),
     ("linprobe", "--model mae_vit_base_patch16", "choose one of vit_demo_patch4"),
+    ("pretrain", "--dist_on_itp", "OMPI_COMM_WORLD_RANK is not set"),
     ("linprobe", "--weight_decay -1", "must not be negative"),
 ]
 

@@ -15,9 +15,8 @@ def choose(amp: str, device: torch.device) -> str:
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return "bf16"
-    return "off"
+    fast_on_cpu = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # torch has no public name for it
+    return "bf16" if device.type == "cpu" and fast_on_cpu() else "off"
 
 
 class MicroStep(NamedTuple):

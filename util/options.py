@@ -1,11 +1,25 @@
 """The flags that the jobs share, and their validation. Names, meanings and defaults are the reference's."""
 
 import argparse
+import os
 from pathlib import Path
+
+import torch
 
 from util import dist
 from util.errors import UserError
 from util.misc import is_url
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default behind every flag that has one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        bare = action.default is None or action.default is False or action.default == ""
+        return action.help if bare else super()._get_help_string(action)
 
 
 def common_parser(
@@ -23,24 +37,21 @@ def common_parser(
     save_freq: int,
 ) -> argparse.ArgumentParser:
     """The flags of every job, with the job's own defaults."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32),
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--model", default=model, metavar="NAME", help=f"one of {', '.join(models)}")
     add("--input_size", default=224, type=int, help="height and width of the images, pixels")
-    add("--patch_size", type=int, help="overrides the model's")
+    add("--patch_size", type=int, help="default: the model's")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", default=batch_size, type=int, help="per process")
     add("--accum_iter", default=1, type=int, help="batches accumulated per update")
-    add("--epochs", default=epochs, type=int)
-    add("--warmup_epochs", default=warmup_epochs, type=int)
+    add("--epochs", default=epochs, type=int, help="length of the whole schedule")
+    add("--warmup_epochs", default=warmup_epochs, type=int, help="of linear warm-up")
     add("--lr", type=float, help="learning rate; default: blr * effective batch size / 256")
     add("--blr", default=blr, type=float, help="base learning rate, per 256 images")
     add("--min_lr", default=min_lr, type=float, help="learning rate at the end")
-    add("--weight_decay", default=weight_decay, type=float)
+    add("--weight_decay", default=weight_decay, type=float, help="1-D parameters never decay")
     add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
 
@@ -49,7 +60,7 @@ def common_parser(
     add("--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
     add("--num_workers", default=10, type=int, help="loader processes, at most one per core")
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
-    add("--no_pin_mem", action="store_false", dest="pin_mem")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="don't")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' writes none")
@@ -57,7 +68,7 @@ def common_parser(
     add("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
     add("--resume", default="", metavar="FILE_OR_URL", help="checkpoint to go on from")
     add("--start_epoch", default=0, type=int, help="first epoch, where --resume gives none")
-    add("--seed", default=0, type=int)
+    add("--seed", default=0, type=int, help="each process adds its rank")
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
 
     add = parser.add_argument_group("processes (set by torchrun)").add_argument
@@ -74,9 +85,9 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
     """What fine-tuning and probing share: the head, its pooling, the encoder to start from, evaluation."""
     add = parser.add_argument_group("classifier").add_argument
     add("--finetune", default="", metavar="FILE_OR_URL", help="pre-trained checkpoint whose encoder to start from")
-    add("--nb_classes", default=1000, type=int)
+    add("--nb_classes", default=1000, type=int, help="width of the head")
     add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
-    add("--cls_token", action="store_false", dest="global_pool", help="classify the class token")
+    add("--cls_token", action="store_false", dest="global_pool", default=argparse.SUPPRESS, help="or the class token")
     add("--crop_pct", type=float, help="evaluation's margin; default: 224/256, above 224 pixels 1")
     add("--eval", action="store_true", help="evaluate the checkpoint given by --resume, then stop")
     add("--eval_freq", default=1, type=int, help="epochs between evaluations")
@@ -131,6 +142,14 @@ def check(args: argparse.Namespace, models: dict) -> None:
     if hasattr(args, "mixup"):
         mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         need(not (mixing and args.batch_size % 2), f"--batch_size {args.batch_size} must be even for mixup and cutmix")
+    need(
+        not args.device.startswith("cuda") or torch.cuda.is_available(),
+        f"--device {args.device}: no CUDA GPU was found; leave the flag out to take what is there",
+    )
+    need(
+        not args.dist_on_itp or "OMPI_COMM_WORLD_RANK" in os.environ,
+        "--dist_on_itp reads Open MPI's variables, and OMPI_COMM_WORLD_RANK is not set: start under mpirun",
+    )
     if evaluating:
         need(bool(args.resume), "--eval needs --resume FILE, the checkpoint to evaluate")
     for name in ("resume", "finetune"):
