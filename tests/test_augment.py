@@ -1,10 +1,12 @@
 """Transforms: the sizes that published accuracies rely on, and the crops' distributions."""
 
 import math
+import random
 
 import pytest
 import torch
 from PIL import Image
+from timm.data.auto_augment import AugmentOp
 
 from util.augment import OneDrawResizedCrop, eval_transform, finetune_transform, weak_transform
 
@@ -46,6 +48,16 @@ def test_pretraining_crop_is_the_papers():
     crop, flip, *_ = weak_transform(224, (0.2, 1.0)).transforms
     assert crop.scale == (0.2, 1.0) and crop.size == (224, 224) and crop.interpolation.value == "bicubic"
     assert flip.p == 0.5
+
+
+def test_the_strongest_draws_of_randaugment_do_not_stop_a_run():
+    """Posterize down to 0 bits, which Pillow 13 refuses, is black as it was before; and many draws of the default."""
+    image = Image.effect_noise((40, 40), 80).convert("RGB")
+    strongest = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10, hparams={})
+    assert strongest(image).getextrema() == ((0, 0),) * 3
+    random.seed(0)
+    transform = finetune_transform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1, False)
+    assert all(transform(image).isfinite().all() for _ in range(300))
 
 
 def test_finetuning_augments_as_timm_does():

@@ -3,12 +3,23 @@
 import math
 
 import torch
-from timm.data import create_transform
+from PIL import Image
+from timm.data import auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 BICUBIC = InterpolationMode.BICUBIC
+
+
+def _posterize(img: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
+    """timm's, and black where RandAugment's strongest draws keep 0 bits: so were older Pillows, Pillow 13 refuses."""
+    if bits_to_keep < 1:
+        return img.point(lambda _: 0)
+    return auto_augment.posterize(img, bits_to_keep)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
 
 
 class OneDrawResizedCrop(transforms.RandomResizedCrop):

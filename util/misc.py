@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import re
 import urllib.error
 from pathlib import Path
 from urllib.parse import urlparse
@@ -70,8 +71,9 @@ def load_checkpoint(source: str) -> dict:
         try:
             checkpoint = _download(source) if is_url(source) else torch.load(source, "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            reason = str(error).split("GLOBAL ")[-1].split(". ")[0].splitlines()[0]
-            raise UserError(f"{source} is refused: loading it could run code ({reason}). Nothing was run.") from error
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"it holds {found[1]}" if found else "it is not made of plain types and tensors"
+            raise UserError(f"{source} is refused: {what}, and loading it could run code. Nothing was run.") from error
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             raise UserError(f"cannot download {source}: {error}") from error
         except OSError as error:
