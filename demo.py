@@ -72,6 +72,7 @@ def pixel_neighbours() -> float:
 
 
 def main() -> None:
+    """Run the five jobs one after the other and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("output/demo"))
     parser.add_argument("--seed", type=int, default=0)

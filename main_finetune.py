@@ -30,6 +30,7 @@ from util.lr_sched import CosineSchedule
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE fine-tuning", models_vit.MODELS, model="vit_large_patch16", batch_size=64, epochs=50, warmup_epochs=5,
         weight_decay=0.05, blr=1e-3, min_lr=1e-6, crop_scale=(0.08, 1.0), save_freq=1,

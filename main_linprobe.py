@@ -23,6 +23,7 @@ from util.lr_sched import CosineSchedule
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE linear probing", models_vit.MODELS, model="vit_large_patch16", batch_size=512, epochs=90,
         warmup_epochs=10, weight_decay=0.0, blr=0.1, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1,

@@ -25,6 +25,7 @@ from util.lr_sched import CosineSchedule
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE pre-training", models_mae.MODELS, model="mae_vit_large_patch16", batch_size=64, epochs=400,
         warmup_epochs=40, weight_decay=0.05, blr=1e-3, min_lr=0.0, crop_scale=(0.2, 1.0), save_freq=20,

@@ -8,6 +8,7 @@ import torch
 import main_finetune
 import main_linprobe
 import main_pretrain
+from util.errors import UserError
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
 
@@ -99,10 +100,8 @@ def test_patch_size_overrides_the_models(images, tmp_path):
     assert stored["model"]["patch_embed.proj.weight"].shape[-1] == 7 and stored["model_config"]["patch_size"] == 7
 
 
-def test_only_the_best_fitting_options_are_needed_for_other_classes(images, tmp_path):
+def test_too_small_a_head_names_the_flag_to_pass(images, tmp_path):
     """A head smaller than the folders is an error that says which flag to pass."""
-    from util.errors import UserError
-
     with pytest.raises(UserError, match="pass --nb_classes 10"):
         main_finetune.main(flags(FINETUNE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, nb_classes=3))
 
