@@ -57,7 +57,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     """Mixup or cutmix, if any, and the loss that goes with it."""
-    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+    if options.mixes(args):
         mixup = Mixup(
             mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,

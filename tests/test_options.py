@@ -48,7 +48,12 @@ def test_defaults_are_the_references(job):
 def test_pooling_flags(job):
     get_args = JOBS[job].get_args
     assert get_args(["--global_pool"]).global_pool and not get_args(["--cls_token"]).global_pool
-    assert get_args(["--cutmix_minmax", "0.2", "0.8"]).cutmix_minmax == [0.2, 0.8] if job == "finetune" else True
+
+
+@pytest.mark.parametrize("bounds", [["0.2"], ["0.2", "0.8"]])
+def test_cutmix_takes_one_or_two_bounds(bounds):
+    args = main_finetune.get_args(["--cutmix_minmax", *bounds])
+    assert args.cutmix_minmax == [float(bound) for bound in bounds] and options.mixes(args)
 
 
 def test_tensorboard_follows_the_output_unless_told():

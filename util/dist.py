@@ -71,7 +71,7 @@ def say(*words: object) -> None:
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Each value summed over all ranks (in fp64 where the device has it)."""
+    """Each value summed over all ranks, in fp64."""
     if not td.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)

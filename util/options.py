@@ -106,6 +106,11 @@ def model_size(args: argparse.Namespace) -> dict[str, int]:
     return {"img_size": args.input_size} | ({"patch_size": args.patch_size} if args.patch_size else {})
 
 
+def mixes(args: argparse.Namespace) -> bool:
+    """Whether fine-tuning mixes images, by mixup or cutmix."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
 def check(args: argparse.Namespace, models: dict) -> None:
     """Raise UserError with every problem of the arguments at once, before anything is read."""
     problems = []
@@ -139,9 +144,8 @@ def check(args: argparse.Namespace, models: dict) -> None:
             0 < args.mask_ratio < 1 and 1 <= int(patches * (1 - args.mask_ratio)) < patches,
             f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches",
         )
-    if hasattr(args, "mixup"):
-        mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-        need(not (mixing and args.batch_size % 2), f"--batch_size {args.batch_size} must be even for mixup and cutmix")
+    if hasattr(args, "mixup") and mixes(args):
+        need(args.batch_size % 2 == 0, f"--batch_size {args.batch_size} must be even for mixup and cutmix")
     need(
         not args.device.startswith("cuda") or torch.cuda.is_available(),
         f"--device {args.device}: no CUDA GPU was found; leave the flag out to take what is there",
