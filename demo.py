@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 DATA = "samples/fashion_mnist"
 
 # The pictures are small and centred: crops are mild (--crop_scale) and evaluation uses the whole picture (--crop_pct).
-COMMON = f"--data_path {DATA} --input_size 28 --num_workers 1 --amp off"
+COMMON = f"--data_path {DATA} --input_size 28 --num_workers 1 --amp off --overwrite"
 CLASSIFY = f"{COMMON} --nb_classes 10 --crop_scale 0.95 1.0 --crop_pct 1 --save_freq 100 --eval_freq 100"
 PRETRAIN = (
     f"main_pretrain.py {COMMON} --crop_scale 0.8 1.0 --model mae_vit_demo_patch4 --batch_size 64 --epochs 40 "
@@ -47,7 +47,6 @@ def run(step: str, command: str, output_dir: Path, seed: int) -> dict[str, float
     """Run one script; returns the last line of its log.txt. Ends the demo with the step's output if it fails."""
     folder = output_dir / step
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").unlink(missing_ok=True)
     words = [*command.split(), "--seed", str(seed), "--output_dir", str(folder)]
     print(f"\n{step}: python {' '.join(words)}", flush=True)
     start = time.time()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from util.amp import LossScaler
-from util.log import RunLog
-from util.loop import train_epoch
+from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
 
 
@@ -23,10 +22,10 @@ def train_one_epoch(
     mask_ratio: float = 0.75,
     accum_iter: int = 1,
     clip_grad: float | None = None,
-    log: RunLog | None = None,
+    run: Run | None = None,
     print_freq: int = 20,
 ) -> dict[str, float]:
-    """Train the autoencoder on every batch (imgs [N, C, H, W], anything) of the loader.
+    """Train the autoencoder on every batch (imgs [N, C, H, W], anything) of the loader that is left.
 
     Accumulation, learning rate, result and errors: util.loop.train_epoch.
     """
@@ -36,5 +35,5 @@ def train_one_epoch(
 
     return train_epoch(
         model, loader, optimizer, device, epoch, scaler, schedule, loss_of,
-        accum_iter=accum_iter, clip_grad=clip_grad, log=log, loss_tag="train_loss", print_freq=print_freq,
+        accum_iter=accum_iter, clip_grad=clip_grad, run=run, loss_tag="train_loss", print_freq=print_freq,
     )  # fmt: skip

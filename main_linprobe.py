@@ -26,7 +26,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE linear probing", models_vit.MODELS, model="vit_large_patch16", batch_size=512, epochs=90,
-        warmup_epochs=10, weight_decay=0.0, blr=0.1, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1,
+        warmup_epochs=10, weight_decay=0.0, blr=0.1, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1, keep=3,
     )  # fmt: skip
     options.add_classifier_flags(parser, global_pool=False)
     return options.finish(parser.parse_args(argv))
@@ -42,41 +42,42 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         eval_transform(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval,
+        args.dist_eval, args.exif,
     )  # fmt: skip
+    source = misc.find(args.resume, args.output_dir, "linprobe", args.model)
     model = models_vit.MODELS[args.model](
         **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
     )
-    if args.finetune and not args.eval:
+    if args.finetune and not source:
         misc.load_pretrained(args.finetune, model, args.global_pool)
     model = models_vit.make_linear_probe(model).to(device)
     scaler = amp.LossScaler(args.amp, device)
     if args.eval:
-        misc.resume(args.resume, model)
+        misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
         evaluate(model, val_loader, device, scaler, args.dist_eval)
         return
 
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.probe_optimizer(model, lr, args.weight_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    start_epoch = misc.resume(args.resume, model, optimizer, scaler, args.start_epoch)
+    checkpoints = misc.Checkpoints(
+        args.output_dir, "linprobe", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
+    )
+    position = checkpoints.resume(source, args.start_epoch, args.resume_override)
+    checkpoints.prepare(source)
     model = dist.wrap(model, device)
 
-    log = RunLog(args.output_dir, args.log_dir)
+    log = RunLog(args.output_dir, args.log_dir, position.fraction(train_loader.sampler.images_per_epoch))
     log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
     run_epochs(
-        train_loader,
-        range(start_epoch, args.epochs),
-        args.save_freq,
-        log,
-        train=lambda epoch: train_one_epoch(
+        train_loader, args.epochs, checkpoints, log, position, device,
+        save_freq=args.save_freq, save_minutes=args.save_minutes,
+        max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
+        train=lambda epoch, run: train_one_epoch(
             model, nn.CrossEntropyLoss(), train_loader, optimizer, device, epoch, scaler, schedule,
-            accum_iter=args.accum_iter, clip_grad=args.clip_grad, log=log,
+            accum_iter=args.accum_iter, clip_grad=args.clip_grad, run=run,
         ),
-        save=lambda epoch: misc.save_checkpoint(
-            args.output_dir, epoch, model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
-        ),
-        evaluate=lambda: evaluate(model, val_loader, device, scaler, args.dist_eval),
+        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll),
         eval_freq=args.eval_freq,
     )  # fmt: skip
 

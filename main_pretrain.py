@@ -28,7 +28,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE pre-training", models_mae.MODELS, model="mae_vit_large_patch16", batch_size=64, epochs=400,
-        warmup_epochs=40, weight_decay=0.05, blr=1e-3, min_lr=0.0, crop_scale=(0.2, 1.0), save_freq=20,
+        warmup_epochs=40, weight_decay=0.05, blr=1e-3, min_lr=0.0, crop_scale=(0.2, 1.0), save_freq=20, keep=None,
     )  # fmt: skip
     add = parser.add_argument_group("masking").add_argument
     add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
@@ -43,29 +43,31 @@ def main(argv: list[str] | None = None) -> None:
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
 
     transform = weak_transform(args.input_size, args.crop_scale)
-    train_set = datasets.image_folder(args.data_path, "train", transform)
-    loader = datasets.train_loader(train_set, args.batch_size, args.num_workers, args.pin_mem, args.seed)
+    loader = datasets.train_loader(
+        args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, args.exif
+    )
 
+    source = misc.find(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.pretrain_optimizer(model, lr, args.weight_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     scaler = amp.LossScaler(args.amp, device)
-    start_epoch = misc.resume(args.resume, model, optimizer, scaler, args.start_epoch)
+    checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))
+    position = checkpoints.resume(source, args.start_epoch, args.resume_override)
+    checkpoints.prepare(source)
     model = dist.wrap(model, device)
 
-    log = RunLog(args.output_dir, args.log_dir)
-    log.summary(args.model, model, len(train_set), device, scaler.amp)
+    log = RunLog(args.output_dir, args.log_dir, position.fraction(loader.sampler.images_per_epoch))
+    log.summary(args.model, model, len(loader.dataset), device, scaler.amp)
     run_epochs(
-        loader,
-        range(start_epoch, args.epochs),
-        args.save_freq,
-        log,
-        train=lambda epoch: train_one_epoch(
+        loader, args.epochs, checkpoints, log, position, device,
+        save_freq=args.save_freq, save_minutes=args.save_minutes,
+        max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
+        train=lambda epoch, run: train_one_epoch(
             model, loader, optimizer, device, epoch, scaler, schedule,
-            mask_ratio=args.mask_ratio, accum_iter=args.accum_iter, clip_grad=args.clip_grad, log=log,
+            mask_ratio=args.mask_ratio, accum_iter=args.accum_iter, clip_grad=args.clip_grad, run=run,
         ),
-        save=lambda epoch: misc.save_checkpoint(args.output_dir, epoch, model, optimizer, scaler, vars(args)),
     )  # fmt: skip
 
 

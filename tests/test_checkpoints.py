@@ -1,7 +1,11 @@
 """Checkpoints: plain to open, safe to open, and told apart when they don't fit."""
 
 import pickle
+import random
+import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ import models_vit
 from util import misc, optim
 from util.amp import LossScaler
 from util.errors import UserError
+from util.misc import Position
 
 CPU = torch.device("cpu")
 ENCODER = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -24,6 +29,11 @@ def classifier(**changes):
     return models_vit.VisionTransformer(**{**ENCODER, "num_classes": 3, **changes})
 
 
+def checkpoints(folder, model, optimizer, job="pretrain", scaler=None, class_to_idx=None, **args):
+    args = {"model": "small", "batch_size": 2, "accum_iter": 1, "lr": None, "seed": 0, **args}
+    return misc.Checkpoints(str(folder), job, model, optimizer, scaler or LossScaler("off", CPU), args, class_to_idx)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of ours after one update; returns its path and the model."""
@@ -31,15 +41,19 @@ def checkpoint(tmp_path):
     optimizer, scaler = optim.pretrain_optimizer(model, 1e-3, 0.05), LossScaler("off", CPU)
     scaler.backward(model(torch.randn(2, 3, 16, 16))[0])
     scaler.step(optimizer, model.parameters(), None)
-    misc.save_checkpoint(str(tmp_path), 4, model, optimizer, scaler, {"model": "small", "lr": None, "seed": 0})
+    checkpoints(tmp_path, model, optimizer).save(Position(4), whole_epoch=True)
     return str(tmp_path / "checkpoint-4.pth"), model
+
+
+def resume(path, network, **more):
+    return checkpoints("", network, optim.pretrain_optimizer(network, 1.0, 0.5), **more).resume(path)
 
 
 def test_our_checkpoints_open_without_an_allow_list_and_describe_themselves(checkpoint):
     path, model = checkpoint
     stored = torch.load(path, weights_only=True)
-    assert set(stored) == {"model", "model_config", "optimizer", "scaler", "epoch", "args"}
-    assert type(stored["args"]) is dict and stored["model_config"]["model"] == "small"
+    assert {"model", "model_config", "optimizer", "scaler", "epoch", "args", "position", "rng", "job"} <= set(stored)
+    assert type(stored["args"]) is dict and stored["model_config"]["model"] == "small" and stored["epoch"] == 4
     rebuilt = models_mae.from_config(stored["model_config"])
     rebuilt.load_state_dict(stored["model"])
     assert rebuilt.norm_pix_loss and all(
@@ -47,13 +61,20 @@ def test_our_checkpoints_open_without_an_allow_list_and_describe_themselves(chec
     )
 
 
+def test_the_digest_is_one_that_sha256sum_checks(checkpoint, tmp_path):
+    done = subprocess.run(
+        ["sha256sum", "-c", "checkpoint-4.pth.sha256", "checkpoint-last.pth.sha256"], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_classifiers_keep_their_classes_and_rebuild(tmp_path):
     for probe in (False, True):
         model = classifier(global_pool=not probe)
         model = models_vit.make_linear_probe(model) if probe else model
         optimizer = optim.probe_optimizer(model, 0.1, 0.0)
-        args = {"model": "vit"}
-        misc.save_checkpoint(str(tmp_path), 0, model, optimizer, LossScaler("off", CPU), args, {"cat": 0, "dog": 1})
+        keeper = checkpoints(tmp_path, model, optimizer, "finetune", class_to_idx={"cat": 0, "dog": 1}, model="vit")
+        keeper.save(Position(0), whole_epoch=True)
         stored = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
         assert stored["class_to_idx"] == {"cat": 0, "dog": 1}
         models_vit.from_config(stored["model_config"]).load_state_dict(stored["model"])
@@ -63,10 +84,31 @@ def test_resume_brings_back_model_optimiser_and_epoch(checkpoint):
     path, model = checkpoint
     other = autoencoder()
     optimizer = optim.pretrain_optimizer(other, 1.0, 0.5)
-    assert misc.resume(path, other, optimizer, LossScaler("off", CPU)) == 5
+    position = checkpoints("", other, optimizer).resume(path)
+    assert (position.epoch, position.images) == (5, 0)
     assert torch.equal(other.mask_token, model.mask_token)
     assert optimizer.state[other.mask_token]["step"] == 1
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.05]
+
+
+def test_random_streams_come_back():
+    state = misc.rng_state()
+    drawn = torch.rand(1), np.random.rand(), random.random()
+    misc.set_rng_state(state)
+    assert drawn == (torch.rand(1), np.random.rand(), random.random())
+
+
+def test_an_unfused_optimisers_state_steps_fused_here(checkpoint, tmp_path):
+    """The reference's checkpoints say fused: None, which would carry over."""
+    path, _ = checkpoint
+    stored = torch.load(path, weights_only=True)
+    for group in stored["optimizer"]["param_groups"]:
+        group["fused"] = None
+    torch.save(stored, tmp_path / "unfused.pth")
+    model = autoencoder()
+    optimizer = optim.pretrain_optimizer(model, 1.0, 0.5)
+    checkpoints("", model, optimizer).resume(str(tmp_path / "unfused.pth"))
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def test_the_encoder_goes_into_a_classifier_of_another_grid(checkpoint, capsys):
@@ -112,10 +154,87 @@ def test_anything_unexpected_in_a_pretrained_file_is_an_error_that_names_it(chec
 
 def test_resuming_another_architecture_names_both_sides(checkpoint):
     path, _ = checkpoint
-    with pytest.raises(UserError, match=r"does not fit --model(.|\n)*the file lacks blocks\.2"):
-        misc.resume(path, autoencoder(depth=3))
+    with pytest.raises(UserError, match=r"does not fit: --model, --patch_size(.|\n)*the file lacks blocks\.2"):
+        resume(path, autoencoder(depth=3))
     with pytest.raises(UserError, match=r"cls_token is \[1, 1, 16\] in the file and \[1, 1, 32\] in the model"):
-        misc.resume(path, autoencoder(embed_dim=32))
+        resume(path, autoencoder(embed_dim=32))
+    with pytest.raises(UserError, match="it holds small, --model is large: pass --model small"):
+        resume(path, autoencoder(embed_dim=32), model="large")
+
+
+def spoiled(path, target, spoil):
+    stored = torch.load(path, weights_only=True)
+    spoil(stored)
+    torch.save(stored, target)
+    return str(target)
+
+
+def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_path):
+    """A missing decoder, a wrong head, another job, other classes, other pooling: each named, each with a remedy."""
+    path, _ = checkpoint
+
+    def no_decoder(stored):
+        stored["model"] = {k: v for k, v in stored["model"].items() if not k.startswith("decoder")}
+
+    file = spoiled(path, tmp_path / "encoder.pth", no_decoder)
+    with pytest.raises(UserError, match="has no decoder.*--finetune"):
+        resume(file, autoencoder())
+    file = spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="other"))
+    with pytest.raises(UserError, match="of another job, other: pass it as --finetune"):
+        resume(file, autoencoder())
+
+    vit = classifier()
+    keeper = checkpoints(tmp_path, vit, optim.finetune_optimizer(vit, 1, 0, 1), "finetune", class_to_idx={"a": 0})
+    keeper.save(Position(7), whole_epoch=True)
+    file, args = str(tmp_path / "checkpoint-7.pth"), {"model": "small"}
+    for model, message in (
+        (classifier(num_classes=5), "its head has 3 classes, --nb_classes is 5"),
+        (models_vit.make_linear_probe(classifier()), "its head is that of main_finetune.py"),
+        (classifier(global_pool=False), "pass --global_pool"),
+        (autoencoder(), "has no decoder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            misc.load_for_eval(file, model, args, {})
+    with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a; only in --data_path: b"):
+        misc.load_for_eval(file, classifier(), args, {"b": 0})
+    with pytest.raises(UserError, match="has a head already"):
+        misc.load_pretrained(file, classifier(), global_pool=True)
+
+
+def test_a_flipped_byte_is_found_by_the_digest(checkpoint, capsys):
+    path, _ = checkpoint
+    data = bytearray(Path(path).read_bytes())
+    middle = len(data) // 2
+    data[middle] ^= 1
+    Path(path).write_bytes(data)
+    with pytest.raises(UserError, match="is damaged: its SHA-256.*Take an earlier one"):
+        misc.load_checkpoint(path)
+    Path(f"{path}.sha256").unlink()
+    misc.load_checkpoint(path)
+    assert "no digest beside it" in capsys.readouterr().out
+
+
+def test_keep_leaves_the_newest_and_the_best(tmp_path):
+    model = autoencoder()
+    keeper = checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1.0, 0.5), keep=2)
+    for epoch in range(12):
+        keeper.save(Position(epoch, best_epoch=min(epoch, 3)), whole_epoch=True)
+    kept = {f"checkpoint-{name}.pth" for name in (3, 10, 11, "last")}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {f"{name}.sha256" for name in kept}
+
+
+def test_flags_that_differ_are_listed_and_another_schedule_is_refused(checkpoint, capsys):
+    path, _ = checkpoint
+    model = autoencoder()
+    resume(path, model, mask_ratio=0.5, lr=None)
+    resume(path, model, model="small", clip_grad=1.0, keep=7)
+    assert "differ" not in capsys.readouterr().out
+    for change, message in ((("seed", 1), "--seed 0 -> 1"), (("batch_size", 4), "effective batch 2 -> 4")):
+        with pytest.raises(UserError, match=message):
+            resume(path, model, **dict([change]))
+    keeper = checkpoints("", model, optim.pretrain_optimizer(model, 1.0, 0.5), seed=1)
+    assert keeper.resume(path, override=True).epoch == 5
+    assert "differ from the checkpoint's: --seed 0 -> 1" in capsys.readouterr().out
 
 
 class Hostile:

@@ -1,4 +1,4 @@
-"""Engines: accumulation, exact evaluation, stopping on a loss that is not finite."""
+"""Engines: accumulation, exact evaluation, updates whose gradients are not finite."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import nn
 
 import engine_finetune
 from models_mae import MaskedAutoencoderViT
-from util.amp import LossScaler, choose, micro_step
+from util.amp import BadSteps, LossScaler, choose, micro_step
+from util.lars import LARS
 from util.lr_sched import CosineSchedule
 from util.meters import Meters
 
@@ -69,18 +70,84 @@ def test_top5_is_clamped_to_the_number_of_classes(capsys):
     assert line == f"* Acc@1 {stats['acc1']:.3f} Acc@5 100.000 loss {stats['loss']:.3f}"
 
 
-def test_training_stops_when_the_loss_is_not_finite():
-    with pytest.raises(FloatingPointError, match="epoch 0 near step 1"):
-        train(linear(), [*batches(1), (torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.long))], 1)
+def not_finite(size=4):
+    return torch.full((size, 6), float("nan")), torch.zeros(size, dtype=torch.long)
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    """One bad batch among three, alone and within an accumulation group: as if its update had not been."""
+    data = batches(3)
+    expected = train(linear(), [data[0], data[2]], accum_iter=1)
+    assert torch.equal(train(linear(), [data[0], not_finite(), data[2]], accum_iter=1).weight, expected.weight)
+    grouped = train(linear(), [data[0], not_finite(), data[2]], accum_iter=2, clip_grad=1.0)
+    assert torch.equal(grouped.weight, train(linear(), [data[2]], accum_iter=1, clip_grad=1.0).weight)
+
+
+@pytest.mark.parametrize("make", ["adamw", "lars"])
+def test_skipped_updates_leave_the_optimisers_state_alone(make):
+    """Decided by the optimiser from a tensor, without waiting for the device."""
+    torch.manual_seed(0)
+    model, scaler = linear(), LossScaler("off", CPU)
+    if make == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    else:
+        optimizer = LARS(model.parameters(), lr=0.1, weight_decay=0.1)
+
+    def update(batch):
+        scaler.backward(nn.functional.cross_entropy(model(batch[0]), batch[1]))
+        skipped = scaler.step(optimizer, model.parameters(), None)
+        states = [value.clone() for state in optimizer.state.values() for value in state.values()]
+        return skipped.item(), [p.detach().clone() for p in model.parameters()] + states
+
+    good, before = update(batches(1)[0])
+    bad, after = update(not_finite())
+    better, later = update(batches(1)[0])
+    assert (good, bad, better) == (False, True, False) and len(before) >= 4
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(after, later, strict=True))
+
+
+def test_a_probes_statistics_survive_a_bad_batch():
+    model = nn.Sequential(nn.BatchNorm1d(6, affine=False), linear())
+    train(model, [*batches(1), not_finite()], accum_iter=1)
+    assert torch.isfinite(model[0].running_mean).all() and model[0].num_batches_tracked == 1
+
+
+def test_bad_steps_are_counted_in_a_row_and_latched():
+    bad = BadSteps(3, CPU, "bf16")
+    for step, skipped in enumerate([0, 1, 1, 0, 1, 0]):
+        bad.update(torch.tensor(bool(skipped)), step)
+    assert bad.read() == (3, 1, False) and bad.read()[0] == 0
+    for step, skipped in enumerate([1, 1, 1, 0]):
+        bad.update(torch.tensor(bool(skipped)), step)
+    assert bad.read() == (3, 0, True)
+
+
+def test_overflows_that_the_fp16_scaler_absorbs_do_not_count():
+    bad = BadSteps(2, CPU, "fp16")
+    for step in range(16):
+        bad.update(torch.tensor(True), step)
+    assert bad.read() == (0, 0, False)
+    for step in range(16, 18):
+        bad.update(torch.tensor(True), step)
+    assert bad.read() == (2, 16, True)
+
+
+def test_meters_leave_out_and_count_what_is_not_finite():
+    meters = Meters(CPU)
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        meters.update(loss=torch.tensor(value))
+    assert meters.window() == ({"loss": 2.0}, [2]) and meters.averages() == {"loss": 2.0}
 
 
 def test_meters_average_windows_and_epoch():
     meters = Meters(CPU)
     meters.update(loss=torch.tensor(1.0), lr=0.5)
     meters.update(loss=torch.tensor(2.0), lr=0.5)
-    assert meters.window() == {"loss": 1.5, "lr": 0.5}
+    assert meters.window() == ({"loss": 1.5, "lr": 0.5}, [0])
     meters.update(loss=torch.tensor(6.0), lr=0.2)
-    assert meters.window() == pytest.approx({"loss": 6.0, "lr": 0.2})
+    assert meters.totals_so_far() == {"loss": [9.0, 3.0], "lr": pytest.approx([1.2, 3.0])}
+    assert meters.window()[0] == pytest.approx({"loss": 6.0, "lr": 0.2})
     assert meters.averages() == pytest.approx({"loss": 3.0, "lr": 0.4})
 
 

@@ -293,7 +293,9 @@ def test_reference_checkpoint_resumes(job):
         pooled = "fc_norm.weight" in stored["model"]
         model = VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=pooled)
         optimizer = optim.finetune_optimizer(model, 1.0, 0.05, 0.75)
-    assert misc.resume(source, model, optimizer, LossScaler("off", CPU)) == stored["epoch"] + 1
+    args = {"model": "reference", "batch_size": 1}
+    checkpoints = misc.Checkpoints("", job, model, optimizer, LossScaler("off", CPU), args)
+    assert checkpoints.resume(source).epoch == stored["epoch"] + 1
     assert all(torch.equal(value, stored["model"][name]) for name, value in model.state_dict().items())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(stored["optimizer"]["state"]) == len(parameters)

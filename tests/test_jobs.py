@@ -88,7 +88,7 @@ def test_probing_leaves_the_trunk_alone(pretrained, images, tmp_path):
 
 def test_resume_goes_on_at_the_next_epoch(images, tmp_path):
     path = pretrain(images, tmp_path, "--save_freq 1", epochs=2)
-    pretrain(images, tmp_path, epochs=3, resume=path)
+    pretrain(images, tmp_path, "--resume_override", epochs=3, resume=path)
     assert [line["epoch"] for line in log_of(tmp_path)] == [0, 1, 2]
     stored = torch.load(tmp_path / "checkpoint-2.pth", weights_only=True)
     assert stored["epoch"] == 2 and stored["optimizer"]["state"][0]["step"] == 3 * 5

@@ -102,4 +102,4 @@ def test_all_problems_are_reported_at_once():
 def test_a_mistake_ends_in_one_message_and_exit_code_2(script, images, tmp_path):
     done = script("main_pretrain.py", "--data_path", tmp_path / "none", "--device", "cpu")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: no folder") and "train/<class>/<images>" in done.stderr
+    assert done.stderr.startswith("error: --data_path") and "train/<class>/<images>" in done.stderr

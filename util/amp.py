@@ -52,14 +52,29 @@ class LossScaler:
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_grad: float | None
-    ) -> None:
-        """Apply the accumulated gradients, their global norm clipped to clip_grad if given, and clear them."""
+    ) -> Tensor:
+        """Apply the accumulated gradients, their global norm clipped to clip_grad if given, and clear them.
+
+        Gradients that are not finite change nothing: neither parameters nor the optimiser's state. Returns whether
+        that was so, as a boolean tensor: fused optimisers read it on the device, and nothing waits for it.
+        """
+        parameters = [p for p in parameters if p.grad is not None]
+        self.scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        skipped = ~torch.isfinite(norm)
         if clip_grad is not None:
-            self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, clip_grad)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+            nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # the way that GradScaler itself goes
+            optimizer.found_inf = skipped.float()
+            optimizer.step()
+            del optimizer.found_inf
+        elif not skipped:
+            optimizer.step()
         optimizer.zero_grad()
+        return skipped
 
     def state_dict(self) -> dict:
         return self.scaler.state_dict()
@@ -68,3 +83,30 @@ class LossScaler:
         """Take a stored scaler; the empty one of a run without fp16 leaves a fresh one."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
+
+
+class BadSteps:
+    """Counts, on the device, the updates that were skipped; all ranks count alike, since they exchange gradients.
+
+    An fp16 scaler starts high and halves itself at an overflow: what it can absorb, 16 in a row, does not count.
+    """
+
+    def __init__(self, limit: int, device: torch.device, amp: str) -> None:
+        """limit: --max_bad_steps, how many in a row stop the run."""
+        self.limit, self.absorbed = limit, 16 if amp == "fp16" else 0
+        self.streak, self.count, self.first = (torch.zeros((), dtype=torch.long, device=device) for _ in range(3))
+        self.tripped = torch.zeros((), dtype=torch.bool, device=device)
+
+    def update(self, skipped: Tensor, step: int) -> None:
+        """Take note of the update made at batch `step` of the epoch."""
+        self.streak = torch.where(skipped, self.streak + 1, 0)
+        counts = self.streak > self.absorbed
+        self.first = torch.where(counts & (self.count == 0), step, self.first)
+        self.count = self.count + counts
+        self.tripped = self.tripped | (self.streak >= self.limit + self.absorbed)
+
+    def read(self) -> tuple[int, int, bool]:
+        """Since the last call: how many, the first one's batch, and whether the limit was met. Waits for the device."""
+        count, first = self.count.item(), self.first.item()
+        self.count = torch.zeros_like(self.count)
+        return count, first, bool(self.tripped)

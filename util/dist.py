@@ -2,12 +2,13 @@
 
 import os
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.distributed as td
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -77,6 +78,40 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     td.all_reduce(total)
     return total.tolist()
+
+
+def gather(value: object) -> list:
+    """Every rank's value, in the order of the ranks, on all ranks."""
+    if not td.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    td.all_gather_object(values, value)
+    return values
+
+
+def from_rank0(work: Callable[[], object]) -> object:
+    """Rank 0's result of work(), on all ranks; what it raises is raised on all."""
+    if not td.is_initialized():
+        return work()
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    td.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """The elementwise maximum over all ranks, on the CPU."""
+    if not td.is_initialized():
+        return values
+    values = values.to(device, copy=True)
+    td.all_reduce(values, td.ReduceOp.MAX)
+    return values.cpu()
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:

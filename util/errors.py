@@ -1,30 +1,88 @@
-"""Mistakes of the user: one clear message and exit code 2, never a traceback."""
+"""How a script ends when something is wrong: one message and an exit code, not a traceback.
 
+    2    the user can put it right: flags, data, checkpoint, a full disk
+    1    the run failed: gradients that are not finite, a loader or another rank that died
+    143  stopped by SIGTERM or SIGUSR1 after saving; 130 by SIGINT
+"""
+
+import errno
+import re
 import sys
 from collections.abc import Callable
+from signal import SIGINT
 
 import torch.distributed
 
 from util import dist
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+# How gloo, NCCL and the store say that another process is gone.
+PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|Socket Timeout")
+
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what is wrong, where, and what to do."""
+    """Something that the user can put right: the message says what is wrong, where, and what to do.
+
+    Every rank meets it alike, so that one speaks for all.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught "):  # what a loader process raised comes back with its traceback in front
+            message = re.split(r"util\.errors\.\w+: ", message)[-1].strip()
+        super().__init__(message)
+
+
+class LocalError(UserError):
+    """A UserError that one rank meets alone: that rank says it."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved where it stands."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+def _complain(error: Exception) -> int:
+    """Say what happened, on stderr; returns the exit code. Raises the error again if it is a bug of ours."""
+    text, code, speaks = f"error: {error}", 1, True
+    if isinstance(error, UserError):
+        code, speaks = 2, isinstance(error, LocalError) or dist.local_rank() == 0
+    elif isinstance(error, Stopped):
+        text, code, speaks = str(error), 130 if error.signum == SIGINT else 143, dist.rank() == 0
+    elif isinstance(error, FloatingPointError):
+        text = f"rank {dist.rank()} stops: {error}"
+    elif isinstance(error, OSError) and error.errno in DISK:
+        text, code = f"error: cannot write {error.filename or 'to the output folder'}: {error.strerror}", 2
+    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        text += (
+            ". A loader process died; out of memory is the usual reason: lower --num_workers. "
+            "Go on from the newest checkpoint with --resume auto"
+        )
+    elif isinstance(error, RuntimeError) and dist.world_size() > 1 and PEERS.search(str(error)):
+        text = (
+            f"error: rank {dist.rank()} lost another process: {str(error).splitlines()[0]}. Look for that one's own "
+            "message; go on from the newest checkpoint with --resume auto"
+        )
+    else:
+        raise error
+    if speaks:
+        print(text, file=sys.stderr, flush=True)
+    return code
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(); a UserError ends in its message on stderr (once per machine) and exit code 2."""
+    """Run a script's main(); whatever a user should read ends in one message and the exit code listed above."""
+    code = 0
     try:
         main()
-    except UserError as error:
-        if dist.local_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"rank {dist.rank()} stops: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        code = 130
+    except Exception as error:
+        code = _complain(error)
+    # After a failure the other ranks may be gone, and leaving the group in good order would wait for them.
+    if torch.distributed.is_initialized() and code in (0, 130, 143):
+        torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)

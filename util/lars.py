@@ -8,6 +8,7 @@ class LARS(torch.optim.Optimizer):
 
     Matrices: g <- g + weight_decay * w, then g <- g * trust_coefficient * |w| / |g| (factor 1 where a norm is 0).
     1-D parameters: plain momentum without decay. Then buffer <- momentum * buffer + g, w <- w - lr * buffer.
+    Like torch's fused optimisers it takes `found_inf`, a tensor that is 1 where the step must change nothing.
     Written by hand: timm's divides by |g| + weight_decay * |w|, which is another step once there is weight decay.
     """
 
@@ -18,6 +19,7 @@ class LARS(torch.optim.Optimizer):
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust_coefficient": trust_coefficient,
         }  # fmt: skip
         super().__init__(params, defaults)
+        self._step_supports_amp_scaling = True
 
     @torch.no_grad()
     def step(self, closure=None) -> torch.Tensor | None:
@@ -26,6 +28,7 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -38,6 +41,10 @@ class LARS(torch.optim.Optimizer):
                     scalable = (weight_norm > 0) & (update_norm > 0)
                     update = update * torch.where(scalable, trust, torch.ones_like(trust))
                 buffer = self.state[parameter].setdefault("mu", torch.zeros_like(parameter))
-                buffer.mul_(group["momentum"]).add_(update)
-                parameter.sub_(buffer, alpha=group["lr"])
+                after = group["momentum"] * buffer + update
+                moved = parameter - group["lr"] * after
+                if skip is not None:
+                    after, moved = torch.where(skip > 0, buffer, after), torch.where(skip > 0, parameter, moved)
+                buffer.copy_(after)
+                parameter.copy_(moved)
         return loss

@@ -1,6 +1,7 @@
 """What a run leaves behind for people: log.txt (a JSON line per epoch) and TensorBoard. Only rank 0 writes."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -8,18 +9,25 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from util import dist
+from util.folder import replace
 
 
 class RunLog:
-    """log.txt in output_dir, TensorBoard events in log_dir; either may be empty to have none."""
+    """log.txt in output_dir, TensorBoard events in log_dir; either may be empty to have none.
 
-    def __init__(self, output_dir: str, log_dir: str) -> None:
+    What a run that goes on had written after the point where it goes on is taken back, so that no step shows twice.
+    """
+
+    def __init__(self, output_dir: str, log_dir: str, epoch: float) -> None:
+        """epoch: where the run begins or goes on, as a fraction (3.5: in the middle of epoch 3)."""
         main = dist.rank() == 0
         self.file = Path(output_dir) / "log.txt" if main and output_dir else None
-        self.board = SummaryWriter(log_dir) if main and log_dir else None
+        self.board = SummaryWriter(log_dir, purge_step=int(epoch * 1000)) if main and log_dir else None
         self.n_parameters = 0
-        if self.file:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.held: list[tuple[float, dict[str, float]]] = []
+        if self.file and self.file.exists():
+            kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < int(epoch)]
+            replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(self, name: str, model: nn.Module, images: int, device: torch.device, amp: str) -> None:
         """Say what is about to be trained, and keep the number of trained parameters for log.txt."""
@@ -32,6 +40,19 @@ class RunLog:
             for name, value in values.items():
                 self.board.add_scalar(name, value, int(epoch * 1000))
 
+    def hold(self, epoch: float, values: dict[str, float]) -> None:
+        """As scalars, once a checkpoint remembers that the evaluation is done: it is repeated by a run that goes on
+        from an earlier one."""
+        self.held.append((epoch, values))
+
+    def flush_held(self) -> None:
+        """A checkpoint was written."""
+        for epoch, values in self.held:
+            self.scalars(epoch, values)
+        self.held = []
+        if self.board:
+            self.board.flush()
+
     def epoch(self, values: dict[str, float]) -> None:
         """One line in log.txt."""
         if self.file:
@@ -41,5 +62,14 @@ class RunLog:
             self.board.flush()
 
     def close(self) -> None:
+        self.flush_held()
         if self.board:
             self.board.close()
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a line of log.txt; infinity for one that a crash cut short."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -8,10 +8,99 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util import dist
-from util.amp import LossScaler, micro_step
+from util.amp import BadSteps, LossScaler, micro_step
+from util.errors import Stopped, UserError
 from util.log import RunLog
 from util.lr_sched import CosineSchedule
-from util.meters import Meters, check_finite
+from util.meters import Meters
+from util.misc import Checkpoints, Position, set_rng_state
+from util.signals import Requests
+
+
+class Run:
+    """What goes on around the steps of a run: reports, bad updates and files, requests to save or to stop."""
+
+    def __init__(
+        self,
+        loader: DataLoader,
+        checkpoints: Checkpoints,
+        log: RunLog,
+        position: Position,
+        device: torch.device,
+        requests: Requests,
+        max_bad_steps: int,
+        max_bad_images: float,
+    ) -> None:
+        """max_bad_steps: updates in a row with gradients that are not finite; max_bad_images: share of the files."""
+        self.checkpoints, self.log, self.position, self.requests = checkpoints, log, position, requests
+        self.bad_steps = BadSteps(max_bad_steps, device, checkpoints.scaler.amp)
+        self.images, self.max_bad_images, self.device = loader.dataset, max_bad_images, device
+        self.known_bad = 0
+
+    @property
+    def first_step(self) -> int:
+        """Batches of the epoch that are done already."""
+        return self.position.images // self.checkpoints.images_per_step
+
+    def report(self, step: int, not_finite: list[int]) -> None:
+        """At a logging step: say which updates were skipped; raise FloatingPointError, on all ranks, where they were
+        too many in a row, and UserError where too many images can't be read."""
+        epoch, (count, first, tripped) = self.position.epoch, self.bad_steps.read()
+        if count or tripped:
+            ranks = [str(rank) for rank, values in enumerate(not_finite) if values]
+            who = f"the loss was not finite on rank {', '.join(ranks)}" if ranks else "every rank's loss was finite"
+            what = f"{count} updates up to step {step} of epoch {epoch}, from step {first} on, had gradients that "
+            what += f"were not finite ({who}) and were skipped"
+            if tripped:
+                newest = self.checkpoints.newest or "none was written yet"
+                raise FloatingPointError(
+                    f"{what}; --max_bad_steps {self.bad_steps.limit} in a row is the limit. The parameters are as "
+                    f"before them; newest checkpoint: {newest}. Lower --blr, add --clip_grad or use --amp off, and "
+                    "go on with --resume auto"
+                )
+            dist.say(f"warning: {what}")
+        self._check_images()
+
+    def _check_images(self) -> None:
+        found = int(dist.sum_over_ranks([float(self.images.bad.sum())], self.device)[0])
+        if found == self.known_bad:
+            return
+        self.images.bad.copy_(dist.max_over_ranks(self.images.bad, self.device))  # so that each is named once
+        self.known_bad = int(dist.sum_over_ranks([float(self.images.bad.sum())], self.device)[0])
+        bad, total = int(self.images.bad.sum()), len(self.images)
+        dist.say(f"warning: {bad} of {total} images cannot be read and are replaced by others")
+        if bad > self.max_bad_images * total:
+            raise UserError(
+                f"{bad} of {total} images in {self.images.images.root} cannot be read (named above), more than "
+                f"--max_bad_images {self.max_bad_images:g}: mend or remove them, or raise the limit"
+            )
+
+    def after_update(self, step: int, meters: Meters) -> None:
+        """After the update that ends at batch `step`: save where it is time to. Raises Stopped on a request to stop."""
+        signum, due = self.requests.poll()
+        if signum or due:
+            self.position.images = (step + 1) * self.checkpoints.images_per_step
+            self.position.totals = meters.totals_so_far()
+            self._save_in_epoch(signum)
+
+    def poll(self) -> None:
+        """Between an epoch's training and its end, while evaluating: raises Stopped on a request, after saving."""
+        signum, _ = self.requests.poll()
+        if signum:
+            self._save_in_epoch(signum)
+
+    def _save_in_epoch(self, signum: int) -> None:
+        self.checkpoints.save(self.position, whole_epoch=False)
+        self.saved()
+        if signum:
+            where = f"in epoch {self.position.epoch} after {self.position.images} images"
+            kept = self.checkpoints.newest or "nothing, since there is no --output_dir"
+            raise Stopped(signum, f"stopped by signal {signum} {where}; saved {kept}. --resume auto goes on from there")
+
+    def saved(self) -> None:
+        """A checkpoint was written."""
+        self.requests.save_done()
+        self.log.flush_held()
 
 
 def train_epoch(
@@ -26,67 +115,95 @@ def train_epoch(
     *,
     accum_iter: int,
     clip_grad: float | None,
-    log: RunLog | None,
+    run: Run | None,
     loss_tag: str,
     print_freq: int,
 ) -> dict[str, float]:
-    """Train on every batch of the loader; loss_of(*batch) is its mean loss, a scalar on the device.
+    """Train on every batch of the loader that is left; loss_of(*batch) is its mean loss, a scalar on the device.
 
     The loss of a batch is divided by the number of batches in its accumulation group; the learning rate is set at
-    the start of a group. TensorBoard gets the loss as `loss_tag`, and lr. Returns the epoch's mean loss and learning
-    rate over all ranks. Raises FloatingPointError, on every rank, when a reported loss is not finite.
+    the start of a group. An update whose gradients are not finite changes nothing. TensorBoard gets the loss as
+    `loss_tag`, and lr. Returns the epoch's mean loss and learning rate over all ranks. With a run it raises what the
+    run's methods raise, on every rank.
     """
     model.train()
     optimizer.zero_grad()
-    meters, steps = Meters(device), len(loader)
+    steps, first_step = len(loader), run.first_step if run else 0
+    meters = Meters(device, run.position.totals if run else None)
+    buffers = list(model.buffers())  # a probe's BatchNorm statistics
 
-    def report(step: int, means: dict[str, float]) -> None:
-        check_finite(means["loss"], epoch, step)
-        if log:
-            log.scalars(epoch + step / steps, {loss_tag: means["loss"], "lr": means["lr"]})
+    def report(step: int, means: dict[str, float], not_finite: list[int]) -> None:
+        if run:
+            run.log.scalars(epoch + step / steps, {loss_tag: means["loss"], "lr": means["lr"]})
+            run.report(step, not_finite)
 
-    for step, batch in enumerate(meters.watch(loader, f"epoch {epoch}", print_freq, report)):
+    for step, batch in meters.watch(loader, first_step, f"epoch {epoch}", print_freq, report):
         part = micro_step(step, steps, accum_iter)
         if part.first:
             lr = schedule.apply(optimizer, epoch + step / steps)
+            before = [buffer.clone() for buffer in buffers]
         with dist.grad_sync(model, part.last):
             with scaler.autocast():
                 loss = loss_of(*batch)
             scaler.backward(loss / part.size)
-        if part.last:
-            scaler.step(optimizer, model.parameters(), clip_grad)
         meters.update(loss=loss, lr=lr)
+        if part.last:
+            skipped = scaler.step(optimizer, model.parameters(), clip_grad)
+            for buffer, old in zip(buffers, before, strict=True):
+                buffer.copy_(torch.where(skipped, old, buffer))
+            if run:
+                run.bad_steps.update(skipped, step)
+                run.after_update(step, meters)
+    if run:
+        run.position.totals = meters.totals
     return meters.averages()
 
 
 def run_epochs(
     loader: DataLoader,
-    epochs: range,
-    save_freq: int,
+    epochs: int,
+    checkpoints: Checkpoints,
     log: RunLog,
-    train: Callable[[int], dict[str, float]],
-    save: Callable[[int], None],
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    position: Position,
+    device: torch.device,
+    train: Callable[[int, Run], dict[str, float]],
+    *,
+    save_freq: int,
+    save_minutes: float,
+    max_bad_steps: int,
+    max_bad_images: float,
+    evaluate: Callable[[Callable[[], None]], dict[str, float]] | None = None,
     eval_freq: int = 1,
 ) -> None:
-    """Per epoch: shuffle, train, save a checkpoint (every save_freq epochs and after the last), evaluate (likewise),
-    and log.
+    """From `position` to the end, per epoch: shuffle, train, evaluate (every eval_freq epochs and after the last), log
+    a line, and save a checkpoint (every save_freq epochs, after the last, and where the accuracy is the best so far).
 
-    log.txt gets train_*, test_*, epoch and n_parameters; the best accuracy so far is printed.
+    log.txt gets train_*, test_*, epoch and n_parameters. Raises Stopped on a signal, after saving.
     """
-    start, best = time.time(), 0.0
-    for epoch in epochs:
-        loader.sampler.set_epoch(epoch)
-        stats = {f"train_{name}": value for name, value in train(epoch).items()}
-        last = epoch + 1 == epochs.stop
-        if last or (epoch + 1) % save_freq == 0:
-            save(epoch)
-        if evaluate and (last or (epoch + 1) % eval_freq == 0):
-            test = evaluate()
-            best = max(best, test["acc1"])
-            dist.say(f"best accuracy so far: {best:.2f} %")
-            stats |= {f"test_{name}": value for name, value in test.items()}
-            log.scalars(epoch, {f"perf/test_{name}": value for name, value in test.items()})
-        log.epoch({**stats, "epoch": epoch, "n_parameters": log.n_parameters})
+    start = time.time()
+    if len(position.rng) > dist.rank():
+        set_rng_state(position.rng[dist.rank()])
+    first_epoch = position.epoch
+    with Requests(save_minutes) as requests:
+        run = Run(loader, checkpoints, log, position, device, requests, max_bad_steps, max_bad_images)
+        for epoch in range(first_epoch, epochs):
+            position.epoch = epoch
+            loader.sampler.set_epoch(epoch, run.first_step)
+            stats = {f"train_{name}": value for name, value in train(epoch, run).items()}
+            last, improved = epoch + 1 == epochs, False
+            if evaluate and (last or (epoch + 1) % eval_freq == 0):
+                position.images = len(loader) * checkpoints.images_per_step
+                test = evaluate(run.poll)
+                improved = test["acc1"] > position.best
+                if improved:
+                    position.best, position.best_epoch = test["acc1"], epoch
+                dist.say(f"best accuracy so far: {position.best:.2f} %, after epoch {position.best_epoch}")
+                stats |= {f"test_{name}": value for name, value in test.items()}
+                log.hold(epoch, {f"perf/test_{name}": value for name, value in test.items()})
+            log.epoch({**stats, "epoch": epoch, "n_parameters": log.n_parameters})
+            if last or improved or (epoch + 1) % save_freq == 0:
+                checkpoints.save(position, whole_epoch=True)
+                run.saved()
+            position.images, position.totals = 0, {}
     log.close()
-    dist.say(f"trained {len(epochs)} epochs in {time.time() - start:.0f} s")
+    dist.say(f"trained {max(0, epochs - first_epoch)} epochs in {time.time() - start:.0f} s")

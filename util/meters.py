@@ -13,59 +13,85 @@ from util import dist
 class Meters:
     """Means over the window since the last report and over the whole epoch, over all ranks.
 
-    Values stay on their device until a report reads them, so that a step need not wait for the device.
+    Values stay on their device until a report reads them, so that a step need not wait for the device. What is not
+    finite is left out of the means and counted, by rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, totals: dict[str, list[float]] | None = None) -> None:
+        """totals: the sums and counts, over all ranks, of an epoch's beginning."""
         self.device = device
-        self._window: dict[str, tuple[Tensor | float, int]] = {}
-        self._totals: dict[str, tuple[float, float]] = {}
+        self._window: dict[str, tuple[Tensor | float, Tensor | int]] = {}
+        self.totals = {name: list(pair) for name, pair in (totals or {}).items()}
+        self._not_finite = 0.0
 
     def update(self, **values: Tensor | float) -> None:
         """Add one step's scalars."""
         for name, value in values.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
             total, count = self._window.get(name, (0.0, 0))
-            self._window[name] = (total + value, count + 1)
+            if isinstance(value, Tensor):
+                value = value.detach().float()
+                finite = torch.isfinite(value)
+                self._not_finite = self._not_finite + ~finite
+                self._window[name] = (total + torch.where(finite, value, 0.0), count + finite)
+            else:
+                self._window[name] = (total + value, count + 1)
 
-    def window(self) -> dict[str, float]:
-        """Means since the last call, over all ranks (which must all call); waits for the device."""
+    def window(self) -> tuple[dict[str, float], list[int]]:
+        """Means since the last call, over all ranks (which must all call), and how many values were not finite on
+        each rank; waits for the device."""
         names = list(self._window)
         flat = [float(x) for name in names for x in self._window[name]]
-        flat = dist.sum_over_ranks(flat, self.device)
+        by_rank = [0.0] * dist.world_size()
+        by_rank[dist.rank()] = float(self._not_finite)
+        flat = dist.sum_over_ranks(flat + by_rank, self.device)
         means = {}
-        for name, total, count in zip(names, flat[::2], flat[1::2], strict=True):
-            means[name] = total / count
-            old_total, old_count = self._totals.get(name, (0.0, 0.0))
-            self._totals[name] = (old_total + total, old_count + count)
-        self._window = {}
-        return means
+        for index, name in enumerate(names):
+            total, count = flat[2 * index : 2 * index + 2]
+            means[name] = total / count if count else math.nan
+            old_total, old_count = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = [old_total + total, old_count + count]
+        self._window, self._not_finite = {}, 0.0
+        return means, [int(count) for count in flat[2 * len(names) :]]
+
+    def totals_so_far(self) -> dict[str, list[float]]:
+        """The epoch's sums and counts, the window's included, which goes on. All ranks must call."""
+        window, totals, not_finite = self._window, self.totals, self._not_finite
+        self.totals = {name: list(pair) for name, pair in totals.items()}
+        self.window()
+        result = self.totals
+        self._window, self.totals, self._not_finite = window, totals, not_finite
+        return result
 
     def averages(self) -> dict[str, float]:
         """Means over everything that was reported so far."""
-        return {name: total / count for name, (total, count) in self._totals.items()}
+        return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
 
     def watch(
-        self, loader: Sized, header: str, print_freq: int, report: Callable[[int, dict], None] | None = None
-    ) -> Iterator:
-        """Yield the loader's batches; every print_freq of them and after the last, print a line and call
-        report(step, means of the window)."""
+        self,
+        loader: Sized,
+        first_step: int,
+        header: str,
+        print_freq: int,
+        report: Callable[[int, dict[str, float], list[int]], None],
+    ) -> Iterator[tuple[int, object]]:
+        """Yield (step, batch) from first_step on; every print_freq batches and after the last, print a line and call
+        report(step, means of the window, values that were not finite by rank)."""
         steps = len(loader)
         start = window_start = time.perf_counter()
-        for step, batch in enumerate(loader):
-            yield batch
+        in_window = 0
+        for step, batch in enumerate(loader, first_step):
+            yield step, batch
+            in_window += 1
             if step % print_freq and step != steps - 1:
                 continue
-            means = self.window()
+            means, not_finite = self.window()
             now = time.perf_counter()
-            per_step = (now - window_start) / (1 if step == 0 else (step - 1) % print_freq + 1)
-            window_start = now
-            eta = (now - start) / (step + 1) * (steps - step - 1)
+            eta = (now - start) / (step + 1 - first_step) * (steps - step - 1)
             words = "  ".join(f"{name}: {_short(value)}" for name, value in means.items())
-            times = f"s/step: {per_step:.3f}  left: {_clock(eta)}"
+            times = f"s/step: {(now - window_start) / in_window:.3f}  left: {_clock(eta)}"
+            window_start, in_window = now, 0
             dist.say(f"{header} [{step + 1}/{steps}]  {words}  {times}{self._memory()}")
-            if report:
-                report(step, means)
+            report(step, means, not_finite)
 
     def _memory(self) -> str:
         if self.device.type != "cuda":
@@ -80,12 +106,3 @@ def _short(value: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def check_finite(loss: float, epoch: int, step: int) -> None:
-    """Raise FloatingPointError if a loss, averaged over all ranks (so that all raise together), is not finite."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss} in epoch {epoch} near step {step}: lower --blr, add --clip_grad or use --amp off; "
-            "go on from the newest checkpoint with --resume"
-        )

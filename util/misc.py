@@ -1,112 +1,273 @@
 """Checkpoints: what is in them, how they are written, and how they come back.
 
-checkpoint-{epoch}.pth holds, all of it plain types and tensors (torch.load with weights_only=True opens it):
+output_dir/
+    checkpoint-{epoch}.pth          the state after an epoch
+    checkpoint-last.pth             the newest state, in mid-epoch too
+    checkpoint-*.pth.sha256         its digest, as sha256sum writes it
+
+A checkpoint holds, all of it plain types and tensors (torch.load with weights_only=True opens it):
     model         parameters and buffers, under the names of the released weights
     model_config  the model's name and the arguments that build it
-    optimizer, scaler, epoch (the last one completed), args (a dict)
+    optimizer, scaler, epoch (the last one completed; -1: none), args (a dict)
     class_to_idx  classifiers only
+    position      of the epoch under way: images used, sums of what is averaged; the best accuracy and its epoch
+    rng           the states of every rank's random streams
+    job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
 """
 
 import argparse
-import hashlib
-import os
-import pickle
+import random
 import re
-import urllib.error
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from urllib.parse import urlparse
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from util import dist
 from util.amp import LossScaler
+from util.datasets import class_differences
 from util.errors import UserError
+from util.files import digest_file, is_url, load_checkpoint, write, wrong_digest
 from util.pos_embed import resize_pos_embed
 
-
-def is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
-
-
-def save_checkpoint(
-    output_dir: str,
-    epoch: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: LossScaler,
-    args: dict,
-    class_to_idx: dict[str, int] | None = None,
-) -> None:
-    """Write output_dir/checkpoint-{epoch}.pth from rank 0; a file of that name is replaced only once the new one is
-    whole. `args` are the run's flags, args["model"] its model's name. Without output_dir nothing is written."""
-    if not output_dir or dist.rank() != 0:
-        return
-    model = dist.unwrap(model)
-    state = {
-        "model": model.state_dict(),
-        "model_config": {"model": args["model"], **model.config},
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "epoch": epoch,
-        "args": args,
-    }
-    if class_to_idx is not None:
-        state["class_to_idx"] = class_to_idx
-    path = Path(output_dir) / f"checkpoint-{epoch}.pth"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    torch.save(state, unfinished)
-    os.replace(unfinished, path)
+# Flags that change how far a step of the schedule goes, or where it lies; with lr and the effective batch.
+SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
+# Flags that say where and how a run goes on, not what it computes.
+PLACE = {
+    "resume", "resume_override", "overwrite", "start_epoch", "eval", "output_dir", "log_dir", "save_freq", "keep",
+    "save_minutes", "num_workers", "pin_mem", "device", "world_size", "local_rank", "dist_on_itp", "dist_url",
+    "dist_eval",
+}  # fmt: skip
 
 
-def load_checkpoint(source: str) -> dict:
-    """Read a checkpoint from a file or an http(s) address, on the CPU, without running any code that is in it.
+@dataclass
+class Position:
+    """Where a run stands. `epoch` is the one under way; `images` of it, over all ranks, are used already."""
 
-    The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict comes back
-    as {"model": ...}. Raises UserError, naming the source, for a file that is missing, broken, refused or not a
-    checkpoint.
-    """
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    epoch: int = 0
+    images: int = 0
+    totals: dict[str, list[float]] = field(default_factory=dict)
+    best: float = 0.0
+    best_epoch: int = -1
+    rng: list[dict] = field(default_factory=list)
+
+    def fraction(self, images_per_epoch: int) -> float:
+        """The epoch with its fraction."""
+        return self.epoch + min(1.0, self.images / images_per_epoch)
+
+
+def rng_state() -> dict:
+    """This process's random streams, as plain types and tensors."""
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Put the streams back to where rng_state() found them."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Checkpoints:
+    """One run's checkpoints in output_dir; without output_dir nothing is written. All ranks call, rank 0 writes."""
+
+    def __init__(
+        self,
+        output_dir: str,
+        job: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler,
+        args: dict,
+        class_to_idx: dict[str, int] | None = None,
+    ) -> None:
+        """model: without DDP. args: the run's flags; args["model"] is its model's name, args["keep"] how many
+        checkpoints of epochs stay (None: all)."""
+        self.folder = Path(output_dir) if output_dir else None
+        self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
+        self.args = {**args, "world_size": dist.world_size()}
+        self.class_to_idx = class_to_idx
+        self.newest = ""
+
+    @property
+    def images_per_step(self) -> int:
+        """Images in a batch of all ranks."""
+        return self.args["batch_size"] * dist.world_size()
+
+    def prepare(self, source: str) -> None:
+        """Make the folder ready for a run that starts (source "") or goes on from source: unfinished files of a run
+        that was killed go, and where a run starts or comes from elsewhere, another run's checkpoints and log, too
+        (util.options.check has asked for --overwrite before)."""
+        if self.folder is None or dist.rank() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("checkpoint-*.tmp", "log.txt.tmp"):
+            for file in self.folder.glob(pattern):
+                file.unlink()
+        if not is_inside(source, self.folder):
+            for pattern in ("checkpoint-*.pth", "checkpoint-*.pth.sha256", "log.txt", "events.out.tfevents.*"):
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+
+    def save(self, position: Position, whole_epoch: bool) -> None:
+        """Write checkpoint-last.pth, and after a whole epoch (position.epoch) checkpoint-{epoch}.pth, too; then remove
+        what --keep no longer wants. Raises UserError, on all ranks, where it can't be written."""
+        rng = dist.gather(rng_state())
+        if self.folder is None:
+            return
+        names = ["last"]
+        if whole_epoch:
+            names = [str(position.epoch), "last"]
+            position = Position(position.epoch + 1, best=position.best, best_epoch=position.best_epoch)
+        paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
+        dist.from_rank0(lambda: (write(self._state(position, rng), paths), self._prune(position.best_epoch))[1])
+        self.newest = str(paths[0])
+
+    def _state(self, position: Position, rng: list[dict]) -> dict:
+        state = {
+            "model": self.model.state_dict(),
+            "model_config": {"model": self.args["model"], **self.model.config},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": position.epoch - 1,
+            "args": self.args,
+            "position": {name: value for name, value in asdict(position).items() if name not in ("epoch", "rng")},
+            "rng": rng,
+            "job": self.job,
+            "saved": time.time(),
+        }
+        return state if self.class_to_idx is None else {**state, "class_to_idx": self.class_to_idx}
+
+    def _prune(self, best_epoch: int) -> None:
+        if self.args.get("keep") is None:
+            return
+        numbered = {_epoch_in(path): path for path in self.folder.glob("checkpoint-*.pth") if _epoch_in(path) >= 0}
+        for epoch in sorted(numbered)[: -self.args["keep"]]:
+            if epoch != best_epoch:
+                numbered[epoch].unlink()
+                digest_file(numbered[epoch]).unlink(missing_ok=True)
+
+    def resume(self, source: str, start_epoch: int = 0, override: bool = False) -> Position:
+        """Load model, optimiser and scaler, and say where to go on: at start_epoch without a source ("") and for a
+        file of weights alone. Raises UserError where the file does not fit the model, the optimiser, the classes or,
+        without override, the schedule."""
+        if not source:
+            return Position(start_epoch)
+        checkpoint = load_checkpoint(source)
+        load_model(source, checkpoint, self.model, self.args, self.class_to_idx)
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            dist.say(f"weights from {source}, which holds no optimiser: starting at epoch {start_epoch}")
+            return Position(start_epoch)
+        if checkpoint.get("job", self.job) != self.job:
+            raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
+        self._compare(source, checkpoint.get("args"), override)
+        state = checkpoint["optimizer"]
         try:
-            checkpoint = _download(source) if is_url(source) else torch.load(source, "cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"it holds {found[1]}" if found else "it is not made of plain types and tensors"
-            raise UserError(f"{source} is refused: {what}, and loading it could run code. Nothing was run.") from error
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            raise UserError(f"cannot download {source}: {error}") from error
-        except OSError as error:
-            raise UserError(f"cannot read {source}: {error.strerror or error}") from error
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{source} is not a whole PyTorch checkpoint: {what}") from error
-    if isinstance(checkpoint, dict) and "model" not in checkpoint and _is_state_dict(checkpoint):
-        checkpoint = {"model": checkpoint}
-    if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
-        raise UserError(f"{source} is not a checkpoint: it has no 'model' with named tensors")
-    return checkpoint
+            for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+                group |= {name: own[name] for name in ("fused", "foreach") if name in own}  # how, not what
+            self.optimizer.load_state_dict(state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
+        self.scaler.load_state_dict(checkpoint.get("scaler") or {})
+        self.newest = source
+        position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []))
+        left = position.images % self.images_per_step
+        if left:  # only with --resume_override
+            position.images -= left
+            dist.say(f"the batches don't line up: {left} images of epoch {position.epoch} are used a second time")
+        where = f"in epoch {position.epoch} after {position.images} images" if position.images else "after epoch "
+        dist.say(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
+        return position
+
+    def _compare(self, source: str, stored: object, override: bool) -> None:
+        """List the flags that differ from the checkpoint's; refuse those that change the schedule."""
+        stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+        if not isinstance(stored, dict):
+            return
+        differing = [
+            f"--{name} {stored[name]} -> {value}"
+            for name, value in self.args.items()
+            if name not in PLACE and name in stored and _plain(stored[name]) != _plain(value)
+        ]
+        before, now = _schedule(stored), _schedule(self.args)
+        changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if changes and not override:
+            raise UserError(
+                f"the schedule is not that of {source}: {', '.join(changes)}. Take the flags it was made with, or pass "
+                "--resume_override to go on with the new ones"
+            )
+        if differing:
+            dist.say(f"flags that differ from the checkpoint's: {', '.join(differing)}")
 
 
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _download(url: str) -> dict:
-    """torch.hub's cache goes by file name alone; a digest of the whole address keeps two that end alike apart."""
-    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}"
+def _schedule(args: dict) -> dict[str, object]:
+    """What decides where a step lies in the schedule, and in the data's order."""
+    found = {f"--{name}": args[name] for name in (*SCHEDULE, "seed") if name in args}
+    if {"batch_size", "accum_iter", "world_size"} <= set(args):
+        batch = found["effective batch"] = args["batch_size"] * args["accum_iter"] * args["world_size"]
+        if "blr" in args:
+            lr = args["blr"] * batch / 256 if args.get("lr") is None else args["lr"]
+            found["learning rate"] = float(f"{lr:.9g}")
+    return found
 
-    def load() -> dict:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=dist.rank() == 0, file_name=name, weights_only=True
+
+def _epoch_in(path: Path) -> int:
+    found = re.fullmatch(r"checkpoint-(\d+)\.pth", path.name)
+    return int(found[1]) if found else -1
+
+
+def is_inside(source: str, folder: str | Path) -> bool:
+    """Whether a checkpoint lies directly in a folder."""
+    return bool(source) and not is_url(source) and Path(source).resolve().parent == Path(folder).resolve()
+
+
+def find(source: str, output_dir: str, job: str, model: str) -> str:
+    """What --resume means: itself, or for "auto" the newest valid checkpoint of this job and model in output_dir, ""
+    where there is none. Says which and why. Raises UserError where every checkpoint is broken or another run's."""
+    return source if source != "auto" else dist.from_rank0(lambda: _newest(Path(output_dir), job, model))
+
+
+def _newest(folder: Path, job: str, model: str) -> str:
+    found, passed_over = [], []
+    for path in folder.glob("checkpoint-*.pth"):
+        try:
+            head = load_checkpoint(str(path), peek=True)
+        except UserError as error:
+            passed_over.append(str(error))
+            continue
+        theirs = head.get("job", job), head.get("model_config", {}).get("model", model)
+        if theirs != (job, model):
+            passed_over.append(f"{path} is of {theirs[1]}, {theirs[0]}")
+        else:
+            found.append((head.get("saved", path.stat().st_mtime), path.name == "checkpoint-last.pth", path))
+    for *_, path in sorted(found, reverse=True):
+        if problem := wrong_digest(path):
+            passed_over.append(problem)
+            continue
+        for reason in passed_over:
+            dist.say(f"warning: passed over: {reason}")
+        dist.say(f"--resume auto: {path} is the newest checkpoint that is whole")
+        return str(path)
+    if passed_over:
+        raise UserError(
+            f"--resume auto: no checkpoint in {folder} can be used:\n  " + "\n  ".join(passed_over)
+            + "\n  Choose another --output_dir, or pass no --resume and --overwrite to remove them and start afresh"
         )
-
-    # One download for all ranks; its failure is every rank's, so the barrier comes in any case.
-    try:
-        checkpoint = load() if dist.rank() == 0 else None
-    finally:
-        dist.barrier()
-    return load() if checkpoint is None else checkpoint
+    dist.say(f"--resume auto: no checkpoint in {folder}: a fresh start")
+    return ""
 
 
 def _names(keys: set[str]) -> str:
@@ -119,8 +280,30 @@ def _modules(keys: set[str]) -> list[str]:
     return sorted({name if "." not in name else name.split(".")[0] + ".*" for name in keys})
 
 
-def _complain(source: str, model: nn.Module, state: dict[str, Tensor], missing: set[str], surplus: set[str]) -> None:
-    """Raise UserError if keys are missing or surplus, or shapes differ, naming both sides."""
+def _likely(checkpoint: dict, model: nn.Module, args: dict) -> str:
+    """What the mismatch most likely comes from, and what to do about it."""
+    state, own = checkpoint["model"], model.state_dict()
+    name = (checkpoint.get("model_config") or {}).get("model", args.get("model"))
+    if name != args.get("model"):
+        return f"it holds {name}, --model is {args.get('model')}: pass --model {name}"
+    if "decoder_pred.weight" in own and "decoder_pred.weight" not in state:
+        return "it has no decoder, so it can't go on with pre-training; it would do as --finetune of the other scripts"
+    if "head.weight" in own and "head.1.weight" in state:
+        return "its head is that of main_linprobe.py"
+    if "head.1.weight" in own and "head.weight" in state:
+        return "its head is that of main_finetune.py"
+    for head in ("head.weight", "head.1.weight"):
+        if head in own and head in state and len(own[head]) != len(state[head]):
+            return f"its head has {len(state[head])} classes, --nb_classes is {len(own[head])}"
+        if head in own and head not in state:
+            return "it has no head: to start training from it pass it as --finetune"
+    if ("fc_norm.weight" in state) != ("fc_norm.weight" in own):
+        return f"it pools otherwise: pass --{'global_pool' if 'fc_norm.weight' in state else 'cls_token'}"
+    return "--model, --patch_size and --input_size must be those it was made with"
+
+
+def _complain(source: str, hint: str, model: nn.Module, state: dict, missing: set[str], surplus: set[str]) -> None:
+    """Raise UserError, with a hint at the reason, if keys are missing or surplus, or shapes differ."""
     own = model.state_dict()
     shapes = [
         f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model"
@@ -131,37 +314,26 @@ def _complain(source: str, model: nn.Module, state: dict[str, Tensor], missing: 
     problems += [f"the model has no {_names(surplus)}"] if surplus else []
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
     if problems:
-        lines = "\n  ".join(problems)
-        raise UserError(f"{source} does not fit --model, --patch_size, --input_size or --nb_classes:\n  {lines}")
+        raise UserError("\n  ".join([f"{source} does not fit: {hint}", *problems]))
 
 
-def resume(
-    source: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    scaler: LossScaler | None = None,
-    start_epoch: int = 0,
-) -> int:
-    """Load the model (every key must match) and, given an optimiser, the run's state; returns the epoch to go on
-    with: start_epoch without a source ("") and for a file of weights alone. Raises UserError where the file does not
-    fit the model or the optimiser."""
-    if not source:
-        return start_epoch
-    checkpoint = load_checkpoint(source)
+def load_model(
+    source: str, checkpoint: dict, model: nn.Module, args: dict, class_to_idx: dict[str, int] | None = None
+) -> None:
+    """Load a checkpoint's weights; every key must match, and so must the classes. Raises UserError otherwise."""
     state, own = checkpoint["model"], model.state_dict()
-    _complain(source, model, state, set(own) - set(state), set(state) - set(own))
+    _complain(source, _likely(checkpoint, model, args), model, state, set(own) - set(state), set(state) - set(own))
+    stored = checkpoint.get("class_to_idx")
+    if stored and class_to_idx and stored != class_to_idx:
+        differing = class_differences(list(stored), list(class_to_idx), source, "--data_path") or "their order differs"
+        raise UserError(f"{source} was trained on other classes, and would name the wrong ones. {differing}")
     model.load_state_dict(state)
-    if optimizer is None or "optimizer" not in checkpoint or "epoch" not in checkpoint:
-        dist.say(f"weights from {source}")
-        return start_epoch
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
-    if scaler is not None:
-        scaler.load_state_dict(checkpoint.get("scaler") or {})
-    dist.say(f"resuming from {source}, after epoch {checkpoint['epoch']}")
-    return checkpoint["epoch"] + 1
+
+
+def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[str, int]) -> None:
+    """Load the weights to evaluate. Raises UserError where they don't fit the model or the folders' classes."""
+    load_model(source, load_checkpoint(source), model, args, class_to_idx)
+    dist.say(f"weights from {source}")
 
 
 def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> tuple[set[str], set[str]]:
@@ -171,7 +343,8 @@ def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> tuple[s
     it must be the decoder's (and norm when pooling). Positions are resized to the model's grid. Prints and
     returns the names that are new and those that were not used; raises UserError, naming the keys, for anything else.
     """
-    state, own = dict(load_checkpoint(source)["model"]), set(model.state_dict())
+    checkpoint, own = load_checkpoint(source), set(model.state_dict())
+    state = dict(checkpoint["model"])
     head = {name for name in own if name.startswith("head.") or (global_pool and name.startswith("fc_norm."))}
     left_out = {
         name
@@ -185,8 +358,12 @@ def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> tuple[s
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side), grid)
             dist.say(f"positions resized from {side} x {side} to {grid[0]} x {grid[1]}")
     missing, surplus = own - set(state), set(state) - own
-    # "exactly": a head that is already in the file is as unexpected as a missing block.
-    _complain(source, model, state, missing - head, (surplus - left_out) | (head - missing))
+    made_with = (checkpoint.get("model_config") or {}).get("model")
+    hint = f"it holds {made_with}" if made_with else "--model and --patch_size must be those it was made with"
+    if any(name.startswith("head.") for name in state):
+        hint = "it has a head already: a fine-tuned file, for --resume and --eval; --finetune wants a pre-trained one"
+    # A head that is already in the file is as unexpected as a missing block.
+    _complain(source, hint, model, state, missing - head, (surplus - left_out) | (head - missing))
     model.load_state_dict(state, strict=False)
     new, unused = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
     dist.say(f"encoder from {source}; new here: {new}; in the file but not used: {unused}")

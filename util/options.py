@@ -1,14 +1,17 @@
 """The flags that the jobs share, and their validation. Names, meanings and defaults are the reference's."""
 
 import argparse
+import math
 import os
 from pathlib import Path
 
 import torch
 
-from util import dist
+from util import dist, folder
+from util.augment import finetune_transform
 from util.errors import UserError
-from util.misc import is_url
+from util.files import is_url
+from util.misc import is_inside
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -35,6 +38,7 @@ def common_parser(
     min_lr: float,
     crop_scale: tuple[float, float],
     save_freq: int,
+    keep: int | None,
 ) -> argparse.ArgumentParser:
     """The flags of every job, with the job's own defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
@@ -53,11 +57,14 @@ def common_parser(
     add("--min_lr", default=min_lr, type=float, help="learning rate at the end")
     add("--weight_decay", default=weight_decay, type=float, help="1-D parameters never decay")
     add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
+    add("--max_bad_steps", default=5, type=int, help="skipped updates (gradients not finite) in a row that stop a run")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
     add("--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
+    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
+    add("--max_bad_images", default=0.01, type=float, metavar="SHARE", help="of unreadable files; more stop the run")
     add("--num_workers", default=10, type=int, help="loader processes, at most one per core")
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="don't")
@@ -65,8 +72,12 @@ def common_parser(
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' writes none")
     add("--log_dir", help="TensorBoard events; default: output_dir")
-    add("--save_freq", default=save_freq, type=int, help="epochs between checkpoints")
-    add("--resume", default="", metavar="FILE_OR_URL", help="checkpoint to go on from")
+    add("--overwrite", action="store_true", help="start afresh though output_dir holds checkpoints: they are removed")
+    add("--save_freq", default=save_freq, type=int, help="epochs between checkpoint-{epoch}.pth")
+    add("--save_minutes", default=30.0, type=float, help="between checkpoint-last.pth in mid-epoch; 0: never")
+    add("--keep", default=keep, type=int, metavar="N", help="newest checkpoints kept, with the best; default: all")
+    add("--resume", default="", metavar="FILE_OR_URL", help="checkpoint to go on from; auto: the newest in output_dir")
+    add("--resume_override", action="store_true", help="resume though the schedule's flags differ")
     add("--start_epoch", default=0, type=int, help="first epoch, where --resume gives none")
     add("--seed", default=0, type=int, help="each process adds its rank")
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
@@ -77,8 +88,6 @@ def common_parser(
     add("--dist_on_itp", action="store_true", help="read Open MPI's variables")
     add("--dist_url", default="env://", help="rendezvous address")
     return parser
-
-
 
 
 def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:
@@ -111,53 +120,125 @@ def mixes(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
+# What a flag's number must satisfy: (test, words). Flags that a job lacks, and those left at None, are passed over.
+AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "must not be negative")
+POSITIVE = (lambda x: 0 < x < math.inf, "must be greater than 0")
+SHARE = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
+BETWEEN = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove at least one patch")
+BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
+RANGES = {
+    **dict.fromkeys(
+        ("batch_size", "accum_iter", "epochs", "save_freq", "eval_freq", "keep", "max_bad_steps", "nb_classes",
+         "input_size", "patch_size", "recount"), AT_LEAST_1,
+    ),
+    **dict.fromkeys(
+        ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "mixup", "cutmix",
+         "color_jitter", "lr", "blr", "seed"), NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay"), POSITIVE),
+    **dict.fromkeys(("max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
+    **dict.fromkeys(("drop_path", "smoothing"), BELOW_1),
+    "mask_ratio": BETWEEN,
+}  # fmt: skip
+
+
 def check(args: argparse.Namespace, models: dict) -> None:
-    """Raise UserError with every problem of the arguments at once, before anything is read."""
-    problems = []
-
-    def need(good: bool, message: str) -> None:
-        if not good:
-            problems.append(message)
-
-    need(args.model in models, f"--model {args.model} is unknown: choose one of {', '.join(models)}")
-    patch = args.patch_size or (models[args.model].keywords["patch_size"] if args.model in models else 1)
-    need(
-        patch > 0 and args.input_size > 0 and args.input_size % patch == 0,
-        f"--input_size {args.input_size} is not a multiple of the patch size, {patch}",
-    )
-    for name in ("batch_size", "accum_iter", "epochs", "save_freq", "eval_freq"):
-        value = getattr(args, name, 1)
-        need(value >= 1, f"--{name} {value} must be at least 1")
-    for name in ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr"):
-        need(getattr(args, name) >= 0, f"--{name} {getattr(args, name)} must not be negative")
-    evaluating = getattr(args, "eval", False)
-    need(
-        evaluating or args.warmup_epochs < args.epochs,
-        f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}",
-    )
-    low, high = args.crop_scale
-    need(0 < low <= high <= 1, f"--crop_scale {low} {high}: needs 0 < MIN <= MAX <= 1")
-    need(args.data_path is not None, "--data_path is missing: the folder that holds train/<class>/ and val/<class>/")
-    if hasattr(args, "mask_ratio"):
-        patches = (args.input_size // max(patch, 1)) ** 2
-        need(
-            0 < args.mask_ratio < 1 and 1 <= int(patches * (1 - args.mask_ratio)) < patches,
-            f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches",
-        )
-    if hasattr(args, "mixup") and mixes(args):
-        need(args.batch_size % 2 == 0, f"--batch_size {args.batch_size} must be even for mixup and cutmix")
-    need(
-        not args.device.startswith("cuda") or torch.cuda.is_available(),
-        f"--device {args.device}: no CUDA GPU was found; leave the flag out to take what is there",
-    )
-    need(
-        not args.dist_on_itp or "OMPI_COMM_WORLD_RANK" in os.environ,
-        "--dist_on_itp reads Open MPI's variables, and OMPI_COMM_WORLD_RANK is not set: start under mpirun",
-    )
-    if evaluating:
-        need(bool(args.resume), "--eval needs --resume FILE, the checkpoint to evaluate")
-    for name in ("resume", "finetune"):
-        source = getattr(args, name, "")
-        need(not source or is_url(source) or Path(source).is_file(), f"--{name} {source}: no such file")
+    """Raise UserError with every problem of the arguments at once, before any data is read. If there is none, the run
+    has output_dir for itself from here on."""
+    problems = [
+        f"--{name} {value} {words}"
+        for name, (good, words) in RANGES.items()
+        if (value := getattr(args, name, None)) is not None and not good(value)
+    ]
+    problems += _model_problems(args, models) + _training_problems(args) + _place_problems(args)
+    if not problems and args.output_dir and not getattr(args, "eval", False) and int(os.environ.get("RANK", 0)) == 0:
+        holder = folder.hold(args.output_dir)
+        problems += [f"--output_dir {args.output_dir} is in use by another run, {holder}"] if holder else []
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
+    if args.model not in models:
+        return [f"--model {args.model} is unknown: choose one of {', '.join(models)}"]
+    patch = args.patch_size or models[args.model].keywords["patch_size"]
+    if args.input_size < 1 or patch < 1:
+        return []  # said already
+    if args.input_size % patch:
+        return [f"--input_size {args.input_size} is not a multiple of the patch size, {patch}"]
+    patches = (args.input_size // patch) ** 2
+    ratio = getattr(args, "mask_ratio", None)
+    if ratio is not None and 0 < ratio < 1 and not 1 <= int(patches * (1 - ratio)) < patches:
+        return [f"--mask_ratio {ratio} must keep and remove at least one of {patches} patches"]
+    return []
+
+
+def _training_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    low, high = args.crop_scale
+    if not 0 < low <= high <= 1:
+        problems.append(f"--crop_scale {low} {high}: needs 0 < MIN <= MAX <= 1")
+    if not getattr(args, "eval", False) and args.warmup_epochs >= args.epochs:
+        problems.append(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if hasattr(args, "mixup"):
+        if mixes(args) and args.batch_size % 2:
+            problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")
+        bounds = args.cutmix_minmax
+        if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
+            problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
+        try:
+            finetune_transform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1, False)
+        except Exception:  # timm asserts, and parses with float()
+            problems.append(f"--aa {args.aa} is no policy of timm's: for example rand-m9-mstd0.5-inc1, augmix-m3, none")
+    if getattr(args, "eval", False) and not args.resume:
+        problems.append("--eval needs --resume FILE, the checkpoint to evaluate")
+    return problems
+
+
+def _place_problems(args: argparse.Namespace) -> list[str]:
+    """Device, launcher, files and folders."""
+    problems = []
+    try:
+        device = torch.device(args.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            problems.append(f"--device {args.device}: no CUDA GPU was found; leave the flag out to take what is there")
+        elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            problems.append(f"--device {args.device}: there are only {torch.cuda.device_count()} GPUs")
+        elif device.type == "mps" and not torch.backends.mps.is_available():
+            problems.append("--device mps: not available on this machine")
+        elif device.type not in ("cuda", "mps", "cpu"):
+            problems.append(f"--device {args.device}: choose cuda, mps or cpu")
+    except RuntimeError:
+        problems.append(f"--device {args.device} is unknown: choose cuda, mps or cpu")
+    if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        problems.append("--dist_on_itp reads Open MPI's variables, and OMPI_COMM_WORLD_RANK is not set: use mpirun")
+    if args.data_path is None:
+        problems.append("--data_path is missing: the folder that holds train/<class>/ and val/<class>/")
+    elif not Path(args.data_path).is_dir():
+        problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
+    for name in ("resume", "finetune"):
+        source = getattr(args, name, "")
+        known = not source or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
+        if not known:
+            problems.append(f"--{name} {source}: no such file")
+    if args.resume == "auto" and not args.output_dir:
+        problems.append("--resume auto looks into --output_dir, which is empty")
+    return problems if getattr(args, "eval", False) else problems + _output_problems(args)
+
+
+def _output_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    for name in ("output_dir", "log_dir"):
+        path = getattr(args, name)
+        if path and (why := folder.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
+            problems.append(f"--{name} {path} can't be written to: {why}")
+    if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):
+        return problems
+    there = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*.pth"))
+    if there:
+        problems.append(
+            f"--output_dir {args.output_dir} holds another run's checkpoints ({there[-1]}): --resume auto goes on with "
+            "it, --overwrite removes it, or choose another folder"
+        )
+    return problems

@@ -1,0 +1,376 @@
+"""Whatever stops a run, it goes on from where it was and ends with the same bits."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+
+PRETRAIN = (
+    "--model mae_vit_demo_patch4 --input_size 28 --batch_size 8 --accum_iter 2 --epochs 3 --warmup_epochs 1 --blr 0.05 "
+    "--amp off --device cpu --save_freq 1"
+).split()
+FINETUNE = (
+    "--model vit_demo_patch4 --input_size 28 --nb_classes 10 --batch_size 16 --epochs 2 --warmup_epochs 1 --blr 0.01 "
+    "--mixup 0.8 --cutmix 1.0 --amp off --device cpu"
+).split()
+PROBE = (
+    "--model vit_demo_patch4 --input_size 28 --nb_classes 10 --batch_size 16 --epochs 2 --warmup_epochs 1 --blr 1 "
+    "--amp off --device cpu"
+).split()
+FLAGS = {"pretrain": PRETRAIN, "finetune": FINETUNE, "linprobe": PROBE}
+EVERY_STEP = ["--save_minutes", "0.00001"]
+
+
+def words(images, out, *more, job="pretrain"):
+    return [*FLAGS[job], "--data_path", images, "--output_dir", out, *more]
+
+
+def state(folder, name="last"):
+    return torch.load(folder / f"checkpoint-{name}.pth", weights_only=True)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_end(folder, undisturbed):
+    """Parameters, optimiser and random streams of the last checkpoint, and the epochs of log.txt."""
+    ours, theirs = state(folder), state(undisturbed)
+    assert ours["epoch"] == theirs["epoch"]
+    for part in ("model", "optimizer", "rng"):
+        assert same(ours[part], theirs[part]), part
+    assert log(folder).keys() == log(undisturbed).keys()
+    for epoch, line in log(undisturbed).items():
+        assert log(folder)[epoch] == pytest.approx(line, rel=1e-5)
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(len(lines))), "an epoch is missing or there twice"
+    return {line["epoch"]: line for line in lines}
+
+
+def finish(images, folder, *more, job="pretrain"):
+    process = faults.start(job, words(images, folder, "--resume", "auto", *more, job=job), folder / "out")
+    assert faults.ended(process) == 0, (folder / "out").read_text()[-3000:]
+    return (folder / "out").read_text()
+
+
+def wait_for(path, text, timeout=60):
+    """Until a file holds the text."""
+    end = time.time() + timeout
+    while time.time() < end:
+        if path.exists() and re.search(text, path.read_text()):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(path.read_text() if path.exists() else f"no {path}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    """One folder per job, of runs that nothing happened to."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    for job in FLAGS:
+        (root / job).mkdir()
+        finish(images, root / job, "--num_workers", 0, job=job)
+    assert log(root / "pretrain")[2]["train_loss"] < log(root / "pretrain")[0]["train_loss"]
+    return root
+
+
+@pytest.mark.parametrize("fault", [("half_written", 1), ("half_written", 4), *(("after_rename", n) for n in range(1, 9))])
+def test_killed_while_a_checkpoint_is_written(fault, images, undisturbed, tmp_path):
+    process = faults.start("pretrain", words(images, tmp_path, *EVERY_STEP, "--num_workers", 0), tmp_path / "out", fault)
+    assert faults.ended(process) == -signal.SIGKILL
+    finish(images, tmp_path, "--num_workers", 0)
+    assert_same_end(tmp_path, undisturbed / "pretrain")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
+def test_killed_at_random_moments(job, images, undisturbed, tmp_path):
+    """Ten kills in all, between the start and some way into a run that saves at every step; then it may finish."""
+    chance = random.Random(job)
+    for _ in range({"pretrain": 6, "finetune": 2, "linprobe": 2}[job]):
+        more = [*EVERY_STEP, "--num_workers", chance.choice([0, 2]), "--resume", "auto"]
+        process = faults.start(job, words(images, tmp_path, *more, job=job), tmp_path / "out")
+        wait_for(tmp_path / "out", r"epoch \d+ \[|trained")
+        process.join(chance.uniform(0, 0.6))
+        process.kill()
+        assert faults.ended(process) in (-signal.SIGKILL, 0)
+    finish(images, tmp_path, "--num_workers", 2, job=job)
+    assert_same_end(tmp_path, undisturbed / job)
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
+def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, tmp_path):
+    """One checkpoint, the exit code of the signal, and the same end for any number of workers."""
+    process = faults.start("pretrain", words(images, tmp_path, "--num_workers", 2), tmp_path / "out", ("slow_steps", 0.1))
+    wait_for(tmp_path / "out", r"epoch 1 \[1/")
+    os.kill(process.pid, getattr(signal, sent))
+    assert faults.ended(process) == code, (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "stopped by signal" in said and "checkpoint-last.pth" in said and "Traceback" not in said
+    stopped = state(tmp_path)
+    assert stopped["epoch"] == 0 and 0 < stopped["position"]["images"] < 80
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-last.pth"]
+    assert "going on from" in finish(images, tmp_path, "--num_workers", 0)
+    assert_same_end(tmp_path, undisturbed / "pretrain")
+
+
+def test_two_signals_end_at_once(images, tmp_path):
+    process = faults.start("pretrain", words(images, tmp_path, "--num_workers", 0), tmp_path / "out", ("slow_steps", 3))
+    wait_for(tmp_path / "out", "trained parameters")
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    start = time.time()
+    os.kill(process.pid, signal.SIGTERM)
+    assert faults.ended(process) in (-signal.SIGTERM, 143) and time.time() - start < 1
+    assert not list(tmp_path.glob("checkpoint-*.pth"))
+
+
+def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_to_save(images, undisturbed, tmp_path, script):
+    """As a terminal's Ctrl-C or a scheduler sends it."""
+    import subprocess
+    import sys
+
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "main_pretrain.py", *map(str, words(images, tmp_path, "--num_workers", 2, "--epochs", 300))],
+            cwd=Path(__file__).parent.parent, stdout=out, stderr=out, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    wait_for(tmp_path / "out", r"epoch 0 \[10/10\]")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "out").read_text()
+    assert "saved" in (tmp_path / "out").read_text() and "Traceback" not in (tmp_path / "out").read_text()
+    assert not _processes_of(process.pid), "orphans"
+
+
+def _processes_of(group: int) -> list[int]:
+    time.sleep(0.5)
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+def test_two_ranks_agree_on_where_to_stop(images, tmp_path):
+    """SIGTERM to one of them: both save once and exit 143, and end as an undisturbed pair does."""
+    pair = ["--accum_iter", "1", "--num_workers", "0"]
+    for name, fault in (("whole", ()), ("cut", ("slow_steps", 0.1))):
+        (tmp_path / name).mkdir()
+        processes = faults.start_ranks("pretrain", words(images, tmp_path / name, *pair), tmp_path / name / "out", fault)
+        if fault:
+            wait_for(tmp_path / name / "out-0", r"epoch 1 \[1/")
+            os.kill(processes[1].pid, signal.SIGTERM)
+        codes = [faults.ended(process) for process in processes]
+        assert codes == ([143, 143] if fault else [0, 0]), (tmp_path / name / "out-1").read_text()
+    assert 0 < state(tmp_path / "cut")["position"]["images"] < 80 and len(state(tmp_path / "cut")["rng"]) == 2
+    again = faults.start_ranks(
+        "pretrain", words(images, tmp_path / "cut", *pair, "--resume", "auto"), tmp_path / "cut" / "out"
+    )
+    assert [faults.ended(process) for process in again] == [0, 0], (tmp_path / "cut" / "out-0").read_text()
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(images, undisturbed, tmp_path):
+    process = faults.start("pretrain", words(images, tmp_path, "--num_workers", 0), tmp_path / "out", ("full_disk", 2))
+    assert faults.ended(process) == 2
+    said = (tmp_path / "out").read_text()
+    assert "cannot write" in said and "File too large" in said and "Traceback" not in said, said
+    assert state(tmp_path, "0")["epoch"] == 0 and not list(tmp_path.glob("*.tmp"))
+    finish(images, tmp_path, "--num_workers", 0)
+    assert_same_end(tmp_path, undisturbed / "pretrain")
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", [truncate, empty, flip])
+def test_auto_passes_over_a_spoilt_checkpoint_and_a_path_does_not(spoil, images, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed / "pretrain", folder)
+    for name in ("2", "last"):
+        spoil(folder / f"checkpoint-{name}.pth")
+    for name in ("2", "last"):
+        argv = words(images, folder, "--num_workers", 0, "--resume", folder / f"checkpoint-{name}.pth")
+        process = faults.start("pretrain", argv, tmp_path / "out")
+        assert faults.ended(process) == 2
+        said = (tmp_path / "out").read_text()
+        assert f"checkpoint-{name}.pth is " in said and "--resume auto" in said and "Traceback" not in said
+    said = finish(images, folder, "--num_workers", 0)
+    assert said.count("warning: passed over") == 2 and "checkpoint-1.pth is the newest checkpoint that is whole" in said
+    assert_same_end(folder, undisturbed / "pretrain")
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_nan_on_one_rank_changes_nothing_and_stops_both(first, images, tmp_path):
+    argv = words(images, tmp_path, "--accum_iter", "1", "--num_workers", "0", "--epochs", "50", "--max_bad_steps", "3")
+    start = time.time()
+    processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("nan_loss", 1, first))
+    assert [faults.ended(process, 60) for process in processes] == [1, 1] and time.time() - start < 60
+    said = (tmp_path / "out-0").read_text()
+    assert "loss was not finite on rank 1" in said and "--max_bad_steps 3 in a row" in said, said
+    assert f"from step {first % 5} on" in said and "Traceback" not in said
+    if first:
+        assert "newest checkpoint: " + str(tmp_path / "checkpoint-0.pth") in said
+        assert all(torch.isfinite(value).all() for value in state(tmp_path)["model"].values())
+    else:
+        assert not list(tmp_path.glob("checkpoint-*.pth")) and "none was written yet" in said
+
+
+def test_a_killed_loader_process_ends_the_run_with_a_message(images, tmp_path):
+    argv = words(images, tmp_path, "--num_workers", 2, "--epochs", 300)
+    process = faults.start("pretrain", argv, tmp_path / "out")
+    wait_for(tmp_path / "out", r"epoch 0 \[10/10\]")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert faults.ended(process, 60) == 1
+    said = (tmp_path / "out").read_text()
+    assert "A loader process died" in said and "--resume auto" in said and "Traceback" not in said, said
+    assert not Path(f"/proc/{children[1]}").exists(), "an orphan"
+
+
+DYING = """
+import os, pathlib, sys
+import engine_pretrain, main_pretrain
+from util import errors, loop
+marker, after = pathlib.Path(sys.argv[1]), loop.Run.after_update
+
+def dying(self, step, meters):
+    after(self, step, meters)
+    if self.position.epoch == 1 and step == 2 and os.environ["RANK"] == "1" and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), 9)
+
+loop.Run.after_update = dying
+errors.run(lambda: main_pretrain.main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
+    (tmp_path / "dying.py").write_text(DYING)
+    pair = ["--accum_iter", "1", "--num_workers", "0", "--resume", "auto"]
+    whole = faults.start_ranks("pretrain", words(images, tmp_path / "whole", *pair), tmp_path / "out")
+    done = script(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1,
+        tmp_path / "dying.py", tmp_path / "marker", *words(images, tmp_path / "cut", *pair),
+        PYTHONPATH=".", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert [faults.ended(process) for process in whole] == [0, 0]
+    assert done.returncode == 0 and (tmp_path / "marker").exists(), done.stderr[-3000:]
+    assert "going on from" in done.stdout
+    assert_same_end(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_another_number_of_ranks_keeps_schedule_and_images(images, tmp_path, monkeypatch):
+    """Stopped in mid-epoch on one rank, on with two, and the other way: the same images of the epoch, each once."""
+    from util.datasets import EpochSampler
+
+    def order(world, batch_size, first_step):
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr("util.dist.world_size", lambda: world)
+            monkeypatch.setattr("util.dist.rank", lambda rank=rank: rank)
+            sampler = EpochSampler(83, batch_size, seed=0)
+            sampler.set_epoch(1, first_step)
+            parts.append([index for _, index in sampler])
+        assert len({len(part) for part in parts}) == 1
+        return [set().union(*(part[k : k + batch_size] for part in parts)) for k in range(0, len(parts[0]), batch_size)]
+
+    assert order(1, 16, 0) == order(2, 8, 0) == order(4, 4, 0) and len(set().union(*order(1, 16, 0))) == 80
+    assert order(2, 8, 0) == order(1, 16, 0)[:2] + order(2, 8, 2) == order(2, 8, 0)[:3] + order(1, 16, 3)
+    monkeypatch.undo()
+
+    one, two = ["--batch_size", "16", "--accum_iter", "1"], ["--batch_size", "8", "--accum_iter", "1"]
+    for name, before, after in (("shrink", two, one), ("grow", one, two)):
+        folder = tmp_path / name
+        folder.mkdir()
+        start, go_on = (faults.start_ranks, _alone) if name == "shrink" else (_alone, faults.start_ranks)
+        processes = start("pretrain", words(images, folder, *before, "--num_workers", 0), folder / "a", ("slow_steps", 0.1))
+        wait_for(next(iter([folder / "a-0", folder / "a"][name == "grow" :])), r"epoch 1 \[1/")
+        os.kill(processes[0].pid, signal.SIGTERM)
+        assert {faults.ended(process) for process in processes} == {143}
+        at = state(folder)["position"]["images"]
+        assert 0 < at < 80 and at % 16 == 0
+        processes = go_on("pretrain", words(images, folder, *after, "--num_workers", 0, "--resume", "auto"), folder / "b")
+        assert {faults.ended(process) for process in processes} == {0}
+        said = (folder / ("b" if name == "shrink" else "b-0")).read_text()
+        assert f"in epoch 1 after {at} images" in said and state(folder)["optimizer"]["state"][0]["step"] == 15
+        whole = log(folder)
+        assert [line["train_lr"] for line in whole.values()] == pytest.approx(_rates(images, tmp_path / "ref"), rel=1e-6)
+
+
+def _alone(*args):
+    return [faults.start(*args)]
+
+
+def _rates(images, folder):
+    if not (folder / "log.txt").exists():
+        folder.mkdir()
+        finish(images, folder, "--batch_size", 16, "--accum_iter", 1, "--num_workers", 0)
+    return [line["train_lr"] for line in log(folder).values()]
+
+
+def test_tensorboard_shows_no_step_twice(images, tmp_path):
+    """Killed after points that no checkpoint remembers; the evaluation's points come once, too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = words(images, tmp_path, "--num_workers", 0, "--save_freq", 2, "--epochs", 4, job="finetune")
+    process = faults.start("finetune", argv, tmp_path / "out")
+    wait_for(tmp_path / "out", r"epoch 3 \[1/")
+    process.kill()
+    process.join()
+    finish(images, tmp_path, "--num_workers", 0, "--save_freq", 2, "--epochs", 4, job="finetune")
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    steps = [event.step for event in board.Scalars("loss")]
+    assert steps == sorted(set(steps)) and steps == [1000 * e + s for e in range(4) for s in (0, 800)]
+    assert [event.step for event in board.Scalars("perf/test_acc1")] == [0, 1000, 2000, 3000]
+    log(tmp_path)
+
+
+def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
+    first = faults.start("pretrain", words(images, tmp_path, "--num_workers", 2, "--epochs", 300), tmp_path / "out")
+    wait_for(tmp_path / "out", r"epoch 0 \[10/10\]")
+    second = faults.start("pretrain", words(images, tmp_path, "--resume", "auto"), tmp_path / "second")
+    assert faults.ended(second) == 2
+    assert f"in use by another run, process {first.pid} on" in (tmp_path / "second").read_text()
+    first.kill()  # its loader processes outlive it for seconds, and must not keep the folder
+    first.join()
+    third = faults.start("pretrain", words(images, tmp_path, "--resume", "auto", "--epochs", 300), tmp_path / "third")
+    wait_for(tmp_path / "third", "going on from")
+    third.kill()
+    third.join()

@@ -1,0 +1,173 @@
+"""Checkpoint files: written whole or not at all, and read without running what is in them."""
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import urllib.error
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor
+
+from util import dist
+from util.errors import UserError
+from util.folder import replace, sync
+
+
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
+class _Hashing:
+    """A file to write to that knows the digest of what went through, and the error that stopped it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:  # torch.save would wrap it beyond recognition
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def digest_file(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _digests(path: Path) -> set[str]:
+    """The digests that the file may have: two while a new version takes the place of an old one."""
+    try:
+        return {line.split()[0] for line in digest_file(path).read_text(encoding="utf-8").splitlines() if line.strip()}
+    except FileNotFoundError:
+        return set()
+
+
+def _put(path: Path, unfinished: Path, digest: str) -> None:
+    """Rename a synced file to its final name. Killed at any point, the file there has a digest beside it that fits."""
+    line = f"{digest}  {path.name}\n"
+    old = "".join(f"{known}  {path.name}\n" for known in sorted(_digests(path)) if path.exists())
+    replace(digest_file(path), line + old)
+    os.replace(unfinished, path)
+    if old:
+        replace(digest_file(path), line)
+    sync(path.parent)
+
+
+def write(state: dict, paths: list[Path]) -> None:
+    """Write a checkpoint under each of the names, the first one first. A file of that name is replaced only once the
+    new one is whole and on the disk. Raises UserError where it can't be written, with the old files untouched."""
+    unfinished = [path.with_name(path.name + ".tmp") for path in paths]
+    hashing = None
+    try:
+        with unfinished[0].open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(state, hashing)
+            file.flush()
+            os.fsync(file.fileno())
+        for copy in unfinished[1:]:  # a copy, not a link: a disk's error in the one leaves the other
+            _copy(unfinished[0], copy)
+        for path, temporary in zip(paths, unfinished, strict=True):
+            _put(path, temporary, hashing.sha256.hexdigest())
+    except (OSError, RuntimeError) as error:
+        cause = (hashing and hashing.error) or error
+        for temporary in unfinished:
+            temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {paths[0]}: {getattr(cause, 'strerror', None) or cause}. Earlier checkpoints are untouched: "
+            "make room and go on with --resume auto"
+        ) from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as reader, target.open("wb") as writer:
+        while chunk := reader.read(1 << 24):
+            writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def wrong_digest(path: Path) -> str:
+    """What is wrong with the file by its digest; "" if they agree or there is none."""
+    known = _digests(path)
+    if known:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found not in known:
+            return f"{path} is damaged: its SHA-256 begins {found[:12]}, not {min(known)[:12]} as in {path.name}.sha256"
+    return ""
+
+
+def load_checkpoint(source: str, peek: bool = False) -> dict:
+    """Read a checkpoint from a file or an http(s) address, on the CPU, without running any code that is in it.
+
+    The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict comes back
+    as {"model": ...}. A file's digest is checked where there is one. With peek tensors stay on the disk, and neither
+    digest nor weights are looked at. Raises UserError, naming the source, for a file that is missing, damaged, refused
+    or not a checkpoint.
+    """
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            if is_url(source):
+                checkpoint = _download(source)
+            else:
+                if not peek:
+                    _verify(Path(source))
+                checkpoint = torch.load(source, "cpu", weights_only=True, mmap=True if peek else None)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"it holds {found[1]}" if found else "it is not made of plain types and tensors"
+            raise UserError(f"{source} is refused: {what}, and loading it could run code. Nothing was run.") from error
+        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+            raise UserError(f"cannot download {source}: {error}") from error
+        except OSError as error:
+            raise UserError(f"cannot read {source}: {error.strerror or error}") from error
+        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{source} is not a whole PyTorch checkpoint: {what}. Take an earlier one, or --resume auto"
+            ) from error
+    if isinstance(checkpoint, dict) and "model" not in checkpoint and _is_state_dict(checkpoint):
+        checkpoint = {"model": checkpoint}
+    if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
+        raise UserError(f"{source} is not a checkpoint: it has no 'model' with named tensors")
+    return checkpoint
+
+
+def _verify(path: Path) -> None:
+    """Raise UserError if the file is not what its digest says."""
+    if problem := wrong_digest(path):
+        raise UserError(f"{problem}. Take an earlier one, or --resume auto")
+    if path.is_file() and not _digests(path):
+        dist.say(f"notice: {path} has no digest beside it, so damage would go unnoticed")
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _download(url: str) -> dict:
+    """torch.hub's cache goes by file name alone; a digest of the whole address keeps two that end alike apart."""
+    name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}"
+
+    def load() -> dict:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=dist.rank() == 0, file_name=name, weights_only=True
+        )
+
+    # One download for all ranks; its failure is every rank's, so the barrier comes in any case.
+    try:
+        checkpoint = load() if dist.rank() == 0 else None
+    finally:
+        dist.barrier()
+    return load() if checkpoint is None else checkpoint
