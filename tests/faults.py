@@ -115,6 +115,8 @@ def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple)
     errors.run(lambda: MAINS[job](argv))
 
 
+# The server of Python 3.11 imports what it preloads without the path that it is given.
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 

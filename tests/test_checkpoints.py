@@ -29,9 +29,9 @@ def classifier(**changes):
     return models_vit.VisionTransformer(**{**ENCODER, "num_classes": 3, **changes})
 
 
-def checkpoints(folder, model, optimizer, job="pretrain", scaler=None, class_to_idx=None, **args):
+def checkpoints(folder, network, optimizer, job="pretrain", scaler=None, class_to_idx=None, **args):
     args = {"model": "small", "batch_size": 2, "accum_iter": 1, "lr": None, "seed": 0, **args}
-    return misc.Checkpoints(str(folder), job, model, optimizer, scaler or LossScaler("off", CPU), args, class_to_idx)
+    return misc.Checkpoints(str(folder), job, network, optimizer, scaler or LossScaler("off", CPU), args, class_to_idx)
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_flags_that_differ_are_listed_and_another_schedule_is_refused(checkpoint
     model = autoencoder()
     resume(path, model, mask_ratio=0.5, lr=None)
     resume(path, model, model="small", clip_grad=1.0, keep=7)
-    assert "differ" not in capsys.readouterr().out
+    assert "flags that differ" not in capsys.readouterr().out
     for change, message in ((("seed", 1), "--seed 0 -> 1"), (("batch_size", 4), "effective batch 2 -> 4")):
         with pytest.raises(UserError, match=message):
             resume(path, model, **dict([change]))

@@ -195,6 +195,8 @@ def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, 
         pin_memory=pin_mem and dist.default_device() == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
+        # Python 3.14's default, a server that forks, takes seconds to start and leaves orphans when the run is killed.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # or each start of a loader would draw from the training loop's stream
         **more,
     )

@@ -40,11 +40,12 @@ def init(device: str, seed: int, dist_url: str = "env://", dist_on_itp: bool = F
         torch.cuda.set_device(place)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        store, rank_here, world = next(td.rendezvous(dist_url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's store outlives a restart, and a process might dial the dead one's address that it finds there.
+            store = td.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         td.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo",
-            init_method=dist_url,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank_here, world_size=world
         )
     for seeder in (random.seed, np.random.seed, torch.manual_seed):
         seeder(seed + rank())

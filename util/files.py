@@ -31,7 +31,7 @@ class _Hashing:
     def write(self, data: bytes) -> int:
         try:
             self.file.write(data)
-        except OSError as error:  # torch.save would wrap it beyond recognition
+        except Exception as error:  # torch.save would wrap it beyond recognition
             self.error = error
             raise
         self.sha256.update(data)
@@ -83,8 +83,10 @@ def write(state: dict, paths: list[Path]) -> None:
         cause = (hashing and hashing.error) or error
         for temporary in unfinished:
             temporary.unlink(missing_ok=True)
+        if not isinstance(cause, OSError):
+            raise cause from error
         raise UserError(
-            f"cannot write {paths[0]}: {getattr(cause, 'strerror', None) or cause}. Earlier checkpoints are untouched: "
+            f"cannot write {paths[0]}: {cause.strerror or cause}. Earlier checkpoints are untouched: "
             "make room and go on with --resume auto"
         ) from error
 

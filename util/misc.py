@@ -180,6 +180,9 @@ class Checkpoints:
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})
         self.newest = source
         position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []))
+        # A sum of an epoch's beginning counts batches: of the size that they had, not of today's.
+        weight = _batch_size(checkpoint) / self.args["batch_size"] if position.totals else 1
+        position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
         left = position.images % self.images_per_step
         if left:  # only with --resume_override
             position.images -= left
@@ -207,6 +210,11 @@ class Checkpoints:
             )
         if differing:
             dist.say(f"flags that differ from the checkpoint's: {', '.join(differing)}")
+
+
+def _batch_size(checkpoint: dict) -> int:
+    args = checkpoint["args"]
+    return args["batch_size"] if isinstance(args, dict) else args.batch_size
 
 
 def _plain(value: object) -> object:
