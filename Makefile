@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-soak lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python demo.py
@@ -13,6 +13,9 @@ test: $(VENV)/ready-dev
 
 test-slow: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m slow
+
+test-soak: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -m "soak or tmpfs"
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

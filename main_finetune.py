@@ -43,7 +43,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's augmentation policy; none: off")
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--reprob", default=0.25, type=float, help="random erasing: probability")
-    add("--remode", default="pixel", help="random erasing: const, rand or pixel")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: filling")
     add("--recount", default=1, type=int, help="random erasing: areas")
     add("--resplit", action="store_true", help="passed to timm; acts on split batches only, which we don't make")
     add("--mixup", default=0.0, type=float, help="mixup's alpha; 0: off")
@@ -51,7 +51,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cutmix_minmax", type=float, nargs="+", help="bounds of cutmix's area; replaces alpha")
     add("--mixup_prob", default=1.0, type=float, help="probability of mixup or cutmix")
     add("--mixup_switch_prob", default=0.5, type=float, help="probability of cutmix where both are on")
-    add("--mixup_mode", default="batch", help="batch, pair or elem")
+    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what is mixed with what")
     return options.finish(parser.parse_args(argv))
 
 

@@ -207,6 +207,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, undisturbed, tmp_path)
     assert_same_end(tmp_path, undisturbed / "pretrain")
 
 
+@pytest.mark.tmpfs
+def test_a_disk_that_fills_up(images, undisturbed, tmp_path):
+    """On a file system of its own that holds two checkpoints of 16 MB and not four."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("may not mount here")
+    try:
+        process = faults.start("pretrain", words(images, folder, "--num_workers", 0), tmp_path / "out")
+        assert faults.ended(process) == 2
+        said = (tmp_path / "out").read_text()
+        assert "cannot write" in said and "No space left on device" in said and "Traceback" not in said, said
+        assert state(folder, "0")["epoch"] == 0 and not list(folder.glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=500m", folder], check=True)
+        finish(images, folder, "--num_workers", 0)
+        assert_same_end(folder, undisturbed / "pretrain")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 

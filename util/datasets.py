@@ -39,6 +39,8 @@ class Images(ImageFolder):
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
         """The names of the class folders in order, and each one's number."""
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        if not names:
+            raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
         return names, {name: number for number, name in enumerate(names)}
 
 
@@ -132,12 +134,9 @@ class EpochSampler(Sampler):
 def _open(kind: type[Images], data_path: str, split: str, transform: Callable, exif: bool) -> Images:
     """data_path/split. Raises UserError, naming the folder, where it lacks images by class."""
     folder = Path(data_path) / split
-    wanted = f"--data_path must hold {split}/<class>/<images>"
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: {wanted}")
+        raise UserError(f"no folder {folder}: --data_path must hold {split}/<class>/<images>")
     dataset = kind(folder, transform, exif)
-    if not dataset.classes:
-        raise UserError(f"{folder} has no class folders: {wanted}")
     filled = set(dataset.targets)
     empty = [name for number, name in enumerate(dataset.classes) if number not in filled]
     if empty:

@@ -113,6 +113,9 @@ class Checkpoints:
         for pattern in ("checkpoint-*.tmp", "log.txt.tmp"):
             for file in self.folder.glob(pattern):
                 file.unlink()
+        for digest in self.folder.glob("checkpoint-*.pth.sha256"):
+            if not digest.with_suffix("").exists():
+                digest.unlink()
         if not is_inside(source, self.folder):
             for pattern in ("checkpoint-*.pth", "checkpoint-*.pth.sha256", "log.txt", "events.out.tfevents.*"):
                 for file in self.folder.glob(pattern):

@@ -1,0 +1,252 @@
+"""Bad folders and bad files: found, named, and survived where training can; pictures of any kind become RGB."""
+
+import io
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import faults
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+from util import datasets
+from util.errors import LocalError, UserError
+from util.images import BadImage, load_rgb
+
+MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
+SMALL = "--input_size 28 --batch_size 16 --num_workers 0 --epochs 1 --warmup_epochs 0 --amp off --device cpu"
+MODEL = {"pretrain": "mae_vit_demo_patch4", "finetune": "vit_demo_patch4", "linprobe": "vit_demo_patch4"}
+
+
+def argv(job, data, out, *more):
+    head = [] if job == "pretrain" else ["--nb_classes", "10"]
+    words = [*SMALL.split(), *head, "--model", MODEL[job], "--data_path", data, "--output_dir", out, *more]
+    return [str(word) for word in words]
+
+
+@pytest.fixture
+def data(images, tmp_path):
+    """A copy of the images to spoil."""
+    return shutil.copytree(images, tmp_path / "data")
+
+
+def first(folder):
+    return sorted(path for path in folder.iterdir() if path.is_dir())[0]
+
+
+def rename_class(data):
+    first(data / "val").rename(data / "val" / "zebra")
+
+
+BAD_FOLDERS = [
+    ("pretrain", lambda data: shutil.rmtree(data / "train"), "no folder .*train: --data_path must hold train/<class>/"),
+    ("finetune", lambda data: shutil.rmtree(data / "val"), "no folder .*val: --data_path must hold val/<class>/"),
+    ("pretrain", lambda data: [shutil.rmtree(p) for p in (data / "train").iterdir()], "train has no class folders"),
+    ("pretrain", lambda data: (data / "train" / "empty").mkdir(), "no images in .*train/empty: add some or remove"),
+    ("linprobe", lambda data: (data / "val" / "empty").mkdir(), "no images in .*val/empty"),
+    ("finetune", rename_class, r"classes of train and val differ. only in .*train: \w+.*; only in .*val: zebra"),
+    ("linprobe", lambda data: shutil.rmtree(first(data / "val")), "classes of train and val differ. only in .*train"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("job", "spoil", "message"), BAD_FOLDERS)
+def test_bad_folders(job, spoil, message, data, tmp_path):
+    spoil(data)
+    with pytest.raises(UserError, match=message):
+        MAINS[job](argv(job, data, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("job", "more", "message"),
+    [
+        ("finetune", ["--nb_classes", "9"], "has 10 classes and --nb_classes is 9: pass --nb_classes 10"),
+        ("linprobe", ["--nb_classes", "1000"], "--nb_classes is 1000: pass --nb_classes 10"),
+        ("pretrain", ["--batch_size", "81"], "80 training images on 1 processes don't fill one batch of 81"),
+    ],
+)
+def test_flags_that_do_not_fit_the_folders(job, more, message, images, tmp_path):
+    with pytest.raises(UserError, match=message):
+        MAINS[job](argv(job, images, tmp_path, *more))
+
+
+def test_classes_that_differ_from_the_checkpoints(data, tmp_path):
+    """On resuming and on evaluation, before training: a head would name the wrong classes."""
+    MAINS["finetune"](argv("finetune", data, tmp_path / "out"))
+    for split in ("train", "val"):
+        first(data / split).rename(data / split / "zebra")
+    checkpoint = str(tmp_path / "out" / "checkpoint-0.pth")
+    for more in (["--resume", checkpoint], ["--resume", checkpoint, "--eval"]):
+        with pytest.raises(UserError, match="trained on other classes.*only in --data_path: zebra"):
+            MAINS["finetune"](argv("finetune", data, tmp_path / "out", *more))
+
+
+def spoil_files(folder):
+    """A zero-byte, a truncated and a foreign file, and a decompression bomb, in place of images."""
+    files = sorted(folder.glob("*/*"))[::11]
+    whole = files[1].read_bytes()
+    contents = (b"", whole[: len(whole) // 2], b"<html>404</html>", bomb())
+    for file, content in zip(files, contents, strict=False):
+        file.unlink()
+        file.write_bytes(content)
+    return files[: len(contents)]
+
+
+def bomb():
+    """A PNG that says it is 60,000 pixels wide and high."""
+    out = io.BytesIO()
+    Image.new("L", (8, 8)).save(out, "PNG")
+    header = struct.pack(">II5B", 60000, 60000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", len(header)) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return out.getvalue()[:8] + chunk + out.getvalue()[33:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_replaced_named_once_and_counted(workers, data, tmp_path):
+    bad = spoil_files(data / "train")
+    more = ["--max_bad_images", "0.05", "--epochs", "3", "--num_workers", workers]
+    process = faults.start("pretrain", argv("pretrain", data, tmp_path / "out", *more), tmp_path / "said")
+    assert faults.ended(process) == 0, (tmp_path / "said").read_text()
+    said = (tmp_path / "said").read_text()
+    assert [said.count(f"another takes its place: {file}") for file in bad] == [1] * 4, said
+    assert "4 of 80 images cannot be read" in said and "Traceback" not in said
+
+
+def test_too_many_bad_files_stop_the_run(data, tmp_path):
+    spoil_files(data / "train")
+    process = faults.start("pretrain", argv("pretrain", data, tmp_path / "out", "--num_workers", 2), tmp_path / "said")
+    assert faults.ended(process) == 2
+    said = (tmp_path / "said").read_text()
+    assert re.search(r"images in .*train cannot be read .named above., more than --max_bad_images 0.01", said), said
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_stops_at_the_first_bad_file(workers, data, tmp_path):
+    bad = spoil_files(data / "val")[0]
+    words = argv("linprobe", data, tmp_path / "out", "--num_workers", workers)
+    process = faults.start("linprobe", words, tmp_path / "said")
+    assert faults.ended(process) == 2
+    said = (tmp_path / "said").read_text()
+    assert f"error: {bad}: not an image, or empty; evaluation counts every image" in said and "Traceback" not in said
+
+
+def test_replacements_are_the_same_for_any_number_of_workers(data):
+    """Which image takes a bad one's place follows from seed, epoch and index."""
+    spoil_files(data / "train")
+
+    def batches(workers):
+        loader = datasets.train_loader(str(data), to_tensor, 16, workers, False, 0, False)
+        loader.sampler.set_epoch(3)
+        return torch.cat([imgs for imgs, _ in loader])
+
+    assert torch.equal(batches(0), batches(2))
+
+
+def to_tensor(img):
+    return torch.from_numpy(np.array(img)) + torch.randint(10, ())
+
+
+def test_loading_leaves_the_training_loops_random_streams_alone(images):
+    loader = datasets.train_loader(str(images), to_tensor, 16, 0, False, 0, False)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(loader)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_hidden_files_are_no_images(data):
+    folder = first(data / "train")
+    (folder / "._a.png").write_bytes(b"Mac")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "b.png").write_bytes(b"thumbnail")
+    (data / "train" / ".ipynb_checkpoints").mkdir()
+    loader = datasets.train_loader(str(data), to_tensor, 16, 0, False, 0, False)
+    assert len(loader.dataset) == 80 and len(loader.dataset.images.classes) == 10
+
+
+def save(img, path, **more):
+    img.save(path, **more)
+    return np.asarray(load_rgb(str(path)))
+
+
+RAMP = np.linspace(0, 65535, 64).reshape(8, 8)
+EIGHT_BITS = np.rint(np.linspace(0, 255, 64)).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("img", "name", "expected"),
+    [
+        (Image.fromarray(RAMP.astype(np.uint16)), "16.png", EIGHT_BITS),
+        (Image.fromarray(RAMP.astype(np.uint16)), "16.tif", EIGHT_BITS),
+        (Image.fromarray(RAMP.astype(np.int32)), "i.tif", EIGHT_BITS),
+        (Image.fromarray((RAMP / 65535).astype(np.float32)), "f.tif", EIGHT_BITS),
+        (Image.fromarray((RAMP * 3 - 70000).astype(np.float32)), "range.tif", EIGHT_BITS),
+        (Image.fromarray(EIGHT_BITS.astype(np.uint8)), "grey.png", EIGHT_BITS),
+        (Image.fromarray(EIGHT_BITS.astype(np.uint8)).convert("P"), "palette.png", EIGHT_BITS),
+        (Image.fromarray((EIGHT_BITS > 100).astype(np.uint8) * 255).convert("1"), "1.png", (EIGHT_BITS > 100) * 255),
+    ],
+)
+def test_every_depth_is_scaled_to_8_bits_and_not_clipped(img, name, expected, tmp_path):
+    rgb = save(img, tmp_path / name)
+    assert rgb.shape == (8, 8, 3) and np.abs(rgb - expected[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_is_laid_over_white(mode, tmp_path):
+    if mode == "P":
+        img = Image.new("P", (4, 4), 7)
+        img.putpalette([0, 0, 0] * 256)
+        rgb = save(img, tmp_path / "a.png", transparency=7)
+    else:
+        rgb = save(Image.new(mode, (4, 4), (0,) * (len(mode) - 1) + (0,)), tmp_path / "a.png")
+    assert (rgb == 255).all()
+    half = save(Image.new("RGBA", (4, 4), (200, 0, 0, 128)), tmp_path / "half.png")
+    assert np.abs(half[0, 0].astype(int) - [227, 127, 127]).max() <= 1
+
+
+def test_cmyk_and_animations(tmp_path):
+    cmyk = save(Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK"), tmp_path / "c.jpg", quality=95)
+    assert np.abs(cmyk[8, 8].astype(int) - [200, 30, 60]).max() < 12
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(load_rgb(str(tmp_path / "a.gif")))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_orientation_is_applied_only_when_asked_for(tmp_path):
+    img = Image.new("RGB", (8, 4), "red")
+    exif = img.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    img.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_rgb(str(tmp_path / "turned.jpg")).size == (8, 4)
+    assert load_rgb(str(tmp_path / "turned.jpg"), exif=True).size == (4, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image", None])
+def test_unreadable_files_are_bad_images_that_name_themselves(content, tmp_path):
+    file = tmp_path / "bad.png"
+    file.write_bytes(bomb() if content is None else content)
+    with pytest.raises(BadImage, match="bad.png"):
+        load_rgb(str(file))
+
+
+def test_a_loader_process_hands_a_users_error_over_without_its_traceback():
+    trace = "Original Traceback (most recent call last):\n  File x\nutil.images.BadImage: a\n\n"
+    wrapped = LocalError(f"Caught LocalError in worker process 0.\n{trace}util.errors.LocalError: a.png: bad\nmore\n")
+    assert str(wrapped) == "a.png: bad\nmore"
+
+
+def test_one_whole_process_ends_in_one_message(data, tmp_path):
+    (data / "train" / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "main_pretrain.py", *argv("pretrain", data, tmp_path / "out")],
+        cwd=faults.Path(__file__).parent.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no images in")
