@@ -11,7 +11,7 @@ Evaluate a fine-tuned checkpoint:
     python main_finetune.py --eval --resume FILE --model vit_base_patch16 --batch_size 16 --data_path DIR
 Without --finetune the same training starts from scratch.
 
-output_dir/ as in main_pretrain.py, a checkpoint per epoch.
+output_dir/ as in main_pretrain.py, with a checkpoint per epoch, of which the newest --keep and the best stay.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.prepare(source)
     model = dist.wrap(model, device)
 
-    log = RunLog(args.output_dir, args.log_dir, position.fraction(train_loader.sampler.images_per_epoch))
+    log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
     log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
     run_epochs(
         train_loader, args.epochs, checkpoints, log, position, device,

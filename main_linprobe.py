@@ -6,7 +6,7 @@ The paper's ViT-B, 8 GPUs (effective batch 16384):
         --dist_eval
 Without --finetune an untrained encoder is probed, for comparison.
 
-output_dir/ as in main_pretrain.py, a checkpoint per epoch.
+output_dir/ as in main_finetune.py.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.prepare(source)
     model = dist.wrap(model, device)
 
-    log = RunLog(args.output_dir, args.log_dir, position.fraction(train_loader.sampler.images_per_epoch))
+    log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
     log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
     run_epochs(
         train_loader, args.epochs, checkpoints, log, position, device,

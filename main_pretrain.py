@@ -9,6 +9,7 @@ The paper's ViT-L, on 8 nodes of 8 GPUs (effective batch 4096), on every node:
 
 output_dir/
     checkpoint-{epoch}.pth      every --save_freq epochs and at the end (what is in it: util/misc.py)
+    checkpoint-last.pth         the newest state, in mid-epoch too: what --resume auto goes on from
     log.txt                     a JSON line per epoch
     events.out.tfevents.*       TensorBoard
 """
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints.prepare(source)
     model = dist.wrap(model, device)
 
-    log = RunLog(args.output_dir, args.log_dir, position.fraction(loader.sampler.images_per_epoch))
+    log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / loader.sampler.images_per_epoch)
     log.summary(args.model, model, len(loader.dataset), device, scaler.amp)
     run_epochs(
         loader, args.epochs, checkpoints, log, position, device,

@@ -17,7 +17,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import models_mae
-from util import errors, files, misc
+from util import errors, files, log, misc
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
 
@@ -60,6 +60,19 @@ def after_rename(number: int) -> None:
     os.replace = dying
 
 
+def killed_after_a_line(number: int) -> None:
+    """Killed right after the number-th line of log.txt."""
+    lines, epoch = [0], log.RunLog.epoch
+
+    def dying(self, values):
+        epoch(self, values)
+        lines[0] += 1
+        if lines[0] == number:
+            _kill()
+
+    log.RunLog.epoch = dying
+
+
 def full_disk(megabytes: float) -> None:
     """No file may grow beyond so many megabytes, from the second checkpoint on."""
     write = misc.write
@@ -100,7 +113,7 @@ def slow_steps(seconds: float) -> None:
     models_mae.MaskedAutoencoderViT.forward = slow
 
 
-FAULTS = {f.__name__: f for f in (half_written, after_rename, full_disk, nan_loss, slow_steps)}
+FAULTS = {f.__name__: f for f in (half_written, after_rename, killed_after_a_line, full_disk, nan_loss, slow_steps)}
 
 
 def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple) -> None:

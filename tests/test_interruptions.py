@@ -385,6 +385,16 @@ def test_tensorboard_shows_no_step_twice(images, tmp_path):
     log(tmp_path)
 
 
+def test_an_epoch_is_logged_once_though_killed_between_its_line_and_its_checkpoint(images, undisturbed, tmp_path):
+    """The checkpoint then says: all of the epoch's images are used, but it is not over."""
+    argv = words(images, tmp_path, "--num_workers", 0, *EVERY_STEP, job="finetune")
+    process = faults.start("finetune", argv, tmp_path / "out", ("killed_after_a_line", 2))
+    assert faults.ended(process) == -signal.SIGKILL
+    assert len(log(tmp_path)) == 2 and state(tmp_path)["epoch"] == 0 and state(tmp_path)["position"]["images"] == 80
+    finish(images, tmp_path, "--num_workers", 0, job="finetune")
+    assert_same_end(tmp_path, undisturbed / "finetune")
+
+
 def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
     first = faults.start("pretrain", words(images, tmp_path, "--num_workers", 2, "--epochs", 300), tmp_path / "out")
     wait_for(tmp_path / "out", r"epoch 1 \[10/10\]")

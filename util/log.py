@@ -18,15 +18,15 @@ class RunLog:
     What a run that goes on had written after the point where it goes on is taken back, so that no step shows twice.
     """
 
-    def __init__(self, output_dir: str, log_dir: str, epoch: float) -> None:
-        """epoch: where the run begins or goes on, as a fraction (3.5: in the middle of epoch 3)."""
+    def __init__(self, output_dir: str, log_dir: str, epoch: int, done: float) -> None:
+        """epoch: the one in which the run begins or goes on; done: the share of it that is trained already."""
         main = dist.rank() == 0
         self.file = Path(output_dir) / "log.txt" if main and output_dir else None
-        self.board = SummaryWriter(log_dir, purge_step=int(epoch * 1000)) if main and log_dir else None
+        self.board = SummaryWriter(log_dir, purge_step=int((epoch + done) * 1000)) if main and log_dir else None
         self.n_parameters = 0
         self.held: list[tuple[float, dict[str, float]]] = []
         if self.file and self.file.exists():
-            kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < int(epoch)]
+            kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(self, name: str, model: nn.Module, images: int, device: torch.device, amp: str) -> None:

@@ -54,10 +54,6 @@ class Position:
     best_epoch: int = -1
     rng: list[dict] = field(default_factory=list)
 
-    def fraction(self, images_per_epoch: int) -> float:
-        """The epoch with its fraction."""
-        return self.epoch + min(1.0, self.images / images_per_epoch)
-
 
 def rng_state() -> dict:
     """This process's random streams, as plain types and tensors."""
@@ -343,6 +339,8 @@ def load_model(
 
 def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[str, int]) -> None:
     """Load the weights to evaluate. Raises UserError where they don't fit the model or the folders' classes."""
+    if not source:
+        raise UserError(f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate")
     load_model(source, load_checkpoint(source), model, args, class_to_idx)
     dist.say(f"weights from {source}")
 

@@ -43,6 +43,8 @@ class Requests:
         now = time.monotonic()
         if not self.signum:
             self.signum, self.noted = signum, now
+            if dist.rank() == 0:
+                os.write(2, b"saving and stopping after this step; once more to stop at once, unsaved\n")
             if not under_torchrun:  # the system's own handling is the quickest
                 for number in HANDLED:
                     signal.signal(number, signal.SIG_DFL)
