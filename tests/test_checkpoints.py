@@ -223,6 +223,28 @@ def test_keep_leaves_the_newest_and_the_best(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == kept | {f"{name}.sha256" for name in kept}
 
 
+def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path):
+    model = autoencoder()
+    keeper = checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1.0, 0.5), keep=2)
+    for epoch in (6, 7, 8, 3, 4, 5):
+        keeper.save(Position(epoch), whole_epoch=True)
+    left = {f"checkpoint-{name}.pth" for name in (4, 5, 7, 8, "last")}
+    assert {path.name for path in tmp_path.glob("*.pth")} == left
+    assert misc.find("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-last.pth")
+    (tmp_path / "checkpoint-last.pth").unlink()
+    assert misc.find("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-5.pth")
+
+
+def test_another_effective_batch_goes_on_at_an_update(tmp_path, capsys):
+    model = autoencoder()
+    optimizer = optim.pretrain_optimizer(model, 1.0, 0.5)
+    checkpoints(tmp_path, model, optimizer).save(Position(1, images=10, totals={"loss": [5.0, 5.0]}), whole_epoch=False)
+    keeper = checkpoints("", model, optimizer, batch_size=4, accum_iter=2)
+    position = keeper.resume(str(tmp_path / "checkpoint-last.pth"), override=True)
+    assert position.images == 8 and position.totals == {"loss": [2.5, 2.5]}
+    assert "2 images of epoch 1 are used a second time" in capsys.readouterr().out
+
+
 def test_flags_that_differ_are_listed_and_another_schedule_is_refused(checkpoint, capsys):
     path, _ = checkpoint
     model = autoencoder()

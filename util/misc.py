@@ -128,7 +128,12 @@ class Checkpoints:
             names = [str(position.epoch), "last"]
             position = Position(position.epoch + 1, best=position.best, best_epoch=position.best_epoch)
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
-        dist.from_rank0(lambda: (write(self._state(position, rng), paths), self._prune(position.best_epoch))[1])
+
+        def on_rank0() -> None:
+            write(self._state(position, rng), paths)
+            self._prune(position)
+
+        dist.from_rank0(on_rank0)
         self.newest = str(paths[0])
 
     def _state(self, position: Position, rng: list[dict]) -> dict:
@@ -146,12 +151,14 @@ class Checkpoints:
         }
         return state if self.class_to_idx is None else {**state, "class_to_idx": self.class_to_idx}
 
-    def _prune(self, best_epoch: int) -> None:
+    def _prune(self, position: Position) -> None:
         if self.args.get("keep") is None:
             return
-        numbered = {_epoch_in(path): path for path in self.folder.glob("checkpoint-*.pth") if _epoch_in(path) >= 0}
-        for epoch in sorted(numbered)[: -self.args["keep"]]:
-            if epoch != best_epoch:
+        numbered = {_epoch_in(path): path for path in self.folder.glob("checkpoint-*.pth")}
+        # A run that went back leaves later ones behind: they are not newer than its own.
+        passed = sorted(epoch for epoch in numbered if 0 <= epoch < position.epoch)
+        for epoch in passed[: -self.args["keep"]]:
+            if epoch != position.best_epoch:
                 numbered[epoch].unlink()
                 digest_file(numbered[epoch]).unlink(missing_ok=True)
 
@@ -168,7 +175,7 @@ class Checkpoints:
             return Position(start_epoch)
         if checkpoint.get("job", self.job) != self.job:
             raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
-        self._compare(source, checkpoint.get("args"), override)
+        batch_changed = self._compare(source, checkpoint.get("args"), override)
         state = checkpoint["optimizer"]
         try:
             for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
@@ -182,19 +189,21 @@ class Checkpoints:
         # A sum of an epoch's beginning counts batches: of the size that they had, not of today's.
         weight = _batch_size(checkpoint) / self.args["batch_size"] if position.totals else 1
         position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
-        left = position.images % self.images_per_step
-        if left:  # only with --resume_override
+        # With another effective batch (--resume_override) the run goes on at the update before.
+        left = position.images % (self.images_per_step * self.args["accum_iter"]) if batch_changed else 0
+        if left:
             position.images -= left
             dist.say(f"the batches don't line up: {left} images of epoch {position.epoch} are used a second time")
         where = f"in epoch {position.epoch} after {position.images} images" if position.images else "after epoch "
         dist.say(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
         return position
 
-    def _compare(self, source: str, stored: object, override: bool) -> None:
-        """List the flags that differ from the checkpoint's; refuse those that change the schedule."""
+    def _compare(self, source: str, stored: object, override: bool) -> bool:
+        """List the flags that differ from the checkpoint's; refuse those that change the schedule. Returns whether the
+        effective batch is another one."""
         stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
         if not isinstance(stored, dict):
-            return
+            return True
         differing = [
             f"--{name} {stored[name]} -> {value}"
             for name, value in self.args.items()
@@ -209,6 +218,7 @@ class Checkpoints:
             )
         if differing:
             dist.say(f"flags that differ from the checkpoint's: {', '.join(differing)}")
+        return before.get("effective batch") != now.get("effective batch")
 
 
 def _batch_size(checkpoint: dict) -> int:
