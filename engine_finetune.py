@@ -45,6 +45,14 @@ def train_one_epoch(
     )  # fmt: skip
 
 
+def head_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy; of several heads' logits [N, heads, classes] the sum over heads, so that each gets the gradient
+    that it would get alone."""
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, targets)
+    return torch.stack([F.cross_entropy(head, targets) for head in logits.unbind(1)]).sum()
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -53,16 +61,19 @@ def evaluate(
     scaler: LossScaler,
     shared: bool = False,
     poll: Callable[[], None] | None = None,
+    names: list[str] | None = None,
 ) -> dict[str, float]:
     """Exact top-1 and top-5 accuracy (percent; k at most the number of classes) and mean cross-entropy.
 
     Every image counts once, whatever the sizes of the batches; `shared` says that the ranks hold different images,
     whose counts are then added up. `poll` is called once per batch, on all ranks equally often. Prints the line
-    `* Acc@1 83.664 Acc@5 96.530 loss 0.731`.
+    `* Acc@1 83.664 Acc@5 96.530 loss 0.731`. Of several heads, whose names are given, every one is printed and
+    returned (acc1_NAME), and the one of best top-1 stands for all.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
     dist.share_buffers(model)
-    sums = torch.zeros(4, dtype=torch.float64)  # images, top-1, top-5, loss
+    images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(len(names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
     for batch in _in_step(loader, shared, device):
         if poll:
             poll()
@@ -72,15 +83,29 @@ def evaluate(
         imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with scaler.autocast():
             logits = model(imgs)
-        logits = logits.float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # [N, k]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        batch = torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
-        sums += torch.cat([torch.tensor([len(imgs)]), batch.cpu()]).double()
-    images, top1, top5, loss = dist.sum_over_ranks(sums.tolist(), device) if shared else sums.tolist()
-    stats = {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images}
-    dist.say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+        for head, one in enumerate(logits.float().unbind(1) if names else [logits.float()]):
+            ranked = one.topk(min(5, one.shape[1]), dim=1).indices == targets[:, None]  # [N, k]
+            loss = F.cross_entropy(one, targets, reduction="sum")
+            sums[head] += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+        images += len(imgs)
+    counts = [images, *sums.flatten().tolist()]  # the first wait for the device
+    images, *counts = dist.sum_over_ranks(counts, device) if shared else counts
+    heads = [_stats(counts[i : i + 3], images) for i in range(0, len(counts), 3)]
+    stats = dict(max(heads, key=lambda head: head["acc1"]))
+    for name, head in zip(names, heads, strict=True) if names else ():
+        dist.say(f"{name}: {_line(head)}")
+        stats |= {f"{key}_{name}": value for key, value in head.items()}
+    dist.say(f"* {_line(stats)}")
     return stats
+
+
+def _stats(sums: list[float], images: float) -> dict[str, float]:
+    top1, top5, loss = sums
+    return {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images}
+
+
+def _line(stats: dict[str, float]) -> str:
+    return f"Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
 
 
 def _in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:

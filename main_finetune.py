@@ -22,7 +22,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import amp, datasets, dist, errors, misc, optim, options
+from util import amp, datasets, dist, errors, misc, optim, options, speed
 from util.augment import eval_transform, finetune_transform
 from util.log import RunLog
 from util.loop import run_epochs
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     scaler = amp.LossScaler(args.amp, device)
     if args.eval:
         misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
+        speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
         evaluate(model, val_loader, device, scaler, args.dist_eval)
         return
 
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     position = checkpoints.resume(source, args.start_epoch, args.resume_override)
     checkpoints.prepare(source)
-    model = dist.wrap(model, device)
+    speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
+    model = dist.wrap(model, device, static=args.accum_iter == 1)
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
     log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)

@@ -4,18 +4,18 @@ The paper's ViT-B, 8 GPUs (effective batch 16384):
     torchrun --nproc_per_node 8 main_linprobe.py --data_path DIR --batch_size 512 --accum_iter 4 --cls_token \
         --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth --epochs 90 --blr 0.1 --weight_decay 0.0 \
         --dist_eval
-Without --finetune an untrained encoder is probed, for comparison.
+Without --finetune an untrained encoder is probed, for comparison. Several learning rates in one pass over the trunk,
+a head each, every one as it would end alone:
+    python main_linprobe.py ... --blr 0.05 0.1 0.2
 
 output_dir/ as in main_finetune.py.
 """
 
 import argparse
 
-from torch import nn
-
 import models_vit
-from engine_finetune import evaluate, train_one_epoch
-from util import amp, datasets, dist, errors, misc, optim, options
+from engine_finetune import evaluate, head_losses, train_one_epoch
+from util import amp, datasets, dist, errors, misc, optim, options, speed
 from util.augment import eval_transform, weak_transform
 from util.log import RunLog
 from util.loop import run_epochs
@@ -27,6 +27,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = options.common_parser(
         "MAE linear probing", models_vit.MODELS, model="vit_large_patch16", batch_size=512, epochs=90,
         warmup_epochs=10, weight_decay=0.0, blr=0.1, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1, keep=3,
+        several_rates=True,
     )  # fmt: skip
     options.add_classifier_flags(parser, global_pool=False)
     return options.finish(parser.parse_args(argv))
@@ -50,22 +51,26 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.finetune and not source:
         misc.load_pretrained(args.finetune, model, args.global_pool)
-    model = models_vit.make_linear_probe(model).to(device)
+    names = [f"blr{blr:g}" for blr in args.blr] if isinstance(args.blr, list) else None
+    rates = args.blr if isinstance(args.blr, list) else [args.blr]
+    model = models_vit.make_linear_probe(model, len(rates)).to(device)
     scaler = amp.LossScaler(args.amp, device)
     if args.eval:
         misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
-        evaluate(model, val_loader, device, scaler, args.dist_eval)
+        speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
+        evaluate(model, val_loader, device, scaler, args.dist_eval, names=names)
         return
 
-    lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
-    optimizer = optim.probe_optimizer(model, lr, args.weight_decay)
-    schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
+    lrs = [optim.actual_lr(args.lr, blr, args.batch_size, args.accum_iter) for blr in rates]
+    optimizer = optim.probe_optimizer(model, lrs, args.weight_decay)
+    schedule = CosineSchedule(lrs[0], args.min_lr, args.warmup_epochs, args.epochs)
     checkpoints = misc.Checkpoints(
         args.output_dir, "linprobe", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
     )
     position = checkpoints.resume(source, args.start_epoch, args.resume_override)
     checkpoints.prepare(source)
-    model = dist.wrap(model, device)
+    speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
+    model = dist.wrap(model, device, static=args.accum_iter == 1)
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
     log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
@@ -74,10 +79,10 @@ def main(argv: list[str] | None = None) -> None:
         save_freq=args.save_freq, save_minutes=args.save_minutes,
         max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
         train=lambda epoch, run: train_one_epoch(
-            model, nn.CrossEntropyLoss(), train_loader, optimizer, device, epoch, scaler, schedule,
+            model, head_losses, train_loader, optimizer, device, epoch, scaler, schedule,
             accum_iter=args.accum_iter, clip_grad=args.clip_grad, run=run,
         ),
-        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll),
+        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll, names),
         eval_freq=args.eval_freq,
     )  # fmt: skip
 

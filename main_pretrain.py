@@ -18,7 +18,7 @@ import argparse
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import amp, datasets, dist, errors, misc, optim, options
+from util import amp, datasets, dist, errors, misc, optim, options, speed
 from util.augment import weak_transform
 from util.log import RunLog
 from util.loop import run_epochs
@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))
     position = checkpoints.resume(source, args.start_epoch, args.resume_override)
     checkpoints.prepare(source)
-    model = dist.wrap(model, device)
+    speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
+    model = dist.wrap(model, device, static=args.accum_iter == 1)
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / loader.sampler.images_per_epoch)
     log.summary(args.model, model, len(loader.dataset), device, scaler.amp)

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ class MaskedAutoencoderViT(nn.Module):
         }  # fmt: skip
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
+        self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
         def blocks(dim: int, heads: int, count: int) -> nn.ModuleList:
@@ -113,6 +115,17 @@ class MaskedAutoencoderViT(nn.Module):
         visible = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, D))
         return visible, (ids_restore >= keep).float(), ids_restore
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward pass computes the blocks' insides again rather than keeping them."""
+        self.grad_checkpointing = enable
+
+    def _through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint_seq(blocks, x)
+        for block in blocks:
+            x = block(x)
+        return x
+
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,8 +134,7 @@ class MaskedAutoencoderViT(nn.Module):
         x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # [N, 1+K, D]
-        for block in self.blocks:
-            x = block(x)
+        x = self._through(self.blocks, x)
         return self.norm(x), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
@@ -133,8 +145,7 @@ class MaskedAutoencoderViT(nn.Module):
         patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # [N, L, E], in order of noise
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = self._through(self.decoder_blocks, x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def target(self, imgs: Tensor) -> Tensor:

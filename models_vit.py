@@ -4,10 +4,12 @@
     logits = model(imgs)                                    # [N, C, H, W] -> [N, classes]
 """
 
+import copy
 from functools import partial
 
 import timm.models.vision_transformer as timm_vit
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # Width, depth and heads of the encoders; models_mae builds on the same.
 SIZES = {
@@ -60,22 +62,37 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
 
-def make_linear_probe(model: VisionTransformer) -> VisionTransformer:
-    """Freeze the trunk and put BatchNorm without affine before the linear head (paper, appendix A.1), in place."""
+class ProbeHeads(nn.Module):
+    """Several linear heads on the same normalised features: [N, D] -> [N, heads, classes]."""
+
+    def __init__(self, head: nn.Linear, count: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(copy.deepcopy(head) for _ in range(count))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(features) for head in self.heads], dim=1)
+
+
+def make_linear_probe(model: VisionTransformer, heads: int = 1) -> VisionTransformer:
+    """Freeze the trunk and put BatchNorm without affine before the linear head (paper, appendix A.1), in place.
+
+    With several heads, which start alike, one pass over the trunk trains them all; logits are [N, heads, classes].
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     nn.init.trunc_normal_(model.head.weight, std=0.01)
     model.head.requires_grad_(True)
-    model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), model.head)
-    model.config["probe"] = "linear"
+    head = model.head if heads == 1 else ProbeHeads(model.head, heads)
+    model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), head)
+    model.config |= {"probe": "linear", "probe_heads": heads}
     return model
 
 
 def from_config(config: dict) -> VisionTransformer:
     """Build the classifier that a checkpoint's `model_config` describes (without its weights)."""
-    arguments = {name: value for name, value in config.items() if name not in ("model", "probe")}
+    arguments = {name: value for name, value in config.items() if name not in ("model", "probe", "probe_heads")}
     model = VisionTransformer(**arguments)
-    return make_linear_probe(model) if config.get("probe") == "linear" else model
+    return make_linear_probe(model, config.get("probe_heads", 1)) if config.get("probe") == "linear" else model
 
 
 vit_demo_patch4 = partial(VisionTransformer, patch_size=4, **SIZES["demo"])

@@ -72,7 +72,7 @@ def test_classifiers_keep_their_classes_and_rebuild(tmp_path):
     for probe in (False, True):
         model = classifier(global_pool=not probe)
         model = models_vit.make_linear_probe(model) if probe else model
-        optimizer = optim.probe_optimizer(model, 0.1, 0.0)
+        optimizer = optim.probe_optimizer(model, [0.1], 0.0)
         keeper = checkpoints(tmp_path, model, optimizer, "finetune", class_to_idx={"cat": 0, "dog": 1}, model="vit")
         keeper.save(Position(0), whole_epoch=True)
         stored = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)

@@ -261,7 +261,7 @@ def test_linear_probing_run():
         VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"])
     )
     model.load_state_dict(part(golden, "init/"))
-    optimizer = optim.probe_optimizer(model, run["lr"], run["weight_decay"])
+    optimizer = optim.probe_optimizer(model, [run["lr"]], run["weight_decay"])
     lrs = run_classifier(golden, run, model, optimizer, nn.CrossEntropyLoss())
     check_final(model, part(golden, "final/"), sum(lrs))
 

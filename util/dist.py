@@ -115,11 +115,15 @@ def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     return values.cpu()
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model in DDP when there are several ranks, else the model itself. Every parameter takes part in the loss."""
+def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Module:
+    """The model in DDP when there are several ranks, else the model itself. Every parameter takes part in the loss.
+
+    static: every step runs the same graph and exchanges gradients (not with no_sync), which DDP can make use of.
+    """
     if not td.is_initialized():
         return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    places = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True, static_graph=static)
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 PLACE = {
     "resume", "resume_override", "overwrite", "start_epoch", "eval", "output_dir", "log_dir", "save_freq", "keep",
     "save_minutes", "num_workers", "pin_mem", "device", "world_size", "local_rank", "dist_on_itp", "dist_url",
-    "dist_eval",
+    "dist_eval", "compile", "attention", "grad_checkpoint",
 }  # fmt: skip
 
 
@@ -236,8 +236,9 @@ def _schedule(args: dict) -> dict[str, object]:
     if {"batch_size", "accum_iter", "world_size"} <= set(args):
         batch = found["effective batch"] = args["batch_size"] * args["accum_iter"] * args["world_size"]
         if "blr" in args:
-            lr = args["blr"] * batch / 256 if args.get("lr") is None else args["lr"]
-            found["learning rate"] = float(f"{lr:.9g}")
+            rates = args["blr"] if isinstance(args["blr"], list) else [args["blr"]]
+            lrs = [blr * batch / 256 for blr in rates] if args.get("lr") is None else [args["lr"]]
+            found["learning rate"] = ", ".join(f"{lr:.9g}" for lr in lrs)
     return found
 
 

@@ -32,6 +32,13 @@ def finetune_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_d
     return torch.optim.AdamW([{name: group[name] for name in keep} for group in groups], lr=lr, fused=True)
 
 
-def probe_optimizer(model: nn.Module, lr: float, weight_decay: float) -> LARS:
-    """LARS over the head, the only part of a probe that is trained."""
-    return LARS([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+def probe_optimizer(model: nn.Module, lrs: list[float], weight_decay: float) -> LARS:
+    """LARS over the head, the only part of a probe that is trained; each of several heads has a rate of its own, as
+    a multiple (lr_scale) of the first's."""
+    if len(lrs) == 1:
+        return LARS([p for p in model.parameters() if p.requires_grad], lr=lrs[0], weight_decay=weight_decay)
+    groups = [
+        {"params": list(head.parameters()), "lr_scale": lr / lrs[0]}
+        for head, lr in zip(model.head[1].heads, lrs, strict=True)
+    ]
+    return LARS(groups, lr=lrs[0], weight_decay=weight_decay)

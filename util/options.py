@@ -39,6 +39,7 @@ def common_parser(
     crop_scale: tuple[float, float],
     save_freq: int,
     keep: int | None,
+    several_rates: bool = False,
 ) -> argparse.ArgumentParser:
     """The flags of every job, with the job's own defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
@@ -53,12 +54,19 @@ def common_parser(
     add("--epochs", default=epochs, type=int, help="length of the whole schedule")
     add("--warmup_epochs", default=warmup_epochs, type=int, help="of linear warm-up")
     add("--lr", type=float, help="learning rate; default: blr * effective batch size / 256")
-    add("--blr", default=blr, type=float, help="base learning rate, per 256 images")
+    several = {"nargs": "+", "metavar": "BLR"} if several_rates else {}
+    add("--blr", default=blr, type=float, help="base learning rate, per 256 images", **several)
     add("--min_lr", default=min_lr, type=float, help="learning rate at the end")
     add("--weight_decay", default=weight_decay, type=float, help="1-D parameters never decay")
     add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
     add("--max_bad_steps", default=5, type=int, help="skipped updates (gradients not finite) in a row that stop a run")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
+
+    add = parser.add_argument_group("speed").add_argument
+    add("--attention", default="auto", choices=("auto", "fused", "plain"), help="kernel; auto: as measured")
+    add("--compile", action="store_true", default=None, help="compile the blocks; default: on CUDA")
+    add("--no_compile", action="store_false", dest="compile", default=argparse.SUPPRESS, help="don't")
+    add("--grad_checkpoint", action="store_true", help="less memory for a third more work")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
@@ -104,7 +112,9 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
 
 
 def finish(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the defaults that follow other flags."""
+    """Fill in the defaults that follow other flags; one --blr is a number, several a list."""
+    if isinstance(args.blr, list) and len(args.blr) == 1:
+        args.blr = args.blr[0]
     if args.log_dir is None:
         args.log_dir = args.output_dir
     return args
@@ -149,7 +159,8 @@ def check(args: argparse.Namespace, models: dict) -> None:
     problems = [
         f"--{name} {value} {words}"
         for name, (good, words) in RANGES.items()
-        if (value := getattr(args, name, None)) is not None and not good(value)
+        for value in _values(getattr(args, name, None))
+        if not good(value)
     ]
     problems += _model_problems(args, models) + _training_problems(args) + _place_problems(args)
     if not problems and args.output_dir and not getattr(args, "eval", False) and int(os.environ.get("RANK", 0)) == 0:
@@ -157,6 +168,10 @@ def check(args: argparse.Namespace, models: dict) -> None:
         problems += [f"--output_dir {args.output_dir} is in use by another run, {holder}"] if holder else []
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def _values(value: object) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
@@ -191,6 +206,13 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
             finetune_transform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1, False)
         except Exception:  # timm asserts, and parses with float()
             problems.append(f"--aa {args.aa} is no policy of timm's: for example rand-m9-mstd0.5-inc1, augmix-m3, none")
+    if isinstance(args.blr, list):
+        if args.lr is not None:
+            problems.append("--lr gives one learning rate, --blr several: leave one out")
+        if args.clip_grad is not None:
+            problems.append("--clip_grad would make the heads of several --blr depend on each other: leave it out")
+        if 0 in args.blr:
+            problems.append("--blr 0 among several trains nothing: leave it out")
     if getattr(args, "eval", False) and not args.resume:
         problems.append("--eval needs --resume FILE, the checkpoint to evaluate")
     return problems

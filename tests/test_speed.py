@@ -1,0 +1,101 @@
+"""Every speed-up leaves the numbers alone; a sweep's heads end as each would alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import main_linprobe
+import models_mae
+import models_vit
+from util import speed
+
+CPU = torch.device("cpu")
+ENCODER = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+DECODER = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+
+
+def step(model, **settings):
+    """Loss and all gradients of a step, in fp32, with drop_path where the model has it."""
+    speed.prepare(model, CPU, "off", **{"attention": "plain", "compiled": False, "grad_checkpoint": False, **settings})
+    model.train().zero_grad()
+    torch.manual_seed(1)
+    imgs = torch.randn(4, 3, 16, 16)
+    if isinstance(model, models_mae.MaskedAutoencoderViT):
+        loss = model(imgs)[0]
+    else:
+        loss = nn.functional.cross_entropy(model(imgs), torch.tensor([0, 1, 2, 0]))
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def autoencoder():
+    torch.manual_seed(0)
+    return models_mae.MaskedAutoencoderViT(**ENCODER, **DECODER)
+
+
+def classifier():
+    torch.manual_seed(0)
+    return models_vit.VisionTransformer(**ENCODER, num_classes=3, drop_path_rate=0.3)
+
+
+@pytest.mark.parametrize("build", [autoencoder, classifier])
+@pytest.mark.parametrize("setting", [{"attention": "fused"}, {"grad_checkpoint": True}, {"compiled": True}])
+def test_speed_ups_leave_loss_and_gradients_alone(build, setting):
+    if "compiled" in setting and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    loss, grads = step(build())
+    fast_loss, fast_grads = step(build(), **setting)
+    assert fast_loss == pytest.approx(loss, abs=1e-6)
+    assert (fast_grads - grads).norm() / grads.norm() < 1e-5
+
+
+def test_compiled_and_checkpointed_models_keep_their_parameter_names():
+    names = list(autoencoder().state_dict())
+    model = autoencoder()
+    speed.prepare(model, CPU, "off", "auto", True, True)
+    assert list(model.state_dict()) == names
+
+
+def test_grad_checkpoint_keeps_fewer_activations():
+    def kept(**settings):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            step(classifier(), **settings)
+        return sum(sizes)
+
+    assert kept(grad_checkpoint=True) < 0.5 * kept()
+
+
+def test_attention_is_plain_only_where_it_is_faster():
+    assert speed.choose_attention(CPU, "bf16") == "plain" and speed.choose_attention(CPU, "off") == "fused"
+    assert speed.choose_attention(torch.device("cuda"), "bf16") == "fused"
+
+
+SMALL = (
+    "--input_size 28 --batch_size 16 --num_workers 0 --device cpu --epochs 2 --warmup_epochs 0 --amp off "
+    "--model vit_demo_patch4 --nb_classes 10"
+)
+
+
+def test_each_head_of_a_sweep_ends_as_it_would_alone(images, tmp_path, capsys):
+    """Parameters, accuracy and loss; the best head stands for all."""
+
+    def probe(name, *rates):
+        where = ["--data_path", str(images), "--output_dir", str(tmp_path / name)]
+        main_linprobe.main([*SMALL.split(), *where, "--blr", *map(str, rates)])
+        log = json.loads((tmp_path / name / "log.txt").read_text().splitlines()[-1])
+        return log, torch.load(tmp_path / name / "checkpoint-1.pth", weights_only=True)["model"]
+
+    rates = [8, 32, 128]
+    together, heads = probe("sweep", *rates)
+    assert "blr32: Acc@1" in capsys.readouterr().out
+    for number, rate in enumerate(rates):
+        alone, model = probe(f"alone{number}", rate)
+        assert torch.allclose(heads[f"head.1.heads.{number}.weight"], model["head.1.weight"], atol=1e-6)
+        assert together[f"test_acc1_blr{rate:g}"] == alone["test_acc1"]
+        assert together[f"test_loss_blr{rate:g}"] == pytest.approx(alone["test_loss"], rel=1e-5)
+    assert together["test_acc1"] == max(together[f"test_acc1_blr{rate:g}"] for rate in rates)
+    assert not torch.allclose(heads["head.1.heads.0.weight"], heads["head.1.heads.2.weight"], atol=1e-2)
