@@ -98,4 +98,4 @@ def test_each_head_of_a_sweep_ends_as_it_would_alone(images, tmp_path, capsys):
         assert together[f"test_acc1_blr{rate:g}"] == alone["test_acc1"]
         assert together[f"test_loss_blr{rate:g}"] == pytest.approx(alone["test_loss"], rel=1e-5)
     assert together["test_acc1"] == max(together[f"test_acc1_blr{rate:g}"] for rate in rates)
-    assert not torch.allclose(heads["head.1.heads.0.weight"], heads["head.1.heads.2.weight"], atol=1e-2)
+    assert not torch.allclose(heads["head.1.heads.0.weight"], heads["head.1.heads.2.weight"], atol=1e-3)

@@ -1,0 +1,264 @@
+"""How fast a training step is: ours, ours with every speed-up off, and Hugging Face's model, in one interleaved run.
+
+    python benchmarks/step.py --model mae_vit_base_patch16 --batch_size 16 --json step.json
+    python benchmarks/step.py --model vit_base_patch16 --job finetune --batch_size 16
+    python benchmarks/step.py --model vit_base_patch16 --job linprobe --batch_size 16
+
+The rows of Hugging Face need `pip install transformers`. A step is forward, backward and update (AdamW; LARS for the
+probe) on a batch of random images that is on the device already. The rows:
+    ours       as the scripts run it: --amp auto, attention and compilation by default, fused optimiser, no waiting
+    off        what the reference does: fp16 with a scaler on a GPU, fp32 on a CPU; plain attention, an optimiser with a
+               loop over the parameters, a wait for the loss after every step
+    hf         ViTMAEForPreTraining (ViTForImageClassification for the other jobs) of transformers at its defaults, fp32
+    hf_best    the same under bf16 autocast, with the attention, and on a GPU the compilation, that was fastest here
+hf and hf_best use our optimiser. Every repetition runs each row once; the figures are medians, the spread is
+(max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the peak is that of matrix products
+in the same run.
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models_mae
+import models_vit
+from engine_finetune import head_losses
+from util import optim, speed
+from util.amp import LossScaler
+
+CLASSES = 1000
+Step = Callable[[], None]
+
+
+def our_model(job: str, name: str) -> nn.Module:
+    """The job's model as its script builds it, in fp32 on the CPU."""
+    if job == "pretrain":
+        return models_mae.MODELS[name](norm_pix_loss=True)
+    model = models_vit.MODELS[name](num_classes=CLASSES, global_pool=job == "finetune")
+    return models_vit.make_linear_probe(model) if job == "linprobe" else model
+
+
+def hf_model(job: str, name: str, attention: str | None) -> nn.Module:
+    """transformers' model of the same shape; `loss` is in its output."""
+    import transformers
+
+    ours = our_model(job, name).config
+    config = {
+        "image_size": ours["img_size"], "patch_size": ours["patch_size"], "hidden_size": ours["embed_dim"],
+        "num_hidden_layers": ours["depth"], "num_attention_heads": ours["num_heads"],
+        "intermediate_size": 4 * ours["embed_dim"],
+    }  # fmt: skip
+    if attention:
+        config["attn_implementation"] = attention
+    if job != "pretrain":
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**config, num_labels=CLASSES))
+        if job == "linprobe":
+            model.vit.requires_grad_(False)
+        return model
+    decoder = {
+        "decoder_hidden_size": ours["decoder_embed_dim"], "decoder_num_hidden_layers": ours["decoder_depth"],
+        "decoder_num_attention_heads": ours["decoder_num_heads"],
+        "decoder_intermediate_size": 4 * ours["decoder_embed_dim"], "norm_pix_loss": True, "mask_ratio": 0.75,
+    }  # fmt: skip
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**config, **decoder))
+
+
+def optimizer_of(job: str, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+    """The job's optimiser, over what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if job == "linprobe":
+        return optim.LARS(trained, lr=0.1)
+    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused, foreach=False)
+
+
+def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, fast: bool) -> Step:
+    """One of our steps; fast: with every speed-up, as the scripts have them, else with none."""
+    device = imgs.device
+    amp = "auto" if fast else "fp16" if device.type == "cuda" else "off"
+    model, scaler = our_model(job, name).to(device).train(), LossScaler(amp, device)
+    speed.prepare(model, device, scaler.amp, "auto" if fast else "plain", None if fast else False, False)
+    optimizer = optimizer_of(job, model, fast)
+
+    def step() -> None:
+        with scaler.autocast():
+            loss = model(imgs)[0] if job == "pretrain" else head_losses(model(imgs), targets)
+        scaler.backward(loss)
+        scaler.step(optimizer, model.parameters(), None)
+        if not fast:
+            loss.item()
+
+    return step
+
+
+def hf_step(
+    job: str, name: str, imgs: Tensor, targets: Tensor, amp: str, attention: str | None, compiled: bool
+) -> Step:
+    """One step of transformers' model; attention None: its default."""
+    device = imgs.device
+    model, scaler = hf_model(job, name, attention).to(device).train(), LossScaler(amp, device)
+    if compiled:
+        model.compile(dynamic=False)
+    optimizer = optimizer_of(job, model)
+
+    def step() -> None:
+        with scaler.autocast():
+            loss = model(imgs).loss if job == "pretrain" else head_losses(model(imgs).logits, targets)
+        scaler.backward(loss)
+        scaler.step(optimizer, model.parameters(), None)
+
+    return step
+
+
+def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
+    """A matrix product that fills the device, and its floating-point operations."""
+    side = 8192 if device.type == "cuda" else 3072
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return lambda: torch.mm(a, b), 2.0 * side**3
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Wall-clock time of one step, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best_hf(job: str, name: str, imgs: Tensor, targets: Tensor) -> tuple[str, bool]:
+    """The attention, and whether compiled, that make transformers' model fastest in bf16 here."""
+    choices = [(attention, False) for attention in ("sdpa", "eager")]
+    choices += [(attention, True) for attention in ("sdpa", "eager")] if imgs.device.type == "cuda" else []
+    times = {}
+    for choice in choices:
+        step = hf_step(job, name, imgs, targets, "bf16", *choice)
+        times[choice] = min(seconds(step, imgs.device) for _ in range(4))
+    return min(times, key=times.get)
+
+
+def count_flops(job: str, name: str, batch_size: int) -> float:
+    """Floating-point operations of a step of the plain model, by PyTorch's counter, without memory for the weights."""
+    with torch.device("meta"):
+        model = our_model(job, name).train()
+        speed.prepare(model, torch.device("cpu"), "off", "plain", False, False)
+        size = model.config["img_size"]
+        imgs, targets = torch.empty(1, 3, size, size), torch.zeros(1, dtype=torch.long)
+        if job == "linprobe":
+            model.head[0].eval()  # its statistics want more than one image
+        with FlopCounterMode(display=False) as counter:
+            (model(imgs)[0] if job == "pretrain" else head_losses(model(imgs), targets)).backward()
+    return float(counter.get_total_flops()) * batch_size
+
+
+def peak_memory(words: list[str], row: str, setting: dict) -> float:
+    """GB that two steps of a row take, measured in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *words, "--only", row, "--setting", json.dumps(setting)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
+def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
+    """The step of a row."""
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
+    targets = torch.randint(CLASSES, (args.batch_size,), device=device)
+    common = (args.job, args.model, imgs, targets)
+    if row in ("ours", "off"):
+        return our_step(*common, fast=row == "ours")
+    if row == "hf":
+        return hf_step(*common, "off", None, False)
+    return hf_step(*common, "bf16", setting["attention"], setting["compiled"])
+
+
+def measure(args: argparse.Namespace, words: list[str]) -> dict:
+    """The whole benchmark; returns what goes into the file."""
+    device = torch.device(args.device)
+    imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
+    targets = torch.randint(CLASSES, (args.batch_size,), device=device)
+    setting = dict(zip(("attention", "compiled"), best_hf(args.job, args.model, imgs, targets), strict=True))
+    rows = ("ours", "off", "hf", "hf_best")
+    steps = {row: build(row, args, setting) for row in rows}
+    peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
+    times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}
+    for repetition in range(-2, args.steps):  # the first two warm up
+        for name in times:
+            took = seconds(steps[name] if name in steps else peaks[name][0], device)
+            if repetition >= 0:
+                times[name].append(took)
+    peak = {name: work / min(times[name]) / 1e12 for name, (_, work) in peaks.items()}
+    work = count_flops(args.job, args.model, args.batch_size)
+    table = []
+    for row in rows:
+        median = statistics.median(times[row])
+        table.append({
+            "name": row, "images_per_s": args.batch_size / median, "tflops": work / median / 1e12,
+            "fraction_of_peak": work / median / 1e12 / peak["bf16"],
+            "spread": (max(times[row]) - min(times[row])) / median,
+            "peak_memory_gb": peak_memory(words, row, setting), "seconds": times[row],
+        })  # fmt: skip
+    return {
+        "job": args.job, "model": args.model, "batch_size": args.batch_size, "n": args.steps, "peak_tflops": peak,
+        "hf_best": setting, "rows": table, "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu(),
+    }  # fmt: skip
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """Measure, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mae_vit_base_patch16")
+    parser.add_argument("--job", default="pretrain", choices=("pretrain", "finetune", "linprobe"))
+    parser.add_argument("--batch_size", default=16, type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", default=7, type=int, help="repetitions")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        step = build(args.only, args, json.loads(args.setting))
+        step(), step()
+        if args.device.startswith("cuda"):
+            print(torch.cuda.max_memory_allocated() / 1e9)
+        else:
+            status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
+            print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9)
+        return
+    words = ["--model", args.model, "--job", args.job, "--batch_size", str(args.batch_size), "--device", args.device]
+    result = measure(args, words)
+    peak = ", ".join(f"{name} {value:.3g}" for name, value in result["peak_tflops"].items())
+    print(f"{args.model}, {args.job}, batch {args.batch_size}, n = {args.steps}; {result['device']}; torch "
+          f"{result['torch']}; peak TFLOP/s: {peak}; hf_best: {result['hf_best']}")  # fmt: skip
+    print(f"{'':8} {'images/s':>9} {'TFLOP/s':>8} {'of peak':>8} {'spread':>7} {'memory GB':>10}")
+    for row in result["rows"]:
+        print(f"{row['name']:8} {row['images_per_s']:9.2f} {row['tflops']:8.3f} {row['fraction_of_peak']:8.1%} "
+              f"{row['spread']:7.1%} {row['peak_memory_gb']:10.2f}")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
