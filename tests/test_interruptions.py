@@ -127,7 +127,7 @@ def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, 
     os.kill(process.pid, getattr(signal, sent))
     assert faults.ended(process) == code, (tmp_path / "out").read_text()
     said = (tmp_path / "out").read_text()
-    assert "stopped by signal" in said and "checkpoint-last.pth" in said and "Traceback" not in said
+    assert f"stopped by {sent} in epoch 1" in said and "checkpoint-last.pth" in said and "Traceback" not in said
     stopped = state(tmp_path)
     assert stopped["epoch"] == 0 and 0 < stopped["position"]["images"] < 80
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-last.pth"]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sized
+from signal import Signals
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class Run:
         if signum:
             where = f"in epoch {self.position.epoch} after {self.position.images} images"
             kept = self.checkpoints.newest or "nothing, since there is no --output_dir"
-            raise Stopped(signum, f"stopped by signal {signum} {where}; saved {kept}. --resume auto goes on from there")
+            raise Stopped(signum, f"stopped by {Signals(signum).name} {where}; saved {kept}. --resume auto goes on from there")
 
     def saved(self) -> None:
         """A checkpoint was written."""
