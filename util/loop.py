@@ -94,9 +94,9 @@ class Run:
         self.checkpoints.save(self.position, whole_epoch=False)
         self.saved()
         if signum:
-            where = f"in epoch {self.position.epoch} after {self.position.images} images"
+            what = f"{Signals(signum).name} in epoch {self.position.epoch} after {self.position.images} images"
             kept = self.checkpoints.newest or "nothing, since there is no --output_dir"
-            raise Stopped(signum, f"stopped by {Signals(signum).name} {where}; saved {kept}. --resume auto goes on from there")
+            raise Stopped(signum, f"stopped by {what}; saved {kept}. --resume auto goes on from there")
 
     def saved(self) -> None:
         """A checkpoint was written."""
