@@ -14,6 +14,7 @@ from timm.layers import PatchEmbed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models_vit import SIZES
 from util.pos_embed import sincos_pos_embed
@@ -129,9 +130,17 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_encoder(
         self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode the visible patches: imgs [N, C, H, W] -> latent [N, 1+K, D], mask [N, L], ids_restore [N, L]."""
-        x = self.patch_embed(imgs) + self.pos_embed[:, 1:]  # [N, L, D]
-        x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+        """Encode the visible patches: imgs [N, C, H, W] -> latent [N, 1+K, D], mask [N, L], ids_restore [N, L].
+
+        Raises ValueError for images of another size than the model's.
+        """
+        if imgs.shape[2:] != self.patch_embed.img_size:
+            raise ValueError(f"images are {tuple(imgs.shape[2:])}, the model is for {self.patch_embed.img_size}")
+        patches, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)  # [N, K, p*p*C]
+        ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1], None]
+        proj = self.patch_embed.proj  # a convolution of stride p is a matrix product, needed for the visible only
+        x = F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # [N, K, D]
+        x = x + self.pos_embed[:, 1:].expand(len(x), -1, -1).gather(1, ids_keep.expand(-1, -1, x.shape[2]))
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # [N, 1+K, D]
         x = self._through(self.blocks, x)

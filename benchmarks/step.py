@@ -6,7 +6,8 @@
 
 The rows of Hugging Face need `pip install transformers`. A step is forward, backward and update (AdamW; LARS for the
 probe) on a batch of random images that is on the device already. The rows:
-    ours       as the scripts run it: --amp auto, attention and compilation by default, fused optimiser, no waiting
+    ours       as the scripts run it: fused optimiser, no waiting; --amp, --attention, --compile and --grad_checkpoint
+               are the scripts' flags, with their defaults
     off        what the reference does: fp16 with a scaler on a GPU, fp32 on a CPU; plain attention, an optimiser with a
                loop over the parameters, a wait for the loss after every step
     hf         ViTMAEForPreTraining (ViTForImageClassification for the other jobs) of transformers at its defaults, fp32
@@ -18,13 +19,10 @@ in the same run.
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,12 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 import models_vit
+from benchmarks.timing import Step, device_name, interleave, matmul_step, seconds
 from engine_finetune import head_losses
 from util import optim, speed
 from util.amp import LossScaler
 
 CLASSES = 1000
-Step = Callable[[], None]
 
 
 def our_model(job: str, name: str) -> nn.Module:
@@ -83,12 +81,15 @@ def optimizer_of(job: str, model: nn.Module, fused: bool = True) -> torch.optim.
     return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused, foreach=False)
 
 
-def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, fast: bool) -> Step:
-    """One of our steps; fast: with every speed-up, as the scripts have them, else with none."""
+def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.Namespace, fast: bool) -> Step:
+    """One of our steps; fast: with the speed-ups that the flags ask for, else with none."""
     device = imgs.device
-    amp = "auto" if fast else "fp16" if device.type == "cuda" else "off"
+    amp = args.amp if fast else "fp16" if device.type == "cuda" else "off"
     model, scaler = our_model(job, name).to(device).train(), LossScaler(amp, device)
-    speed.prepare(model, device, scaler.amp, "auto" if fast else "plain", None if fast else False, False)
+    if fast:
+        speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
+    else:
+        speed.prepare(model, device, scaler.amp, "plain", False, False)
     optimizer = optimizer_of(job, model, fast)
 
     def step() -> None:
@@ -119,24 +120,6 @@ def hf_step(
         scaler.step(optimizer, model.parameters(), None)
 
     return step
-
-
-def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
-    """A matrix product that fills the device, and its floating-point operations."""
-    side = 8192 if device.type == "cuda" else 3072
-    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
-    return lambda: torch.mm(a, b), 2.0 * side**3
-
-
-def seconds(step: Step, device: torch.device) -> float:
-    """Wall-clock time of one step, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def best_hf(job: str, name: str, imgs: Tensor, targets: Tensor) -> tuple[str, bool]:
@@ -181,7 +164,7 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
     targets = torch.randint(CLASSES, (args.batch_size,), device=device)
     common = (args.job, args.model, imgs, targets)
     if row in ("ours", "off"):
-        return our_step(*common, fast=row == "ours")
+        return our_step(*common, args, fast=row == "ours")
     if row == "hf":
         return hf_step(*common, "off", None, False)
     return hf_step(*common, "bf16", setting["attention"], setting["compiled"])
@@ -196,12 +179,7 @@ def measure(args: argparse.Namespace, words: list[str]) -> dict:
     rows = ("ours", "off", "hf", "hf_best")
     steps = {row: build(row, args, setting) for row in rows}
     peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}
-    for repetition in range(-2, args.steps):  # the first two warm up
-        for name in times:
-            took = seconds(steps[name] if name in steps else peaks[name][0], device)
-            if repetition >= 0:
-                times[name].append(took)
+    times = interleave(steps | {name: product for name, (product, _) in peaks.items()}, device, args.steps)
     peak = {name: work / min(times[name]) / 1e12 for name, (_, work) in peaks.items()}
     work = count_flops(args.job, args.model, args.batch_size)
     table = []
@@ -215,15 +193,10 @@ def measure(args: argparse.Namespace, words: list[str]) -> dict:
         })  # fmt: skip
     return {
         "job": args.job, "model": args.model, "batch_size": args.batch_size, "n": args.steps, "peak_tflops": peak,
+        "ours": {name: getattr(args, name) for name in ("amp", "attention", "compile", "grad_checkpoint")},
         "hf_best": setting, "rows": table, "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else _cpu(),
+        "device": device_name(device),
     }  # fmt: skip
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -235,6 +208,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", default=7, type=int, help="repetitions")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="of the row ours")
+    parser.add_argument("--attention", default="auto", choices=("auto", "fused", "plain"), help="of the row ours")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the row ours; default: on CUDA")
+    parser.add_argument("--grad_checkpoint", action="store_true", help="in the row ours")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -247,8 +224,7 @@ def main() -> None:
             status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
             print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9)
         return
-    words = ["--model", args.model, "--job", args.job, "--batch_size", str(args.batch_size), "--device", args.device]
-    result = measure(args, words)
+    result = measure(args, sys.argv[1:])
     peak = ", ".join(f"{name} {value:.3g}" for name, value in result["peak_tflops"].items())
     print(f"{args.model}, {args.job}, batch {args.batch_size}, n = {args.steps}; {result['device']}; torch "
           f"{result['torch']}; peak TFLOP/s: {peak}; hf_best: {result['hf_best']}")  # fmt: skip

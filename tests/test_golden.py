@@ -20,7 +20,7 @@ import engine_finetune
 import engine_pretrain
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, make_linear_probe
-from util import misc, optim
+from util import misc, optim, speed
 from util.amp import LossScaler
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
@@ -47,6 +47,21 @@ def assert_close(actual, expected, atol, what=""):
     assert actual.shape == expected.shape, what
     difference = (actual - expected).abs().max().item()
     assert difference <= atol, f"{what}: largest difference {difference:.3g}"
+
+
+SPEED = {
+    "plain": ("plain", False, False), "fused": ("fused", False, False), "compiled": ("plain", True, False),
+    "grad_checkpoint": ("plain", False, True), "all": ("fused", True, True),
+}  # fmt: skip
+
+
+@pytest.fixture(params=SPEED)
+def fast(request):
+    """Sets up a model with each speed-up: the same bounds must hold."""
+    attention, compiled, grad_checkpoint = SPEED[request.param]
+    if compiled and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    return lambda model: speed.prepare(model, CPU, "off", attention, compiled, grad_checkpoint)
 
 
 def autoencoder(norm_pix_loss):
@@ -173,8 +188,9 @@ def test_pretrain_decay_groups():
     assert list(ours.items()) == list(META["pretrain_weight_decay"].items())
 
 
-def run_pretraining(golden, run):
+def run_pretraining(golden, run, fast):
     model = autoencoder(run["norm_pix_loss"])
+    fast(model)
     optimizer = optim.pretrain_optimizer(model, run["lr"], run["weight_decay"])
     recorder = Recorder(model, optimizer, golden["noise"])
     loader, stats = [(imgs, None) for imgs in golden["imgs"]], []
@@ -188,9 +204,9 @@ def run_pretraining(golden, run):
     return model, optimizer, recorder, stats
 
 
-def test_pretraining_run():
+def test_pretraining_run(fast):
     golden, run = load("pretrain_run"), META["pretrain_run"]
-    model, _, recorder, stats = run_pretraining(golden, run)
+    model, _, recorder, stats = run_pretraining(golden, run, fast)
     assert_close(recorder.lrs, golden["lrs"], 1e-6, "learning rates")
     assert_close(recorder.losses, golden["losses"], 1e-5, "losses")
     assert stats == [pytest.approx(expected, abs=1e-5) for expected in run["epoch_stats"]]
@@ -204,7 +220,7 @@ def test_optimizer_state_is_stored_in_the_published_order():
     golden, run = load("pretrain_run"), META["pretrain_run"]
     if not all(torch.equal(stored["model"][name], value) for name, value in part(golden, "final/").items()):
         pytest.skip("this set's checkpoint is of another run")
-    _, optimizer, _, _ = run_pretraining(golden, run)
+    _, optimizer, _, _ = run_pretraining(golden, run, lambda model: None)
     ours = optimizer.state_dict()
     assert [g["params"] for g in ours["param_groups"]] == [g["params"] for g in stored["optimizer"]["param_groups"]]
     for index, state in stored["optimizer"]["state"].items():
@@ -237,12 +253,13 @@ def run_classifier(golden, run, model, optimizer, criterion):
 
 
 @pytest.mark.parametrize("name", ["finetune_run_avg", "finetune_run_cls"])
-def test_finetuning_run(name):
+def test_finetuning_run(name, fast):
     golden, run = load(name), META[name]
     model = VisionTransformer(
         **ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"], drop_path_rate=run["drop_path"]
     )
     model.load_state_dict(part(golden, "init/"))
+    fast(model)
     optimizer = optim.finetune_optimizer(model, run["lr"], run["weight_decay"], run["layer_decay"])
     lrs = run_classifier(golden, run, model, optimizer, LabelSmoothingCrossEntropy(run["smoothing"]))
     check_final(model, part(golden, "final/"), sum(lrs[:: run["accum_iter"]]))

@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def common_parser(
 
     add = parser.add_argument_group("speed").add_argument
     add("--attention", default="auto", choices=("auto", "fused", "plain"), help="kernel; auto: as measured")
-    add("--compile", action="store_true", default=None, help="compile the blocks; default: on CUDA")
+    add("--compile", action="store_true", default=None, help="compile the blocks (a minute at first); default: on CUDA")
     add("--no_compile", action="store_false", dest="compile", default=argparse.SUPPRESS, help="don't")
     add("--grad_checkpoint", action="store_true", help="less memory for a third more work")
 
@@ -231,6 +232,8 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
             problems.append("--device mps: not available on this machine")
         elif device.type not in ("cuda", "mps", "cpu"):
             problems.append(f"--device {args.device}: choose cuda, mps or cpu")
+        elif device.type == "cpu" and args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+            problems.append("--compile on a CPU needs a C++ compiler (g++, or the one that CXX names): leave it out")
     except RuntimeError:
         problems.append(f"--device {args.device} is unknown: choose cuda, mps or cpu")
     if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" not in os.environ:

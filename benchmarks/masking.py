@@ -1,0 +1,106 @@
+"""What leaving the masked patches out of the encoder saves: the paper's Table 2.
+
+    python benchmarks/masking.py --models mae_vit_large_patch16 mae_vit_huge_patch14 --batch_size 4 --json masking.json
+
+A step is forward, backward and update (AdamW), on random images that are on the device already, precision and speed-ups
+as the scripts have them by default. The rows of a model:
+    tokens     the baseline: the encoder sees all patches, a learned token in place of each masked one; 8-block decoder
+    8, 1       MAE with a decoder of 8 blocks and of 1
+Every repetition runs each row once; the ratio is that of the baseline's median time to the row's.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models_mae
+from benchmarks.timing import Step, device_name, interleave
+from util import speed
+from util.amp import LossScaler
+
+PAPER = {"mae_vit_large_patch16": {"8": 2.8, "1": 3.7}, "mae_vit_huge_patch14": {"8": 3.5, "1": 4.1}}
+
+
+class EncodesMaskTokens(models_mae.MaskedAutoencoderViT):
+    """The baseline of Table 2 ("encoder w/ [M]"): mask tokens enter the encoder, the decoder gets all its outputs."""
+
+    def __init__(self, **arguments: object) -> None:
+        super().__init__(**arguments)
+        self.encoder_mask_token = nn.Parameter(torch.randn(1, 1, self.config["embed_dim"]) * 0.02)
+
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """imgs [N, C, H, W] -> latent [N, 1+L, D], mask [N, L], ids_restore [N, L]."""
+        x = self.patch_embed(imgs)  # [N, L, D]
+        _, mask, ids_restore = self.random_masking(x[..., :1], mask_ratio, noise)
+        x = torch.where(mask[..., None].bool(), self.encoder_mask_token.to(x.dtype), x) + self.pos_embed[:, 1:]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return self.norm(self._through(self.blocks, torch.cat([cls_token, x], dim=1))), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Every patch is there, in its place: latent [N, 1+L, D] -> pred [N, L, p*p*C]."""
+        x = self._through(self.decoder_blocks, self.decoder_embed(latent) + self.decoder_pos_embed)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+
+def build(row: str, name: str, batch_size: int, device: torch.device) -> Step:
+    """The step of a row of a model."""
+    factory = models_mae.MODELS[name]
+    kind = EncodesMaskTokens if row == "tokens" else models_mae.MaskedAutoencoderViT
+    arguments = factory.keywords | {"decoder_depth": 1 if row == "1" else 8, "norm_pix_loss": True}
+    model, scaler = kind(**arguments).to(device).train(), LossScaler("auto", device)
+    speed.prepare(model, device, scaler.amp, "auto", None, False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    imgs = torch.randn(batch_size, 3, 224, 224, device=device)
+
+    def step() -> None:
+        with scaler.autocast():
+            loss = model(imgs, mask_ratio=0.75)[0]
+        scaler.backward(loss)
+        scaler.step(optimizer, model.parameters(), None)
+
+    return step
+
+
+def main() -> None:
+    """Measure, print the table, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(PAPER), choices=list(models_mae.MODELS))
+    parser.add_argument("--batch_size", default=4, type=int)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", default=5, type=int, help="repetitions")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device, table = torch.device(args.device), []
+    for name in args.models:
+        steps = {row: build(row, name, args.batch_size, device) for row in ("tokens", "8", "1")}
+        times = interleave(steps, device, args.steps)
+        baseline = statistics.median(times["tokens"])
+        for row, values in times.items():
+            median = statistics.median(values)
+            table.append({
+                "model": name, "row": row, "images_per_s": args.batch_size / median, "ratio": baseline / median,
+                "spread": (max(values) - min(values)) / median, "paper": PAPER.get(name, {}).get(row, 1.0),
+            })  # fmt: skip
+    result = {
+        "rows": table, "batch_size": args.batch_size, "n": args.steps, "amp": LossScaler("auto", device).amp,
+        "device": device_name(device), "torch": torch.__version__,
+    }  # fmt: skip
+    print(f"batch {args.batch_size}, n = {args.steps}, {result['amp']}; {result['device']}; torch {result['torch']}")
+    print(f"{'':24} {'row':>7} {'images/s':>9} {'spread':>7} {'ratio':>6} {'paper':>6}")
+    for row in table:
+        print(f"{row['model']:24} {row['row']:>7} {row['images_per_s']:9.3f} {row['spread']:7.1%} {row['ratio']:6.2f} "
+              f"{row['paper']:6.1f}")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What the benchmarks share: timing by turns, the matrix peak, the device's name."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Step = Callable[[], object]
+
+
+def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
+    """A matrix product that fills the device, and its floating-point operations."""
+    side = 8192 if device.type == "cuda" else 3072
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return lambda: torch.mm(a, b), 2.0 * side**3
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Wall-clock time of one step, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each step in each repetition, after two that warm up; every repetition runs each step once."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(-2, repetitions):
+        for name, step in steps.items():
+            took = seconds(step, device)
+            if repetition >= 0:
+                times[name].append(took)
+    return times
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
