@@ -28,13 +28,12 @@ def train_one_epoch(
     run: Run | None = None,
     print_freq: int = 20,
 ) -> dict[str, float]:
-    """Train the classifier on every batch (imgs [N, C, H, W], targets [N]) of the loader.
+    """Train the classifier on every batch (imgs [N, C, H, W], targets [N]; on the device) of the loader.
 
     mixup_fn mixes images and targets first. Accumulation, learning rate, result and errors: util.loop.train_epoch.
     """
 
     def loss_of(imgs: Tensor, targets: Tensor) -> Tensor:
-        imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         if mixup_fn:
             imgs, targets = mixup_fn(imgs, targets)
         return criterion(model(imgs), targets)
@@ -80,7 +79,6 @@ def evaluate(
         if batch is None:
             continue
         imgs, targets = batch
-        imgs, targets = imgs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with scaler.autocast():
             logits = model(imgs)
         for head, one in enumerate(logits.float().unbind(1) if names else [logits.float()]):

@@ -25,13 +25,13 @@ def train_one_epoch(
     run: Run | None = None,
     print_freq: int = 20,
 ) -> dict[str, float]:
-    """Train the autoencoder on every batch (imgs [N, C, H, W], anything) of the loader that is left.
+    """Train the autoencoder on every batch (imgs [N, C, H, W] on the device, anything) of the loader that is left.
 
     Accumulation, learning rate, result and errors: util.loop.train_epoch.
     """
 
     def loss_of(imgs: Tensor, _) -> Tensor:
-        return model(imgs.to(device, non_blocking=True), mask_ratio=mask_ratio)[0]
+        return model(imgs, mask_ratio=mask_ratio)[0]
 
     return train_epoch(
         model, loader, optimizer, device, epoch, scaler, schedule, loss_of,

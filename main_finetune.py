@@ -23,7 +23,7 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import amp, datasets, dist, errors, misc, optim, options, speed
-from util.augment import eval_transform, finetune_transform
+from util.augment import CentreCrop, finetune_transform
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
-        eval_transform(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, args.exif,
+        CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
+        args.dist_eval, args.exif, device,
     )  # fmt: skip
     source = misc.find(args.resume, args.output_dir, "finetune", args.model)
     model = models_vit.MODELS[args.model](

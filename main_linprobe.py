@@ -16,7 +16,7 @@ import argparse
 import models_vit
 from engine_finetune import evaluate, head_losses, train_one_epoch
 from util import amp, datasets, dist, errors, misc, optim, options, speed
-from util.augment import eval_transform, weak_transform
+from util.augment import CentreCrop, Crop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     options.check(args, models_vit.MODELS)
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
 
-    augmentation = weak_transform(args.input_size, args.crop_scale, one_draw=True)
+    augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
-        eval_transform(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, args.exif,
+        CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
+        args.dist_eval, args.exif, device,
     )  # fmt: skip
     source = misc.find(args.resume, args.output_dir, "linprobe", args.model)
     model = models_vit.MODELS[args.model](

@@ -19,7 +19,7 @@ import argparse
 import models_mae
 from engine_pretrain import train_one_epoch
 from util import amp, datasets, dist, errors, misc, optim, options, speed
-from util.augment import weak_transform
+from util.augment import Crop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     options.check(args, models_mae.MODELS)
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
 
-    transform = weak_transform(args.input_size, args.crop_scale)
+    transform = Crop(args.input_size, args.crop_scale)
     loader = datasets.train_loader(
-        args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, args.exif
+        args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, args.exif, device
     )
 
     source = misc.find(args.resume, args.output_dir, "pretrain", args.model)

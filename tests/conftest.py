@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Listings of folders that are gone in a moment don't belong in the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """An ImageFolder of 8 training and 3 validation images of each of the 10 classes, linked from the samples."""

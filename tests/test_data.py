@@ -19,8 +19,9 @@ import main_linprobe
 import main_pretrain
 from util import datasets
 from util.errors import LocalError, UserError
-from util.images import BadImage, load_rgb
+from util.images import BadImage, load_array
 
+CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
 SMALL = "--input_size 28 --batch_size 16 --num_workers 0 --epochs 1 --warmup_epochs 0 --amp off --device cpu"
 MODEL = {"pretrain": "mae_vit_demo_patch4", "finetune": "vit_demo_patch4", "linprobe": "vit_demo_patch4"}
@@ -142,7 +143,7 @@ def test_replacements_are_the_same_for_any_number_of_workers(data):
     spoil_files(data / "train")
 
     def batches(workers):
-        loader = datasets.train_loader(str(data), to_tensor, 16, workers, False, 0, False)
+        loader = datasets.train_loader(str(data), to_tensor, 16, workers, False, 0, False, CPU)
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])
 
@@ -150,11 +151,11 @@ def test_replacements_are_the_same_for_any_number_of_workers(data):
 
 
 def to_tensor(img):
-    return torch.from_numpy(np.array(img)) + torch.randint(10, ())
+    return torch.from_numpy(img).permute(2, 0, 1) + torch.randint(10, ())
 
 
 def test_loading_leaves_the_training_loops_random_streams_alone(images):
-    loader = datasets.train_loader(str(images), to_tensor, 16, 0, False, 0, False)
+    loader = datasets.train_loader(str(images), to_tensor, 16, 0, False, 0, False, CPU)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -168,13 +169,13 @@ def test_hidden_files_are_no_images(data):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "b.png").write_bytes(b"thumbnail")
     (data / "train" / ".ipynb_checkpoints").mkdir()
-    loader = datasets.train_loader(str(data), to_tensor, 16, 0, False, 0, False)
+    loader = datasets.train_loader(str(data), to_tensor, 16, 0, False, 0, False, CPU)
     assert len(loader.dataset) == 80 and len(loader.dataset.images.classes) == 10
 
 
 def save(img, path, **more):
     img.save(path, **more)
-    return np.asarray(load_rgb(str(path)))
+    return load_array(str(path))
 
 
 RAMP = np.linspace(0, 65535, 64).reshape(8, 8)
@@ -217,7 +218,7 @@ def test_cmyk_and_animations(tmp_path):
     assert np.abs(cmyk[8, 8].astype(int) - [200, 30, 60]).max() < 12
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert np.asarray(load_rgb(str(tmp_path / "a.gif")))[0, 0].tolist() == [255, 0, 0]
+    assert load_array(str(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
 
 
 def test_orientation_is_applied_only_when_asked_for(tmp_path):
@@ -225,8 +226,8 @@ def test_orientation_is_applied_only_when_asked_for(tmp_path):
     exif = img.getexif()
     exif[0x0112] = 6  # turned by 90 degrees
     img.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_rgb(str(tmp_path / "turned.jpg")).size == (8, 4)
-    assert load_rgb(str(tmp_path / "turned.jpg"), exif=True).size == (4, 8)
+    assert load_array(str(tmp_path / "turned.jpg")).shape == (4, 8, 3)
+    assert load_array(str(tmp_path / "turned.jpg"), exif=True).shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image", None])
@@ -234,7 +235,7 @@ def test_unreadable_files_are_bad_images_that_name_themselves(content, tmp_path)
     file = tmp_path / "bad.png"
     file.write_bytes(bomb() if content is None else content)
     with pytest.raises(BadImage, match="bad.png"):
-        load_rgb(str(file))
+        load_array(str(file))
 
 
 def test_a_loader_process_hands_a_users_error_over_without_its_traceback():

@@ -4,37 +4,50 @@
     data_path/val/<class>/*.jpg
 """
 
+import gc
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import dist
+from util import dist, listing
 from util.errors import LocalError, UserError
-from util.images import BadImage, load_rgb
+from util.images import BadImage, load_array
 from util.signals import shield_worker
 
 
+def is_image(name: str) -> bool:
+    """Whether a file's name is an image's; hidden ones (.DS_Store, ._a.jpg) are not."""
+    return name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
+
+
 class Images(ImageFolder):
-    """One split: (picture, class) by index. Hidden files and folders (.DS_Store, ._a.jpg) are left out."""
+    """One split: (picture, class) by index. Hidden files and folders are left out."""
 
     def __init__(self, root: Path, transform: Callable, exif: bool) -> None:
-        super().__init__(
-            root, transform, loader=partial(load_rgb, exif=exif), is_valid_file=self._is_image, allow_empty=True
-        )
+        """transform: from an array [H, W, 3] of 8 bits to a tensor."""
+        super().__init__(root, transform, loader=partial(load_array, exif=exif))
+        self.targets = self.samples.targets
 
-    def _is_image(self, path: str) -> bool:
-        return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(str(self.root)) :]
+    @staticmethod
+    def make_dataset(directory: str, class_to_idx: dict[str, int], *_, **__) -> listing.Listing:
+        """All (path, class); rank 0 looks them up for all."""
+        return dist.from_rank0(lambda: listing.of(directory, class_to_idx, is_image))
+
+    def counts(self) -> np.ndarray:
+        """Images per class."""
+        return np.bincount(self.targets, minlength=len(self.classes))
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
         """The names of the class folders in order, and each one's number."""
@@ -73,35 +86,39 @@ class TrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        with _own_random_numbers(self.seed, epoch, index):
-            for _ in range(self.TRIES):
-                try:
-                    return self.images[index]
-                except BadImage as error:
-                    if not self.bad[index]:
-                        self.bad[index] = 1
-                        print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
-                    index = int(torch.randint(len(self), ()))
+        _seed(self.seed, epoch, index)
+        for _ in range(self.TRIES):
+            try:
+                return self.images[index]
+            except BadImage as error:
+                if not self.bad[index]:
+                    self.bad[index] = 1
+                    print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
+                index = int(torch.randint(len(self), ()))
         raise LocalError(f"{self.TRIES} images in a row in {self.images.root} cannot be read: is the disk all right?")
 
 
-@contextmanager
-def _own_random_numbers(*key: int) -> Iterator[None]:
-    """Seed what transforms draw from; without loader processes, give the training loop its own streams back."""
-    in_main = get_worker_info() is None
-    if in_main:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def _seed(*key: int) -> None:
+    """Seed all that transforms draw from."""
     seeds = np.random.SeedSequence(key).generate_state(3).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.default_generator.manual_seed(seeds[2])
+
+
+@contextmanager
+def _streams_kept(kept: bool) -> Iterator[None]:
+    """Give the training loop its random streams back, where samples are made in its own process."""
+    if not kept:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
-        if in_main:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class EpochSampler(Sampler):
@@ -137,8 +154,7 @@ def _open(kind: type[Images], data_path: str, split: str, transform: Callable, e
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: --data_path must hold {split}/<class>/<images>")
     dataset = kind(folder, transform, exif)
-    filled = set(dataset.targets)
-    empty = [name for number, name in enumerate(dataset.classes) if number not in filled]
+    empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
     if empty:
         raise UserError(
             f"no images in {_some(str(folder / name) for name in empty)}: add some or remove the folder. Images end in "
@@ -150,16 +166,6 @@ def _open(kind: type[Images], data_path: str, split: str, transform: Callable, e
 def _some(names: Iterator[str] | list[str], shown: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def classclass_differences(here: list[str], there: list[str], here_name: str, there_name: str) -> str:
-    """What only one of two lists of classes has, in words; empty where they are alike."""
-    parts = [
-        f"only in {name}: {_some(sorted(set(mine) - set(other)))}"
-        for name, mine, other in ((here_name, here, there), (there_name, there, here))
-        if set(mine) - set(other)
-    ]
-    return "; ".join(parts)
 
 
 def class_differences(here: list[str], there: list[str], here_name: str, there_name: str) -> str:
@@ -184,30 +190,60 @@ def check_classes(train: Images | None, val: Images, nb_classes: int) -> None:
         )
 
 
-def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, **more) -> DataLoader:
+class Feed:
+    """A loader's batches on the device. Pictures of 8 bits are normalised there: a quarter of the bytes to send."""
+
+    def __init__(self, loader: DataLoader, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> None:
+        """mean, std: per channel, of pixels from 0 to 1."""
+        self.loader, self.device, self.dataset, self.sampler = loader, device, loader.dataset, loader.sampler
+        # Two lines by hand: timm's PrefetchLoader divides by 255 last, which rounds otherwise than ToTensor does.
+        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = iter(self.loader)
+        while True:
+            with _streams_kept(self.loader.num_workers == 0):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            imgs, targets = (x.to(self.device, non_blocking=True) for x in batch)
+            if imgs.dtype == torch.uint8:
+                imgs = (imgs.float() / 255).sub_(self.mean).div_(self.std)  # [N, C, H, W]
+            yield imgs, targets
+
+
+def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, **more) -> Feed:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
-    workers = min(num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    return DataLoader(
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    loader = DataLoader(
         dataset,
         batch_size,
-        num_workers=workers,
-        pin_memory=pin_mem and dist.default_device() == "cuda",
+        num_workers=workers,  # each of one thread: so torch sets them up
+        pin_memory=pin_mem and device.type == "cuda",
         persistent_workers=workers > 0,
+        prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
         # Python 3.14's default, a server that forks, takes seconds to start and leaves orphans when the run is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # or each start of a loader would draw from the training loop's stream
         **more,
     )
+    return Feed(loader, device, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def _start_worker(_: int) -> None:
     shield_worker()
+    gc.freeze()  # what was inherited stays shared: a collection would write to every object's header
 
 
 def train_loader(
-    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, seed: int, exif: bool
-) -> DataLoader:
+    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, seed: int, exif: bool,
+    device: torch.device,
+) -> Feed:
     """Shuffled batches of data_path/train, each rank a share of its own; the epoch's incomplete last batch is dropped.
 
     The sampler's set_epoch(epoch) gives every epoch its order. Raises UserError if not one batch can be filled.
@@ -219,13 +255,15 @@ def train_loader(
             f"{len(images)} training images on {dist.world_size()} processes don't fill one batch of {batch_size}: "
             f"lower --batch_size to {len(images) // dist.world_size()} or less"
         )
-    return _loader(TrainImages(images, seed), batch_size, num_workers, pin_mem, sampler=sampler, drop_last=True)
+    return _loader(TrainImages(images, seed), batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True)
 
 
-def eval_loader(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, share: bool) -> DataLoader:
+def eval_loader(
+    dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, share: bool
+) -> Feed:
     """Every image once and in order; with `share` each rank takes every world_size-th, without padding."""
     rank, world = (dist.rank(), dist.world_size()) if share else (0, 1)
-    return _loader(dataset, batch_size, num_workers, pin_mem, sampler=range(rank, len(dataset), world))
+    return _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
 
 
 def classifier_loaders(
@@ -239,11 +277,12 @@ def classifier_loaders(
     seed: int,
     share_eval: bool,
     exif: bool,
-) -> tuple[DataLoader | None, DataLoader]:
+    device: torch.device,
+) -> tuple[Feed | None, Feed]:
     """Loaders over train/ (None without a train_transform) and val/, whose classes agree; errors as above."""
     train = None
     if train_transform:
-        train = train_loader(data_path, train_transform, batch_size, num_workers, pin_mem, seed, exif)
+        train = train_loader(data_path, train_transform, batch_size, num_workers, pin_mem, seed, exif, device)
     val_set = _open(EvalImages, data_path, "val", eval_transform, exif)
     check_classes(train.dataset.images if train else None, val_set, nb_classes)
-    return train, eval_loader(val_set, batch_size, num_workers, pin_mem, share_eval)
+    return train, eval_loader(val_set, batch_size, num_workers, pin_mem, device, share_eval)

@@ -6,10 +6,10 @@ from signal import Signals
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from util import dist
 from util.amp import BadSteps, LossScaler, micro_step
+from util.datasets import Feed
 from util.errors import Stopped, UserError
 from util.log import RunLog
 from util.lr_sched import CosineSchedule
@@ -23,7 +23,7 @@ class Run:
 
     def __init__(
         self,
-        loader: DataLoader,
+        loader: Feed,
         checkpoints: Checkpoints,
         log: RunLog,
         position: Position,
@@ -37,6 +37,7 @@ class Run:
         self.bad_steps = BadSteps(max_bad_steps, device, checkpoints.scaler.amp)
         self.images, self.max_bad_images, self.device = loader.dataset, max_bad_images, device
         self.known_bad = 0
+        self.data_wait = 0.0  # share of the last epoch's time that was spent waiting for data
 
     @property
     def first_step(self) -> int:
@@ -157,11 +158,12 @@ def train_epoch(
                 run.after_update(step, meters)
     if run:
         run.position.totals = meters.totals
+        run.data_wait = meters.waited / max(meters.elapsed, 1e-9)
     return meters.averages()
 
 
 def run_epochs(
-    loader: DataLoader,
+    loader: Feed,
     epochs: int,
     checkpoints: Checkpoints,
     log: RunLog,
@@ -179,7 +181,8 @@ def run_epochs(
     """From `position` to the end, per epoch: shuffle, train, evaluate (every eval_freq epochs and after the last), log
     a line, and save a checkpoint (every save_freq epochs, after the last, and where the accuracy is the best so far).
 
-    log.txt gets train_*, test_*, epoch and n_parameters. Raises Stopped on a signal, after saving.
+    log.txt gets train_*, test_*, epoch, n_parameters and data_wait (share of the training time, on rank 0). Raises
+    Stopped on a signal, after saving.
     """
     start = time.time()
     if len(position.rng) > dist.rank():
@@ -201,7 +204,7 @@ def run_epochs(
                 dist.say(f"best accuracy so far: {position.best:.2f} %, after epoch {position.best_epoch}")
                 stats |= {f"test_{name}": value for name, value in test.items()}
                 log.hold(epoch, {f"perf/test_{name}": value for name, value in test.items()})
-            log.epoch({**stats, "epoch": epoch, "n_parameters": log.n_parameters})
+            log.epoch({**stats, "epoch": epoch, "n_parameters": log.n_parameters, "data_wait": round(run.data_wait, 4)})
             if last or improved or (epoch + 1) % save_freq == 0:
                 checkpoints.save(position, whole_epoch=True)
                 run.saved()

@@ -23,6 +23,7 @@ class Meters:
         self._window: dict[str, tuple[Tensor | float, Tensor | int]] = {}
         self.totals = {name: list(pair) for name, pair in (totals or {}).items()}
         self._not_finite = 0.0
+        self.waited = self.elapsed = 0.0  # seconds, for the loader and in all, of this process
 
     def update(self, **values: Tensor | float) -> None:
         """Add one step's scalars."""
@@ -78,20 +79,37 @@ class Meters:
         report(step, means of the window, values that were not finite by rank)."""
         steps = len(loader)
         start = window_start = time.perf_counter()
-        in_window = 0
-        for step, batch in enumerate(loader, first_step):
+        in_window, waited = 0, 0.0
+        for step, batch, wait in self._timed(loader, first_step):
             yield step, batch
-            in_window += 1
+            in_window, waited = in_window + 1, waited + wait
             if step % print_freq and step != steps - 1:
                 continue
             means, not_finite = self.window()
             now = time.perf_counter()
             eta = (now - start) / (step + 1 - first_step) * (steps - step - 1)
             words = "  ".join(f"{name}: {_short(value)}" for name, value in means.items())
-            times = f"s/step: {(now - window_start) / in_window:.3f}  left: {_clock(eta)}"
-            window_start, in_window = now, 0
+            took = now - window_start
+            times = f"s/step: {took / in_window:.3f}  data: {waited / took:.0%}  left: {_clock(eta)}"
+            window_start, in_window, waited = now, 0, 0.0
             dist.say(f"{header} [{step + 1}/{steps}]  {words}  {times}{self._memory()}")
             report(step, means, not_finite)
+
+    def _timed(self, loader: Sized, first_step: int) -> Iterator[tuple[int, object, float]]:
+        """(step, batch, seconds waited for it)."""
+        batches, step, begun = iter(loader), first_step, time.perf_counter()
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            wait = time.perf_counter() - start
+            self.waited += wait
+            self.elapsed = time.perf_counter() - begun
+            yield step, batch, wait
+            self.elapsed = time.perf_counter() - begun
+            step += 1
 
     def _memory(self) -> str:
         if self.device.type != "cuda":

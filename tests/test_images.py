@@ -1,0 +1,166 @@
+"""What the data path makes of a picture: Pillow's pixels, exact boxes, flips and normalisation, the stated crops."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from util import augment, datasets, images
+from util.images import load_array
+
+PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
+FOLDER = os.environ.get("MAE_PHOTOS")  # a folder of other photographs to compare on
+BOXES = 5
+
+
+def photographs():
+    return sorted(Path(FOLDER).rglob("*.JPEG")) + sorted(Path(FOLDER).rglob("*.jpg")) if FOLDER else PHOTOS
+
+
+def with_pillow(file):
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+def differences(file):
+    """|ours - Pillow's| over BOXES crops, whose boxes follow from the seed."""
+    picture = Image.open(file).convert("RGB")
+    levels = []
+    for seed in range(BOXES):
+        random.seed(seed)
+        ours = augment.Crop(224, (0.2, 1.0))(load_array(str(file)))
+        random.seed(seed)
+        box = augment.random_box(picture.height, picture.width, (0.2, 1.0))
+        theirs = transforms.functional.resized_crop(picture, *box, [224, 224], transforms.InterpolationMode.BICUBIC)
+        theirs = transforms.functional.pil_to_tensor(theirs)
+        if random.random() < 0.5:
+            theirs = theirs.flip(2)
+        levels.append((ours.int() - theirs.int()).abs().float())
+    return torch.stack(levels)
+
+
+def test_crops_are_pillows_within_half_a_level():
+    means, high = {}, {}
+    for file in photographs():
+        found = differences(file)
+        means[file.name], high[file.name] = found.mean().item(), np.quantile(found.numpy(), 0.999)
+    assert max(means.values()) <= 0.5 and max(high.values()) <= 8, (means, high)
+    print(f"{len(means)} photographs: mean at most {max(means.values()):.3f}, 99.9 % at most {max(high.values()):.0f}")
+
+
+@pytest.mark.parametrize("file", PHOTOS, ids=lambda file: file.name)
+def test_decoded_pixels_are_pillows_bit_for_bit(file, monkeypatch):
+    expected = with_pillow(file)
+    assert np.array_equal(load_array(str(file)), expected)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert np.array_equal(load_array(str(file)), expected), "without simplejpeg"
+
+
+def test_plain_jpegs_do_not_go_through_pillow(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(Image, "open", None)
+    assert load_array(str(PHOTOS[0])).shape == (400, 400, 3)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_odd_jpegs_get_pillows_pixels(mode, tmp_path):
+    Image.open(PHOTOS[1]).convert(mode).save(tmp_path / "odd.jpg", quality=90)
+    assert np.array_equal(load_array(str(tmp_path / "odd.jpg")), with_pillow(tmp_path / "odd.jpg"))
+
+
+def test_damaged_jpegs_are_pillows_to_judge(tmp_path):
+    """Cut off: bad. A stray byte between segments, which Pillow forgives: Pillow's pixels."""
+    data = PHOTOS[1].read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(images.BadImage, match="cut.jpg"):
+        load_array(str(tmp_path / "cut.jpg"))
+    (tmp_path / "stray.jpg").write_bytes(data + b"\0" * 7)
+    assert np.array_equal(load_array(str(tmp_path / "stray.jpg")), with_pillow(PHOTOS[1]))
+
+
+def test_flipped_pixels_are_the_same_ones_mirrored():
+    pixels, crop = load_array(str(PHOTOS[1])), augment.Crop(64, (0.2, 1.0))
+    flips = 0
+    for seed in range(400):
+        random.seed(seed)
+        ours = crop(pixels)
+        random.seed(seed)
+        top, left, height, width = augment.random_box(*pixels.shape[:2], crop.scale)
+        plain = augment.to_size(pixels[top : top + height, left : left + width].copy(), (64, 64))
+        flipped = random.random() < 0.5
+        assert torch.equal(ours, plain.flip(2) if flipped else plain)
+        flips += flipped
+    assert 160 < flips < 240
+
+
+def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
+    picture = Image.open(PHOTOS[0])
+    usual = transforms.Compose([
+        transforms.ToTensor(), transforms.Normalize(datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD)
+    ])  # fmt: skip
+    batch = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], torch.zeros(1))
+
+    class Loader(list):
+        dataset = sampler = None
+        num_workers = 0
+
+    statistics = datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD
+    feed = datasets.Feed(Loader([batch]), torch.device("cpu"), *statistics)
+    (imgs, _), = feed
+    assert torch.equal(imgs[0], usual(picture))
+
+
+def test_crops_follow_the_stated_distribution():
+    """Area uniform, aspect log-uniform in 3/4 to 4/3, position uniform."""
+    random.seed(0)
+    boxes = torch.tensor([augment.random_box(1000, 1000, (0.2, 0.5)) for _ in range(6000)]).double()
+    top, left, height, width = boxes.T
+    area, aspect = (height * width / 1e6 - 0.2) / 0.3, torch.log(width / height) / np.log(4 / 3) / 2 + 0.5
+    for uniform in (area, aspect, top / (1000 - height), left / (1000 - width)):
+        ordered = uniform.sort().values
+        distance = (ordered - torch.linspace(0, 1, len(ordered), dtype=torch.float64)).abs().max()
+        assert distance < 1.63 / len(ordered) ** 0.5 + 0.003, "Kolmogorov-Smirnov, 1 %, and rounding to pixels"
+
+
+def test_pretraining_crops_are_distributed_as_torchvisions():
+    """Where boxes may not fit: means and quantiles of 6,000 draws of each, and the same box when no draw can fit."""
+    random.seed(0), torch.manual_seed(0)
+    image = torch.zeros(3, 300, 500)
+    ours = torch.tensor([augment.random_box(300, 500, (0.2, 1.0)) for _ in range(6000)]).double()
+    theirs = [transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]
+    levels = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    for mine, others in zip(ours.T, torch.tensor(theirs).double().T, strict=True):
+        assert (mine.quantile(levels) - others.quantile(levels)).abs().max() <= 12, "pixels"
+    narrow = torch.zeros(3, 400, 20)
+    box = transforms.RandomResizedCrop.get_params(narrow, [0.9, 1.0], [3 / 4, 4 / 3])
+    assert augment.random_box(400, 20, (0.9, 1.0)) == tuple(box)
+    wide = transforms.RandomResizedCrop.get_params(narrow.mT, [0.9, 1.0], [3 / 4, 4 / 3])
+    assert augment.random_box(20, 400, (0.9, 1.0)) == tuple(wide)
+
+
+@pytest.mark.parametrize("make", [augment.Crop, lambda size, _: augment.CentreCrop(size)])
+def test_transforms_ship_bytes(make):
+    random.seed(0)
+    out = make(64, (0.2, 1.0))(load_array(str(PHOTOS[2])))
+    assert out.shape == (3, 64, 64) and out.dtype == torch.uint8
+
+
+def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
+    for number in range(3):
+        (tmp_path / "train" / str(number)).mkdir(parents=True)
+        for file in PHOTOS:
+            (tmp_path / "train" / str(number) / file.name).symlink_to(file)
+
+    def epoch(workers):
+        loader = datasets.train_loader(
+            str(tmp_path), augment.Crop(32, (0.2, 1.0)), 5, workers, True, 7, False, torch.device("cpu")
+        )
+        loader.sampler.set_epoch(3)
+        return torch.cat([imgs for imgs, _ in loader])
+
+    alone = epoch(0)
+    assert torch.equal(alone, epoch(1)) and torch.equal(alone, epoch(2))
