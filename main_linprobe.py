@@ -17,6 +17,7 @@ import models_vit
 from engine_finetune import evaluate, head_losses, train_one_epoch
 from util import amp, datasets, dist, errors, misc, optim, options, speed
 from util.augment import CentreCrop, Crop
+from util.gpu_decode import LaterCrop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
 
     augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
+    augmentation = LaterCrop(augmentation) if args.gpu_decode else augmentation
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,

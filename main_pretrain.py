@@ -20,6 +20,7 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import amp, datasets, dist, errors, misc, optim, options, speed
 from util.augment import Crop
+from util.gpu_decode import LaterCrop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
 
     transform = Crop(args.input_size, args.crop_scale)
+    transform = LaterCrop(transform) if args.gpu_decode else transform
     loader = datasets.train_loader(
         args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, args.exif, device
     )

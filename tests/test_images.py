@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-from util import augment, datasets, images
+from util import augment, datasets, gpu_decode, images, listing
 from util.images import load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
@@ -164,3 +165,97 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
 
     alone = epoch(0)
     assert torch.equal(alone, epoch(1)) and torch.equal(alone, epoch(2))
+
+
+def folder_of(root, count):
+    for name in ("a", "b"):
+        (root / "train" / name / "deeper").mkdir(parents=True)
+        for number in range(count):
+            (root / "train" / name / f"{number}.jpg").touch()
+            (root / "train" / name / "deeper" / f"{number}.PNG").touch()
+        (root / "train" / name / ".hidden.jpg").touch()
+        (root / "train" / name / "notes.txt").touch()
+    return root / "train"
+
+
+def walks(monkeypatch):
+    count = []
+    walk = listing._walk
+    monkeypatch.setattr(listing, "_walk", lambda *args: count.append(1) or walk(*args))
+    return count
+
+
+def test_the_listing_is_torchvisions(tmp_path):
+    root = folder_of(tmp_path, 12)
+    (root / "a" / ".hidden.jpg").unlink(), (root / "b" / ".hidden.jpg").unlink()
+    theirs = ImageFolder(root)
+    ours = datasets.Images(root, None, False)
+    assert list(ours.samples) == [ours.samples[i] for i in range(len(ours))] == theirs.samples
+    assert ours.targets.tolist() == theirs.targets and ours.class_to_idx == theirs.class_to_idx
+
+
+def test_a_second_start_does_not_walk_the_folder_unless_it_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(listing, "GRAIN_NS", 0)
+    root, count = folder_of(tmp_path / "data", 3), walks(monkeypatch)
+
+    def start():
+        return len(datasets.Images(root, None, False))
+
+    assert start() == start() == 12 and len(count) == 1
+    (root / "b" / "deeper" / "new.jpg").touch()
+    assert start() == start() == 13 and len(count) == 2
+    (root / "a" / "0.jpg").unlink()
+    assert start() == 12 and len(count) == 3
+    (root / "a" / "1.jpg").rename(root / "a" / "one.jpg")
+    assert any(path.endswith("one.jpg") for path, _ in datasets.Images(root, None, False).samples)
+    next((tmp_path / "cache" / "mae").glob("*.npz")).write_bytes(b"damaged")
+    assert start() == 12
+
+
+def test_a_folder_that_changed_just_now_is_not_remembered(tmp_path, monkeypatch):
+    """Within the clock's grain a second change would leave no trace."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, count = folder_of(tmp_path / "data", 1), walks(monkeypatch)
+    datasets.Images(root, None, False), datasets.Images(root, None, False)
+    assert len(count) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.setattr(listing, "GRAIN_NS", 0)
+    assert len(datasets.Images(folder_of(tmp_path, 2), None, False)) == 8
+
+
+def late(device):
+    """Crops of the photographs decoded by the batch on a device, and the same crops made at once."""
+    crop = augment.Crop(64, (0.2, 1.0))
+    batch, expected = [], []
+    for number, file in enumerate(PHOTOS):
+        for work, out in ((lambda f: gpu_decode.LaterCrop(crop)(gpu_decode.read(f)), batch),
+                          (lambda f: crop(load_array(f)), expected)):  # fmt: skip
+            random.seed(number)
+            out.append((work(str(file)), number))
+    pictures, _ = gpu_decode.collate(batch)
+    return pictures, gpu_decode.crops(pictures, crop.size, device).cpu(), torch.stack([img for img, _ in expected])
+
+
+def test_crops_decoded_by_the_batch_are_the_same_crops():
+    """On the CPU, where the decoder is libjpeg too: only the rounding of the resizer differs."""
+    _, ours, expected = late(torch.device("cpu"))
+    assert (ours.int() - expected.int()).abs().float().mean() < 0.3 and (ours.int() - expected.int()).abs().max() <= 3
+
+
+@pytest.mark.gpu
+def test_nvjpegs_pixels_are_near_libjpegs():
+    _, ours, expected = late(torch.device("cuda"))
+    assert (ours.int() - expected.int()).abs().float().mean() < 2
+
+
+def test_a_bad_jpeg_in_a_batch_is_replaced_and_named(capsys):
+    pictures, _, expected = late(torch.device("cpu"))
+    cut = pictures[1].data[:2000].clone()
+    pictures[1] = pictures[1]._replace(data=cut, path="cut.jpg")
+    out = gpu_decode.crops(pictures, (64, 64), torch.device("cpu"))
+    assert "cut.jpg" in capsys.readouterr().err and (out[0].int() - expected[0].int()).abs().max() <= 3
+    assert any(torch.equal(out[1], out[other]) for other in (0, 2, 3, 4))

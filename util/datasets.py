@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import dist, listing
+from util import dist, gpu_decode, listing
 from util.errors import LocalError, UserError
 from util.images import BadImage, load_array
 from util.signals import shield_worker
+
+NORMALISE = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def is_image(name: str) -> bool:
@@ -37,7 +39,8 @@ class Images(ImageFolder):
 
     def __init__(self, root: Path, transform: Callable, exif: bool) -> None:
         """transform: from an array [H, W, 3] of 8 bits to a tensor."""
-        super().__init__(root, transform, loader=partial(load_array, exif=exif))
+        read = gpu_decode.read if isinstance(transform, gpu_decode.LaterCrop) else load_array
+        super().__init__(root, transform, loader=partial(read, exif=exif))
         self.targets = self.samples.targets
 
     @staticmethod
@@ -193,8 +196,16 @@ def check_classes(train: Images | None, val: Images, nb_classes: int) -> None:
 class Feed:
     """A loader's batches on the device. Pictures of 8 bits are normalised there: a quarter of the bytes to send."""
 
-    def __init__(self, loader: DataLoader, device: torch.device, mean: Sequence[float], std: Sequence[float]) -> None:
-        """mean, std: per channel, of pixels from 0 to 1."""
+    def __init__(
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        mean: Sequence[float],
+        std: Sequence[float],
+        gpu_size: tuple[int, int] | None = None,
+    ) -> None:
+        """mean, std: per channel, of pixels from 0 to 1; gpu_size: of the crops that are still to be decoded."""
+        self.gpu_size = gpu_size
         self.loader, self.device, self.dataset, self.sampler = loader, device, loader.dataset, loader.sampler
         # Two lines by hand: timm's PrefetchLoader divides by 255 last, which rounds otherwise than ToTensor does.
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
@@ -209,17 +220,21 @@ class Feed:
                 batch = next(batches, None)
             if batch is None:
                 return
+            if self.gpu_size:
+                batch = gpu_decode.crops(batch[0], self.gpu_size, self.device), batch[1]
             imgs, targets = (x.to(self.device, non_blocking=True) for x in batch)
             if imgs.dtype == torch.uint8:
                 imgs = (imgs.float() / 255).sub_(self.mean).div_(self.std)  # [N, C, H, W]
             yield imgs, targets
 
 
-def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, **more) -> Feed:
+def _loader(
+    dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, **more
+) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         batch_size,
         num_workers=workers,  # each of one thread: so torch sets them up
@@ -232,7 +247,6 @@ def _loader(dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, 
         generator=torch.Generator(),  # or each start of a loader would draw from the training loop's stream
         **more,
     )
-    return Feed(loader, device, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def _start_worker(_: int) -> None:
@@ -255,7 +269,12 @@ def train_loader(
             f"{len(images)} training images on {dist.world_size()} processes don't fill one batch of {batch_size}: "
             f"lower --batch_size to {len(images) // dist.world_size()} or less"
         )
-    return _loader(TrainImages(images, seed), batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True)
+    later = isinstance(transform, gpu_decode.LaterCrop)
+    loader = _loader(
+        TrainImages(images, seed), batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True,
+        collate_fn=gpu_decode.collate if later else None,
+    )  # fmt: skip
+    return Feed(loader, device, *NORMALISE, gpu_size=transform.crop.size if later else None)
 
 
 def eval_loader(
@@ -263,7 +282,8 @@ def eval_loader(
 ) -> Feed:
     """Every image once and in order; with `share` each rank takes every world_size-th, without padding."""
     rank, world = (dist.rank(), dist.world_size()) if share else (0, 1)
-    return _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
+    loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
+    return Feed(loader, device, *NORMALISE)
 
 
 def classifier_loaders(

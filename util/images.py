@@ -11,6 +11,7 @@
 
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,24 @@ class BadImage(Exception):
 
 def load_array(path: str, exif: bool = False) -> np.ndarray:
     """The file's pixels, [H, W, 3] RGB of 8 bits. Raises BadImage where it is empty, cut off, not an image, or absurdly
-    large.
+    large."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror}") from error
+    return decode(path, data, exif)
+
+
+def decode(path: str, data: bytes, exif: bool) -> np.ndarray:
+    """What load_array gives, from the file's bytes.
 
     Plain JPEGs go through simplejpeg, a third faster than Pillow and bit-equal to it (both are libjpeg-turbo);
     everything else, and what simplejpeg refuses, goes through Pillow, which has the last word.
     """
     try:
-        data = Path(path).read_bytes()
-        pixels = _decode_jpeg(data, exif)
-        if pixels is not None:
-            return pixels
+        if simplejpeg and jpeg_size(data, exif):
+            with suppress(ValueError):
+                return simplejpeg.decode_jpeg(data, "RGB")
         with Image.open(io.BytesIO(data)) as img:
             img.load()
             return np.array(to_rgb(ImageOps.exif_transpose(img) if exif else img))
@@ -56,19 +65,22 @@ def load_array(path: str, exif: bool = False) -> np.ndarray:
         raise BadImage(f"{path}: {reason}") from error
 
 
-def _decode_jpeg(data: bytes, exif: bool) -> np.ndarray | None:
-    """None where the bytes are no JPEG, or one that is Pillow's: CMYK, to be turned, huge, broken."""
-    if simplejpeg is None or data[:3] != b"\xff\xd8\xff":
+def jpeg_size(data: bytes, exif: bool) -> tuple[int, int] | None:
+    """Height and width of a plain JPEG; None for anything else, and for those that are Pillow's: CMYK, to be turned,
+    huge, with a broken header."""
+    if not simplejpeg or data[:3] != b"\xff\xd8\xff":
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
-            return None
-        if exif and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1:
-            return None
-        return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
         return None
+    if colorspace not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+        return None
+    try:
+        turned = exif and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # as above
+        return None
+    return None if turned else (height, width)
 
 
 def to_rgb(img: Image.Image) -> Image.Image:

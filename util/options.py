@@ -73,6 +73,7 @@ def common_parser(
     add("--data_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
     add("--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
     add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
+    add("--gpu_decode", action="store_true", help="JPEGs by nvJPEG, on the GPU (not in fine-tuning); other pixels")
     add("--max_bad_images", default=0.01, type=float, metavar="SHARE", help="of unreadable files; more stop the run")
     add("--num_workers", default=10, type=int, help="loader processes, at most one per core")
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
@@ -236,6 +237,11 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
             problems.append("--compile on a CPU needs a C++ compiler (g++, or the one that CXX names): leave it out")
     except RuntimeError:
         problems.append(f"--device {args.device} is unknown: choose cuda, mps or cpu")
+    else:
+        if args.gpu_decode and device.type != "cuda":
+            problems.append("--gpu_decode needs a CUDA GPU: leave it out")
+        elif args.gpu_decode and hasattr(args, "mixup"):
+            problems.append("--gpu_decode: fine-tuning's augmentations work on the CPU; leave it out")
     if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" not in os.environ:
         problems.append("--dist_on_itp reads Open MPI's variables, and OMPI_COMM_WORLD_RANK is not set: use mpirun")
     if args.data_path is None:
