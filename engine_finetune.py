@@ -1,6 +1,6 @@
 """One epoch of classifier training (fine-tuning and linear probing), and evaluation."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.amp import LossScaler
+from util.datasets import in_step
 from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
 
@@ -73,7 +74,7 @@ def evaluate(
     dist.share_buffers(model)
     images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(len(names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
-    for batch in _in_step(loader, shared, device):
+    for batch in in_step(loader, shared, device):
         if poll:
             poll()
         if batch is None:
@@ -104,10 +105,3 @@ def _stats(sums: list[float], images: float) -> dict[str, float]:
 
 def _line(stats: dict[str, float]) -> str:
     return f"Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
-
-
-def _in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:
-    """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones."""
-    yield from loader
-    longest = int(dist.max_over_ranks(torch.tensor([len(loader)]), device)) if shared else len(loader)
-    yield from [None] * (longest - len(loader))

@@ -5,6 +5,7 @@ from collections.abc import Sized
 import torch
 from torch import Tensor, nn
 
+from util import dist, masking
 from util.amp import LossScaler
 from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
@@ -20,6 +21,7 @@ def train_one_epoch(
     schedule: CosineSchedule,
     *,
     mask_ratio: float = 0.75,
+    mask_sampling: str = "random",
     accum_iter: int = 1,
     clip_grad: float | None = None,
     run: Run | None = None,
@@ -31,7 +33,10 @@ def train_one_epoch(
     """
 
     def loss_of(imgs: Tensor, _) -> Tensor:
-        return model(imgs, mask_ratio=mask_ratio)[0]
+        if mask_sampling == "random":  # the model's own
+            return model(imgs, mask_ratio=mask_ratio)[0]
+        grid = dist.unwrap(model).patch_embed.grid_size
+        return model(imgs, mask_ratio=mask_ratio, noise=masking.noise(mask_sampling, len(imgs), grid, device))[0]
 
     return train_epoch(
         model, loader, optimizer, device, epoch, scaler, schedule, loss_of,

@@ -111,7 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     model = dist.wrap(model, device, static=args.accum_iter == 1)
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
-    log.summary(args.model, model, len(train_loader.dataset), device, scaler.amp)
+    log.summary(
+        args.model, model, train_loader.dataset, train_loader.dataset.images.root,
+        args.batch_size * args.accum_iter * dist.world_size(), lr, device, scaler.amp,
+    )  # fmt: skip
     run_epochs(
         train_loader, args.epochs, checkpoints, log, position, device,
         save_freq=args.save_freq, save_minutes=args.save_minutes,

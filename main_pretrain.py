@@ -11,6 +11,7 @@ output_dir/
     checkpoint-{epoch}.pth      every --save_freq epochs and at the end (what is in it: util/misc.py)
     checkpoint-last.pth         the newest state, in mid-epoch too: what --resume auto goes on from
     log.txt                     a JSON line per epoch
+    reconstructions/            a picture every --monitor_freq epochs (more: util/monitor.py)
     events.out.tfevents.*       TensorBoard
 """
 
@@ -18,12 +19,13 @@ import argparse
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import amp, datasets, dist, errors, misc, optim, options, speed
-from util.augment import Crop
+from util import amp, datasets, dist, errors, masking, misc, optim, options, speed
+from util.augment import CentreCrop, Crop
 from util.gpu_decode import LaterCrop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
+from util.monitor import Monitor
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -34,7 +36,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument_group("masking").add_argument
     add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
+    add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches: anywhere, blocks, a grid")
     add("--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance")
+    add = parser.add_argument_group("monitoring").add_argument
+    add("--monitor_freq", default=10, type=int, help="epochs between pictures, loss and k-NN on val/; 0: never")
     return options.finish(parser.parse_args(argv))
 
 
@@ -63,14 +68,26 @@ def main(argv: list[str] | None = None) -> None:
     model = dist.wrap(model, device, static=args.accum_iter == 1)
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / loader.sampler.images_per_epoch)
-    log.summary(args.model, model, len(loader.dataset), device, scaler.amp)
+    log.summary(
+        args.model, model, loader.dataset, loader.dataset.images.root,
+        args.batch_size * args.accum_iter * dist.world_size(), lr, device, scaler.amp,
+    )  # fmt: skip
+    look = None
+    if args.monitor_freq:
+        views = datasets.monitor_loaders(
+            args.data_path, CentreCrop(args.input_size), args.batch_size, args.num_workers, args.pin_mem, args.exif,
+            device,
+        )  # fmt: skip
+        monitor = Monitor(*views, args.output_dir, log, scaler, args.mask_ratio, args.mask_sampling, args.seed)
+        look = lambda poll: monitor(model, position.epoch, poll)  # noqa: E731
     run_epochs(
         loader, args.epochs, checkpoints, log, position, device,
-        save_freq=args.save_freq, save_minutes=args.save_minutes,
+        evaluate=look, eval_freq=args.monitor_freq, save_freq=args.save_freq, save_minutes=args.save_minutes,
         max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
         train=lambda epoch, run: train_one_epoch(
             model, loader, optimizer, device, epoch, scaler, schedule,
-            mask_ratio=args.mask_ratio, accum_iter=args.accum_iter, clip_grad=args.clip_grad, run=run,
+            mask_ratio=args.mask_ratio, mask_sampling=args.mask_sampling, accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad, run=run,
         ),
     )  # fmt: skip
 

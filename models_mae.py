@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models_vit import SIZES
+from util.errors import UserError
 from util.pos_embed import sincos_pos_embed
 
 
@@ -182,6 +183,50 @@ class MaskedAutoencoderViT(nn.Module):
 def from_config(config: dict) -> MaskedAutoencoderViT:
     """Build the autoencoder that a checkpoint's `model_config` describes (without its weights)."""
     return MaskedAutoencoderViT(**{name: value for name, value in config.items() if name != "model"})
+
+
+def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) -> MaskedAutoencoderViT:
+    """The autoencoder that a checkpoint holds, weights included.
+
+    Built from `model_config`, in the reference's checkpoints from `args`, else from the weights' shapes; norm_pix_loss
+    counts only where none says. Raises UserError, naming the source, for a file without decoder or of other models.
+    """
+    state, args = checkpoint["model"], dict(checkpoint.get("args") or {})
+    if "decoder_pred.weight" not in state or "mask_token" not in state:
+        raise UserError(
+            f"{source} has no decoder, so it can reconstruct nothing: take a checkpoint of main_pretrain.py, or a "
+            "released file with decoder (mae_visualize_vit_large.pth; the mae_pretrain_*.pth hold the encoder only)"
+        )
+    config = checkpoint.get("model_config") or _config_of(state, source)
+    if "model_config" not in checkpoint:
+        config["norm_pix_loss"] = bool(args.get("norm_pix_loss", norm_pix_loss))
+    model = from_config(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{source} is no masked autoencoder of this kind: {reason}") from error
+    return model
+
+
+def _config_of(state: dict[str, Tensor], source: str) -> dict:
+    """The arguments of an autoencoder with weights of these shapes; heads, which leave no trace, as in MODELS."""
+    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    width = state["decoder_embed.weight"].shape[0]
+    depth, decoder_depth = (
+        1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
+        for prefix in ("blocks.", "decoder_blocks.")
+    )
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    for factory in MODELS.values():
+        known = factory.keywords
+        if (known["embed_dim"], known["depth"], known["decoder_embed_dim"]) == (dim, depth, width):
+            heads = {name: known[name] for name in ("num_heads", "decoder_num_heads")}
+            return {
+                "img_size": side * patch_size, "patch_size": patch_size, "in_chans": channels, "embed_dim": dim,
+                "depth": depth, "decoder_embed_dim": width, "decoder_depth": decoder_depth, **heads,
+            }  # fmt: skip
+    raise UserError(f"{source} doesn't say which model it holds, and none of ours is {dim} wide and {depth} deep")
 
 
 def _mae(size: str, patch_size: int, decoder: tuple[int, int, int]) -> partial:

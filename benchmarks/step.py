@@ -12,9 +12,9 @@ probe) on a batch of random images that is on the device already. The rows:
                loop over the parameters, a wait for the loss after every step
     hf         ViTMAEForPreTraining (ViTForImageClassification for the other jobs) of transformers at its defaults, fp32
     hf_best    the same under bf16 autocast, with the attention, and on a GPU the compilation, that was fastest here
-hf and hf_best use our optimiser. Every repetition runs each row once; the figures are medians, the spread is
-(max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of the fastest
-matrix products in the same run, bf16 or fp32.
+hf and hf_best use our optimiser. Every row is a process of its own, every repetition runs a step of each in turn; the
+figures are medians, the spread is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the
+fraction is of the fastest matrix products in the same run, bf16 or fp32.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 import models_vit
-from benchmarks.timing import Step, device_name, interleave, matmul_step, seconds
+from benchmarks.timing import Step, device_name, matmul_step, seconds
 from engine_finetune import head_losses
 from util import optim, speed
 from util.amp import LossScaler
@@ -122,17 +123,6 @@ def hf_step(
     return step
 
 
-def best_hf(job: str, name: str, imgs: Tensor, targets: Tensor) -> tuple[str, bool]:
-    """The attention, and whether compiled, that make transformers' model fastest in bf16 here."""
-    choices = [(attention, False) for attention in ("sdpa", "eager")]
-    choices += [(attention, True) for attention in ("sdpa", "eager")] if imgs.device.type == "cuda" else []
-    times = {}
-    for choice in choices:
-        step = hf_step(job, name, imgs, targets, "bf16", *choice)
-        times[choice] = min(seconds(step, imgs.device) for _ in range(4))
-    return min(times, key=times.get)
-
-
 def count_flops(job: str, name: str, batch_size: int) -> float:
     """Floating-point operations of a step of the plain model, by PyTorch's counter, without memory for the weights."""
     with torch.device("meta"):
@@ -147,13 +137,54 @@ def count_flops(job: str, name: str, batch_size: int) -> float:
     return float(counter.get_total_flops()) * batch_size
 
 
-def peak_memory(words: list[str], row: str, setting: dict) -> float:
-    """GB that two steps of a row take, measured in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, *words, "--only", row, "--setting", json.dumps(setting)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return float(done.stdout.split()[-1])
+class Row:
+    """A row in a process of its own, so that neither its memory nor its caches suffer from the others'."""
+
+    def __init__(self, row: str, words: list[str], setting: dict) -> None:
+        command = [sys.executable, __file__, *words, "--serve", row, "--setting", json.dumps(setting)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.peak_memory = 0.0
+
+    def step(self) -> float:
+        """Run a step there; returns its seconds."""
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a row ended early: {' '.join(self.process.args)}")
+        took, self.peak_memory = map(float, answer.split())
+        time.sleep(0.3)  # until its threads no longer wait actively for more work
+        return took
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The other end of Row: a step per line of stdin; prints its seconds and the peak memory so far, GB."""
+    device = torch.device(args.device)
+    step = build(args.serve, args, json.loads(args.setting))
+    for _ in sys.stdin:
+        took = seconds(step, device)
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 1e9
+        else:
+            status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
+            memory = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9
+        print(took, memory, flush=True)
+
+
+def best_hf(args: argparse.Namespace, words: list[str]) -> dict:
+    """The attention, and whether compiled, that make transformers' model fastest in bf16 here."""
+    times = []
+    for compiled in (False, True) if args.device.startswith("cuda") else (False,):
+        for attention in ("sdpa", "eager"):
+            row = Row("hf_best", words, {"attention": attention, "compiled": compiled})
+            times.append((min(row.step() for _ in range(4)), attention, compiled))
+            row.close()
+    return dict(zip(("attention", "compiled"), min(times)[1:], strict=True))
 
 
 def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
@@ -172,14 +203,15 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
 
 def measure(args: argparse.Namespace, words: list[str]) -> dict:
     """The whole benchmark; returns what goes into the file."""
-    device = torch.device(args.device)
-    imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
-    targets = torch.randint(CLASSES, (args.batch_size,), device=device)
-    setting = dict(zip(("attention", "compiled"), best_hf(args.job, args.model, imgs, targets), strict=True))
-    rows = ("ours", "off", "hf", "hf_best")
-    steps = {row: build(row, args, setting) for row in rows}
+    device, setting = torch.device(args.device), best_hf(args, words)
+    rows = {row: Row(row, words, setting) for row in ("ours", "off", "hf", "hf_best")}
     peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    times = interleave(steps | {name: product for name, (product, _) in peaks.items()}, device, args.steps)
+    times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}
+    for repetition in range(-2, args.steps):  # the first two warm up
+        for name in times:
+            took = rows[name].step() if name in rows else seconds(peaks[name][0], device)
+            if repetition >= 0:
+                times[name].append(took)
     peak = {name: work / min(times[name]) / 1e12 for name, (_, work) in peaks.items()}
     work = count_flops(args.job, args.model, args.batch_size)
     table = []
@@ -189,8 +221,10 @@ def measure(args: argparse.Namespace, words: list[str]) -> dict:
             "name": row, "images_per_s": args.batch_size / median, "tflops": work / median / 1e12,
             "fraction_of_peak": work / median / 1e12 / max(peak.values()),
             "spread": (max(times[row]) - min(times[row])) / median,
-            "peak_memory_gb": peak_memory(words, row, setting), "seconds": times[row],
+            "peak_memory_gb": rows[row].peak_memory, "seconds": times[row],
         })  # fmt: skip
+    for row in rows.values():
+        row.close()
     return {
         "job": args.job, "model": args.model, "batch_size": args.batch_size, "n": args.steps, "peak_tflops": peak,
         "ours": {name: getattr(args, name) for name in ("amp", "attention", "compile", "grad_checkpoint")},
@@ -212,17 +246,11 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", choices=("auto", "fused", "plain"), help="of the row ours")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the row ours; default: on CUDA")
     parser.add_argument("--grad_checkpoint", action="store_true", help="in the row ours")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        step = build(args.only, args, json.loads(args.setting))
-        step(), step()
-        if args.device.startswith("cuda"):
-            print(torch.cuda.max_memory_allocated() / 1e9)
-        else:
-            status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
-            print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9)
+    if args.serve:
+        serve(args)
         return
     result = measure(args, sys.argv[1:])
     peak = ", ".join(f"{name} {value:.3g}" for name, value in result["peak_tflops"].items())

@@ -8,7 +8,7 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,10 @@ class Images(ImageFolder):
         """All (path, class); rank 0 looks them up for all."""
         return dist.from_rank0(lambda: listing.of(directory, class_to_idx, is_image))
 
+    def name(self, index: int) -> str:
+        """The path within the split."""
+        return os.path.relpath(self.samples[index][0], self.root)
+
     def counts(self) -> np.ndarray:
         """Images per class."""
         return np.bincount(self.targets, minlength=len(self.classes))
@@ -68,6 +72,16 @@ class EvalImages(Images):
             return super().__getitem__(index)
         except BadImage as error:
             raise LocalError(f"{error}; evaluation counts every image: mend or remove the file") from error
+
+
+class SpareImages(Images):
+    """A split to look at: the next image takes the place of a bad one."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return super().__getitem__(index)
+        except BadImage:
+            return self[(index + 1) % len(self)]
 
 
 class TrainImages(Dataset):
@@ -222,14 +236,36 @@ class Feed:
                 return
             if self.gpu_size:
                 batch = gpu_decode.crops(batch[0], self.gpu_size, self.device), batch[1]
-            imgs, targets = (x.to(self.device, non_blocking=True) for x in batch)
-            if imgs.dtype == torch.uint8:
-                imgs = (imgs.float() / 255).sub_(self.mean).div_(self.std)  # [N, C, H, W]
-            yield imgs, targets
+            yield self.normalised(batch[0]), batch[1].to(self.device, non_blocking=True)
+
+    def normalised(self, imgs: Tensor) -> Tensor:
+        """[N, C, H, W] on the device; what is no longer of 8 bits has been normalised already."""
+        imgs = imgs.to(self.device, non_blocking=True)
+        return (imgs.float() / 255).sub_(self.mean).div_(self.std) if imgs.dtype == torch.uint8 else imgs
+
+    def some(self, count: int) -> tuple[Tensor, list[str]]:
+        """A few of an ordered loader's images, evenly spread over all ranks' shares, and their names."""
+        chosen = _spread(len(self.dataset), count)
+        return self.normalised(torch.stack([self.dataset[index][0] for index in chosen])), list(
+            map(self.dataset.name, chosen)
+        )
+
+
+def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:
+    """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones."""
+    yield from loader
+    longest = int(dist.max_over_ranks(torch.tensor([len(loader)]), device)) if shared else len(loader)
+    yield from [None] * (longest - len(loader))
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most count numbers below total, evenly."""
+    return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
 def _loader(
-    dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, **more
+    dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, persistent: bool = True,
+    **more,
 ) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -239,7 +275,7 @@ def _loader(
         batch_size,
         num_workers=workers,  # each of one thread: so torch sets them up
         pin_memory=pin_mem and device.type == "cuda",
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
         # Python 3.14's default, a server that forks, takes seconds to start and leaves orphans when the run is killed.
@@ -284,6 +320,26 @@ def eval_loader(
     rank, world = (dist.rank(), dist.world_size()) if share else (0, 1)
     loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
     return Feed(loader, device, *NORMALISE)
+
+
+def monitor_loaders(
+    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, exif: bool,
+    device: torch.device,
+) -> tuple[Feed | None, Feed]:
+    """For pre-training to look at: up to 5,000 images of val/, None where there is no usable one, and up to 10,000 of
+    train/, evenly spread, shared among the ranks."""
+
+    def feed(split: str, count: int) -> Feed:
+        images = _open(SpareImages, data_path, split, transform, exif)
+        share = _spread(len(images), count)[dist.rank() :: dist.world_size()]
+        return Feed(_loader(images, batch_size, num_workers, pin_mem, device, False, sampler=share), device, *NORMALISE)
+
+    try:
+        val = feed("val", 5000) if (Path(data_path) / "val").is_dir() else None
+    except UserError as error:
+        dist.say(f"warning: no monitoring on val/: {error}")
+        val = None
+    return val, feed("train", 10000)
 
 
 def classifier_loaders(

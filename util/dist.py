@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 
 def local_rank() -> int:
@@ -69,7 +71,8 @@ def barrier() -> None:
 def say(*words: object) -> None:
     """Print on rank 0 only, at once."""
     if rank() == 0:
-        print(*words, flush=True)
+        tqdm.write(" ".join(map(str, words)), file=sys.stdout)  # above the bar, where there is one
+        sys.stdout.flush()
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:

@@ -2,10 +2,11 @@
 
 import json
 import math
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from util import dist
@@ -29,16 +30,32 @@ class RunLog:
             kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
-    def summary(self, name: str, model: nn.Module, images: int, device: torch.device, amp: str) -> None:
-        """Say what is about to be trained, and keep the number of trained parameters for log.txt."""
+    def summary(
+        self, name: str, model: nn.Module, images: Sized, root: Path | str, batch: int, lr: float, device: torch.device,
+        amp: str,
+    ) -> None:
+        """Say what is about to be trained, and keep the number of trained parameters for log.txt.
+
+        images: those to train on, from root; batch: effective, over all ranks and accumulated batches.
+        """
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        dist.say(f"{name}: {self.n_parameters / 1e6:.2f} M trained parameters; {images} images; {device}, amp {amp}")
+        total = sum(p.numel() for p in model.parameters())
+        dist.say(f"data      {len(images)} images in {root}")
+        dist.say(f"model     {name}, {total / 1e6:.2f} M parameters, {self.n_parameters / 1e6:.2f} M of them trained")
+        ranks = dist.world_size()
+        dist.say(f"training  effective batch {batch} on {ranks} process(es), lr {lr:.3g}, {device}, amp {amp}")
+        dist.say(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Values on TensorBoard's x axis of epoch * 1000, which lines up runs of different batch sizes."""
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, int(epoch * 1000))
+
+    def picture(self, epoch: float, name: str, pixels: Tensor) -> None:
+        """A picture, [3, H, W] of 8 bits, for TensorBoard."""
+        if self.board:
+            self.board.add_image(name, pixels, int(epoch * 1000))
 
     def hold(self, epoch: float, values: dict[str, float]) -> None:
         """As scalars, once a checkpoint remembers that the evaluation is done: it is repeated by a run that goes on

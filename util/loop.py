@@ -31,12 +31,14 @@ class Run:
         requests: Requests,
         max_bad_steps: int,
         max_bad_images: float,
+        epochs: int = 0,
     ) -> None:
-        """max_bad_steps: updates in a row with gradients that are not finite; max_bad_images: share of the files."""
+        """max_bad_steps: updates in a row with gradients that are not finite; max_bad_images: share of the files;
+        epochs: of the whole run, for the time left."""
         self.checkpoints, self.log, self.position, self.requests = checkpoints, log, position, requests
         self.bad_steps = BadSteps(max_bad_steps, device, checkpoints.scaler.amp)
         self.images, self.max_bad_images, self.device = loader.dataset, max_bad_images, device
-        self.known_bad = 0
+        self.known_bad, self.epochs = 0, epochs
         self.data_wait = 0.0  # share of the last epoch's time that was spent waiting for data
 
     @property
@@ -139,7 +141,10 @@ def train_epoch(
             run.log.scalars(epoch + step / steps, {loss_tag: means["loss"], "lr": means["lr"]})
             run.report(step, not_finite)
 
-    for step, batch in meters.watch(loader, first_step, f"epoch {epoch}", print_freq, report):
+    for step, batch in meters.watch(
+        loader, first_step, epoch, print_freq, run.checkpoints.images_per_step if run else 0, run.epochs if run else 0,
+        report,
+    ):
         part = micro_step(step, steps, accum_iter)
         if part.first:
             lr = schedule.apply(optimizer, epoch + step / steps)
@@ -189,7 +194,7 @@ def run_epochs(
         set_rng_state(position.rng[dist.rank()])
     first_epoch = position.epoch
     with Requests(save_minutes) as requests:
-        run = Run(loader, checkpoints, log, position, device, requests, max_bad_steps, max_bad_images)
+        run = Run(loader, checkpoints, log, position, device, requests, max_bad_steps, max_bad_images, epochs)
         for epoch in range(first_epoch, epochs):
             position.epoch = epoch
             loader.sampler.set_epoch(epoch, run.first_step)
@@ -198,10 +203,11 @@ def run_epochs(
             if evaluate and (last or (epoch + 1) % eval_freq == 0):
                 position.images = len(loader) * checkpoints.images_per_step
                 test = evaluate(run.poll)
-                improved = test["acc1"] > position.best
+                improved = test.get("acc1", -1) > position.best
                 if improved:
                     position.best, position.best_epoch = test["acc1"], epoch
-                dist.say(f"best accuracy so far: {position.best:.2f} %, after epoch {position.best_epoch}")
+                if "acc1" in test:
+                    dist.say(f"best accuracy so far: {position.best:.2f} %, after epoch {position.best_epoch}")
                 stats |= {f"test_{name}": value for name, value in test.items()}
                 log.hold(epoch, {f"perf/test_{name}": value for name, value in test.items()})
             log.epoch({**stats, "epoch": epoch, "n_parameters": log.n_parameters, "data_wait": round(run.data_wait, 4)})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sized
 import torch
 from torch import Tensor
 
-from util import dist
+from util import dist, progress
 
 
 class Meters:
@@ -71,14 +71,20 @@ class Meters:
         self,
         loader: Sized,
         first_step: int,
-        header: str,
+        epoch: int,
         print_freq: int,
+        images_per_step: int,
+        epochs: int,
         report: Callable[[int, dict[str, float], list[int]], None],
     ) -> Iterator[tuple[int, object]]:
-        """Yield (step, batch) from first_step on; every print_freq batches and after the last, print a line and call
-        report(step, means of the window, values that were not finite by rank)."""
-        steps = len(loader)
+        """Yield (step, batch) from first_step on; every print_freq batches and after the last, call report(step, means
+        of the window, values that were not finite by rank) and print a line, or on a terminal move the bar on.
+
+        images_per_step: over all ranks; epochs: of the whole run, for the time left.
+        """
+        steps, header = len(loader), f"{epoch}/{epochs}" if epochs else str(epoch)
         start = window_start = time.perf_counter()
+        bar = progress.bar(steps, first_step, header)
         in_window, waited = 0, 0.0
         for step, batch, wait in self._timed(loader, first_step):
             yield step, batch
@@ -87,13 +93,23 @@ class Meters:
                 continue
             means, not_finite = self.window()
             now = time.perf_counter()
-            eta = (now - start) / (step + 1 - first_step) * (steps - step - 1)
-            words = "  ".join(f"{name}: {_short(value)}" for name, value in means.items())
+            per_step = (now - start) / (step + 1 - first_step)
+            left, run_left = per_step * (steps - step - 1), per_step * (steps * (epochs - epoch) - step - 1)
             took = now - window_start
-            times = f"s/step: {took / in_window:.3f}  data: {waited / took:.0%}  left: {_clock(eta)}"
+            words = [f"{name} {_short(value)}" for name, value in means.items()]
+            words += [f"{in_window * images_per_step / took:.0f} img/s"] * (images_per_step > 0)
+            words += [f"data {waited / took:.0%}", *self._memory()]
+            clocks = _clock(left), _clock(run_left)
             window_start, in_window, waited = now, 0, 0.0
-            dist.say(f"{header} [{step + 1}/{steps}]  {words}  {times}{self._memory()}")
+            if bar is not None:
+                bar.set_postfix_str(" ".join([*words, *clocks[: 1 + (epochs > 0)]]), refresh=False)
+                bar.update(step + 1 - bar.n)
+            else:
+                whole = f" (run: {clocks[1]})" if epochs else ""
+                dist.say(f"epoch {header} [{step + 1}/{steps}]  {'  '.join(words)}  left {clocks[0]}{whole}")
             report(step, means, not_finite)
+        if bar is not None:
+            bar.close()
 
     def _timed(self, loader: Sized, first_step: int) -> Iterator[tuple[int, object, float]]:
         """(step, batch, seconds waited for it)."""
@@ -111,10 +127,10 @@ class Meters:
             self.elapsed = time.perf_counter() - begun
             step += 1
 
-    def _memory(self) -> str:
+    def _memory(self) -> list[str]:
         if self.device.type != "cuda":
-            return ""
-        return f"  memory: {torch.cuda.max_memory_allocated(self.device) / 2**20:.0f} MiB"
+            return []
+        return [f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G"]
 
 
 def _short(value: float) -> str:
@@ -122,5 +138,6 @@ def _short(value: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    minutes, seconds = divmod(max(0, int(seconds)), 60)
+    days, hours = divmod(minutes // 60, 24)
+    return f"{days}d{hours:02d}h" if days else f"{hours}:{minutes % 60:02d}:{seconds:02d}"

@@ -39,7 +39,7 @@ SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 PLACE = {
     "resume", "resume_override", "overwrite", "start_epoch", "eval", "output_dir", "log_dir", "save_freq", "keep",
     "save_minutes", "num_workers", "pin_mem", "device", "world_size", "local_rank", "dist_on_itp", "dist_url",
-    "dist_eval", "compile", "attention", "grad_checkpoint",
+    "dist_eval", "compile", "attention", "grad_checkpoint", "monitor_freq",
 }  # fmt: skip
 
 

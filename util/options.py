@@ -145,8 +145,8 @@ RANGES = {
          "input_size", "patch_size", "recount"), AT_LEAST_1,
     ),
     **dict.fromkeys(
-        ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "mixup", "cutmix",
-         "color_jitter", "lr", "blr", "seed"), NOT_NEGATIVE,
+        ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "monitor_freq",
+         "mixup", "cutmix", "color_jitter", "lr", "blr", "seed"), NOT_NEGATIVE,
     ),
     **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay"), POSITIVE),
     **dict.fromkeys(("max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),

@@ -1,0 +1,101 @@
+"""What pre-training shows of itself every few epochs: a picture, the loss under fixed masks, a k-NN accuracy.
+
+output_dir/
+    reconstructions/epoch-0019.png    the same images each time
+log.txt and TensorBoard: test_loss (masks fixed by seed and file name, so that epochs and runs compare), test_knn.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from util import dist, knn, masking, pictures
+from util.amp import LossScaler
+from util.datasets import NORMALISE, Feed, in_step
+from util.log import RunLog
+
+PICTURES = 8
+
+
+class Monitor:
+    """Holds the images to look at; a call measures the model as it is. All ranks call, each sees its share of val."""
+
+    def __init__(
+        self, val: Feed | None, train: Feed, output_dir: str, log: RunLog, scaler: LossScaler, mask_ratio: float,
+        mask_sampling: str, seed: int,
+    ) -> None:  # fmt: skip
+        """val: every image once, shared by the ranks; train: some training images, likewise, as k-NN's neighbours and,
+        where there is no val, for the pictures."""
+        self.val, self.train, self.output_dir, self.log, self.scaler = val, train, output_dir, log, scaler
+        self.mask_ratio, self.mask_sampling, self.seed = mask_ratio, mask_sampling, seed
+        self.shown: Tensor | None = None
+
+    def __call__(self, model: nn.Module, epoch: int, poll: Callable[[], None]) -> dict[str, float]:
+        """Save the picture; returns the loss on val, and k-NN's accuracy (percent) where there are several classes.
+        poll is called once per batch, on all ranks equally often."""
+        model = dist.unwrap(model)
+        training = model.training
+        model.eval()
+        with torch.compiler.set_stance("force_eager"):  # shapes of its own are not worth a compilation
+            stats = self._loss_and_neighbours(model, poll) if self.val else {}
+            self._picture(model, epoch)
+        model.train(training)
+        if stats:
+            words = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
+            dist.say(f"monitor after epoch {epoch}: {words}")
+        return stats
+
+    def _noise(self, model: nn.Module, names: list[str], device: torch.device) -> Tensor:
+        return masking.fixed_noise(self.mask_sampling, names, self.seed, model.patch_embed.grid_size, device)
+
+    @torch.inference_mode()
+    def _loss_and_neighbours(self, model: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
+        device, total, images = self.val.device, torch.zeros((), dtype=torch.float64), 0
+        found = {}
+        for name, feed in (("val", self.val), ("train", self.train)):
+            features, classes = [], []
+            order = [feed.dataset.name(index) for index in feed.sampler]
+            for batch in in_step(feed, True, device):
+                poll()
+                if batch is None:
+                    continue
+                imgs, targets = batch
+                names, order = order[: len(imgs)], order[len(imgs) :]
+                with self.scaler.autocast():
+                    if name == "val":
+                        noise = self._noise(model, names, device)
+                        loss = model(imgs, mask_ratio=self.mask_ratio, noise=noise)[0]
+                        total, images = total + loss.double().cpu() * len(imgs), images + len(imgs)
+                    all_kept = torch.arange(model.patch_embed.num_patches, device=device).expand(len(imgs), -1)
+                    latent = model.forward_encoder(imgs, 0.0, all_kept)[0]  # [N, 1+L, D]
+                features.append(latent[:, 1:].float().mean(dim=1).cpu())
+                classes.append(targets.cpu())
+            found[name] = torch.cat(features), torch.cat(classes)
+        total, images = dist.sum_over_ranks([float(total), images], device)
+        stats = {"loss": total / images}
+        if self.val.dataset.classes == self.train.dataset.classes and len(self.val.dataset.classes) > 1:
+            shares = dist.gather(found["train"])
+            neighbours = (torch.cat(parts).to(device) for parts in zip(*shares, strict=True))
+            mine, targets = (x.to(device) for x in found["val"])
+            right = knn.accuracy(*neighbours, mine, targets) * len(mine)
+            stats["knn"] = dist.sum_over_ranks([right], device)[0] / images
+        return stats
+
+    def _picture(self, model: nn.Module, epoch: int) -> None:
+        if dist.rank() or not self.output_dir:
+            return
+        feed = self.val or self.train
+        if self.shown is None:
+            self.shown, self.names = feed.some(PICTURES)
+        mean, std = (torch.tensor(values, device=feed.device)[:, None, None] for values in NORMALISE)
+        noise = self._noise(model, self.names, feed.device)
+        rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, mean, std)
+        caption = [f"epoch {epoch}, {self.mask_ratio:.0%} masked ({self.mask_sampling})"]
+        sheet = pictures.grid(rows, caption + [pictures.NORMALISED] * model.norm_pix_loss)
+        folder = Path(self.output_dir) / "reconstructions"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"epoch-{epoch:04d}.png")
+        self.log.picture(epoch, "reconstructions", pil_to_tensor(sheet))
