@@ -9,6 +9,7 @@ goes to output_dir/<step>/out.txt.
 output_dir/
     pretrain/ probe/ probe_untrained/ finetune/ scratch/     one output_dir per job
     results.json                                             the table's figures
+    reconstruction.png                                       what the pre-trained model makes of val images
 """
 
 import argparse
@@ -31,7 +32,7 @@ COMMON = f"--data_path {DATA} --input_size 28 --num_workers 1 --amp off --overwr
 CLASSIFY = f"{COMMON} --nb_classes 10 --crop_scale 0.95 1.0 --crop_pct 1 --save_freq 100 --eval_freq 100"
 PRETRAIN = (
     f"main_pretrain.py {COMMON} --crop_scale 0.8 1.0 --model mae_vit_demo_patch4 --batch_size 64 --epochs 40 "
-    "--warmup_epochs 4 --lr 2e-3"
+    "--warmup_epochs 4 --lr 2e-3 --monitor_freq 20"
 )
 PROBE = (
     f"main_linprobe.py {CLASSIFY} --model vit_demo_patch4 --cls_token --batch_size 50 --epochs 8 --warmup_epochs 1 "
@@ -83,6 +84,9 @@ def main() -> None:
     encoder = f"--finetune {args.output_dir / 'pretrain' / f'checkpoint-{int(epochs) - 1}.pth'}"
 
     loss = run("pretrain", PRETRAIN, args.output_dir, args.seed)["train_loss"]
+    picture = args.output_dir / "reconstruction.png"
+    words = f"main_reconstruct.py --images {DATA}/val --output {picture} --num 6 --crop_pct 1 --device cpu".split()
+    subprocess.run([sys.executable, *words, "--resume", encoder.split()[1]], check=True)
     results = {
         step: run(step, command, args.output_dir, args.seed)["test_acc1"]
         for step, command in (
@@ -108,7 +112,7 @@ def main() -> None:
     for name, value in rows:
         print(f"{name:<46}{value:>14}")
     print("-" * 60)
-    print(f"Logs, checkpoints and TensorBoard events: {args.output_dir}")
+    print(f"Logs, checkpoints and TensorBoard events: {args.output_dir}; look at {picture}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """One epoch of classifier training (fine-tuning and linear probing), and evaluation."""
 
+import csv
 from collections.abc import Callable, Sized
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -62,18 +64,21 @@ def evaluate(
     shared: bool = False,
     poll: Callable[[], None] | None = None,
     names: list[str] | None = None,
+    confusion: str = "",
 ) -> dict[str, float]:
     """Exact top-1 and top-5 accuracy (percent; k at most the number of classes) and mean cross-entropy.
 
     Every image counts once, whatever the sizes of the batches; `shared` says that the ranks hold different images,
     whose counts are then added up. `poll` is called once per batch, on all ranks equally often. Prints the line
     `* Acc@1 83.664 Acc@5 96.530 loss 0.731`. Of several heads, whose names are given, every one is printed and
-    returned (acc1_NAME), and the one of best top-1 stands for all.
+    returned (acc1_NAME), and the one of best top-1 stands for all. confusion: CSV file to write the counts of (class,
+    predicted class) to, of the first head.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
     dist.share_buffers(model)
     images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(len(names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
+    table = None
     for batch in in_step(loader, shared, device):
         if poll:
             poll()
@@ -87,8 +92,14 @@ def evaluate(
             loss = F.cross_entropy(one, targets, reduction="sum")
             sums[head] += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
         images += len(imgs)
+        if confusion:
+            first = logits.unbind(1)[0] if names else logits
+            seen = torch.bincount(targets * first.shape[1] + first.argmax(dim=1), minlength=first.shape[1] ** 2)
+            table = seen if table is None else table + seen
     counts = [images, *sums.flatten().tolist()]  # the first wait for the device
     images, *counts = dist.sum_over_ranks(counts, device) if shared else counts
+    if confusion:
+        write_confusion(confusion, table, loader.dataset.classes, shared, device)
     heads = [_stats(counts[i : i + 3], images) for i in range(0, len(counts), 3)]
     stats = dict(max(heads, key=lambda head: head["acc1"]))
     for name, head in zip(names, heads, strict=True) if names else ():
@@ -96,6 +107,21 @@ def evaluate(
         stats |= {f"{key}_{name}": value for key, value in head.items()}
     dist.say(f"* {_line(stats)}")
     return stats
+
+
+def write_confusion(file: str, table: Tensor | None, classes: list[str], shared: bool, device: torch.device) -> None:
+    """A row per class: how many were taken for each class, and the share that was right (percent). table [C * C], this
+    rank's counts."""
+    counts = table.tolist() if table is not None else [0] * len(classes) ** 2
+    counts = dist.sum_over_ranks(counts, device) if shared else counts
+    if dist.rank():
+        return
+    with Path(file).open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["class", *classes, "accuracy"])
+        for number, name in enumerate(classes):
+            row = counts[number * len(classes) : (number + 1) * len(classes)]
+            writer.writerow([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
 
 
 def _stats(sums: list[float], images: float) -> dict[str, float]:

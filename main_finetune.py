@@ -38,6 +38,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     options.add_classifier_flags(parser, global_pool=True)
     add = parser.add_argument_group("regularisation").add_argument
     add("--drop_path", default=0.1, type=float, help="stochastic depth")
+    add("--trainable_blocks", type=float, metavar="N", help="train the last N only; 0.5: the last MLP; default: all")
     add("--layer_decay", default=0.75, type=float, help="learning rate's factor per layer below the head")
     add("--color_jitter", type=float, help="used only without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's augmentation policy; none: off")
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, args.exif, device,
+        args.dist_eval, args.exif, device, args.train_fraction,
     )  # fmt: skip
     source = misc.find(args.resume, args.output_dir, "finetune", args.model)
     model = models_vit.MODELS[args.model](
@@ -95,9 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval:
         misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-        evaluate(model, val_loader, device, scaler, args.dist_eval)
+        evaluate(model, val_loader, device, scaler, args.dist_eval, confusion=args.confusion)
         return
 
+    if args.trainable_blocks is not None:
+        models_vit.train_last(model, args.trainable_blocks)
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
@@ -123,7 +126,9 @@ def main(argv: list[str] | None = None) -> None:
             model, criterion, train_loader, optimizer, device, epoch, scaler, schedule,
             accum_iter=args.accum_iter, clip_grad=args.clip_grad, mixup_fn=mixup_fn, run=run,
         ),
-        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll),
+        evaluate=lambda poll: evaluate(
+            model, val_loader, device, scaler, args.dist_eval, poll, confusion=args.confusion
+        ),
         eval_freq=args.eval_freq,
     )  # fmt: skip
 

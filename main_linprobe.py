@@ -7,6 +7,7 @@ The paper's ViT-B, 8 GPUs (effective batch 16384):
 Without --finetune an untrained encoder is probed, for comparison. Several learning rates in one pass over the trunk,
 a head each, every one as it would end alone:
     python main_linprobe.py ... --blr 0.05 0.1 0.2
+With --probe attentive a learned query pools the patch tokens; it is trained with AdamW.
 
 output_dir/ as in main_finetune.py.
 """
@@ -27,11 +28,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE linear probing", models_vit.MODELS, model="vit_large_patch16", batch_size=512, epochs=90,
-        warmup_epochs=10, weight_decay=0.0, blr=0.1, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1, keep=3,
+        warmup_epochs=10, weight_decay=0.0, blr=None, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1, keep=3,
         several_rates=True,
     )  # fmt: skip
     options.add_classifier_flags(parser, global_pool=False)
-    return options.finish(parser.parse_args(argv))
+    add = parser.add_argument_group("probe").add_argument
+    add("--probe", default="linear", choices=("linear", "attentive"), help="attentive: a learned query pools")
+    args = options.finish(parser.parse_args(argv))
+    if args.blr is None:
+        args.blr = 0.1 if args.probe == "linear" else 1e-3
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, args.exif, device,
+        args.dist_eval, args.exif, device, args.train_fraction,
     )  # fmt: skip
     source = misc.find(args.resume, args.output_dir, "linprobe", args.model)
     model = models_vit.MODELS[args.model](
@@ -55,12 +61,12 @@ def main(argv: list[str] | None = None) -> None:
         misc.load_pretrained(args.finetune, model, args.global_pool)
     names = [f"blr{blr:g}" for blr in args.blr] if isinstance(args.blr, list) else None
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
-    model = models_vit.make_linear_probe(model, len(rates)).to(device)
+    model = models_vit.make_linear_probe(model, len(rates), args.probe == "attentive").to(device)
     scaler = amp.LossScaler(args.amp, device)
     if args.eval:
         misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-        evaluate(model, val_loader, device, scaler, args.dist_eval, names=names)
+        evaluate(model, val_loader, device, scaler, args.dist_eval, names=names, confusion=args.confusion)
         return
 
     lrs = [optim.actual_lr(args.lr, blr, args.batch_size, args.accum_iter) for blr in rates]
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             model, head_losses, train_loader, optimizer, device, epoch, scaler, schedule,
             accum_iter=args.accum_iter, clip_grad=args.clip_grad, run=run,
         ),
-        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll, names),
+        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll, names, args.confusion),
         eval_freq=args.eval_freq,
     )  # fmt: skip
 

@@ -10,14 +10,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import models_mae
-from util import datasets, errors, masking, pictures
-from util.augment import CentreCrop
+from util import errors, masking, pictures, views
 from util.errors import UserError
 from util.files import load_checkpoint
-from util.images import BadImage, load_array
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,46 +29,27 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_sampling", default="random", choices=masking.KINDS)
     add("--seed", default=0, type=int, help="of the masks, together with each file's name")
     add("--num", default=8, type=int, help="at most so many images, evenly spread over those found")
-    add("--crop_pct", type=float, help="share of the image kept; default: 224/256 as in evaluation")
     add("--norm_pix_loss", action="store_true", help="the targets were normalised; for files that don't say")
-    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    views.add_flags(parser)
     args = parser.parse_args(argv)
     if not 0 < args.mask_ratio < 1 or args.num < 1:
         parser.error("--mask_ratio must lie between 0 and 1, --num must be at least 1")
     return args
 
 
-def find_images(places: list[Path], num: int) -> list[Path]:
-    """The files, those in folders included, evenly thinned to num. Raises UserError where there are none."""
-    files = []
-    for place in places:
-        found = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-        files += [path for path in found if place.is_file() or datasets.is_image(path.name)]
-    if not files:
-        raise UserError(f"--images: no images in {', '.join(map(str, places))}: {', '.join(IMG_EXTENSIONS)} wanted")
-    step = max(1, len(files) / num)
-    return [files[int(number * step)] for number in range(min(num, len(files)))]
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Write the pictures (argv defaults to the command line's)."""
     args = get_args(argv)
-    files = find_images(args.images, args.num)
+    files = views.find(args.images, args.num)
     checkpoint = load_checkpoint(args.resume)
     model = models_mae.from_checkpoint(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()
     size, grid, patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
     if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches")
-    crop = CentreCrop(size[0], args.crop_pct)
-    try:
-        pixels = torch.stack([crop(load_array(str(path), args.exif)) for path in files]).to(args.device)
-    except BadImage as error:
-        raise UserError(str(error)) from error
-    mean, std = (torch.tensor(values, device=args.device)[:, None, None] for values in datasets.NORMALISE)
-    noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, pixels.device)
-    rows = pictures.reconstruct(model, (pixels.float() / 255 - mean) / std, args.mask_ratio, noise, mean, std)
+    imgs = torch.cat([imgs for _, imgs in views.batches(files, size, args)])
+    noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
+    rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, *views.normalisation(args.device))
 
     epoch = checkpoint.get("epoch")
     caption = [

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import models_vit
 from models_vit import SIZES
 from util.errors import UserError
 from util.pos_embed import sincos_pos_embed
@@ -210,23 +211,12 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
 
 
 def _config_of(state: dict[str, Tensor], source: str) -> dict:
-    """The arguments of an autoencoder with weights of these shapes; heads, which leave no trace, as in MODELS."""
-    dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+    """The arguments of an autoencoder with weights of these shapes; its decoder's heads as in the paper, 16."""
+    trunk = models_vit.config_of(state, source)
     width = state["decoder_embed.weight"].shape[0]
-    depth, decoder_depth = (
-        1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
-        for prefix in ("blocks.", "decoder_blocks.")
-    )
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-    for factory in MODELS.values():
-        known = factory.keywords
-        if (known["embed_dim"], known["depth"], known["decoder_embed_dim"]) == (dim, depth, width):
-            heads = {name: known[name] for name in ("num_heads", "decoder_num_heads")}
-            return {
-                "img_size": side * patch_size, "patch_size": patch_size, "in_chans": channels, "embed_dim": dim,
-                "depth": depth, "decoder_embed_dim": width, "decoder_depth": decoder_depth, **heads,
-            }  # fmt: skip
-    raise UserError(f"{source} doesn't say which model it holds, and none of ours is {dim} wide and {depth} deep")
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
+    decoder = {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": 16}
+    return {name: trunk[name] for name in models_vit.TRUNK} | decoder
 
 
 def _mae(size: str, patch_size: int, decoder: tuple[int, int, int]) -> partial:

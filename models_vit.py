@@ -9,7 +9,10 @@ from functools import partial
 
 import timm.models.vision_transformer as timm_vit
 import torch
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
+
+from util.errors import UserError
 
 # Width, depth and heads of the encoders; models_mae builds on the same.
 SIZES = {
@@ -73,18 +76,37 @@ class ProbeHeads(nn.Module):
         return torch.stack([head(features) for head in self.heads], dim=1)
 
 
-def make_linear_probe(model: VisionTransformer, heads: int = 1) -> VisionTransformer:
+def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
+    """Partial fine-tuning (paper, Figure 9), in place: only the head, the last `blocks` blocks and the norm after them
+    are trained; half a block is its MLP, with the norm before it. 0: the head alone, on probing's trunk."""
+    model.requires_grad_(False)
+    trained = [model.head, model.fc_norm]  # fc_norm is as new as the head, where there is one
+    if blocks:
+        whole = min(int(blocks), len(model.blocks))
+        trained += [model.norm, *model.blocks[len(model.blocks) - whole :]]
+        if blocks % 1 and whole < len(model.blocks):
+            half = model.blocks[-whole - 1]
+            trained += [half.norm2, half.mlp]
+    for module in trained:
+        module.requires_grad_(True)
+    return model
+
+
+def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool = False) -> VisionTransformer:
     """Freeze the trunk and put BatchNorm without affine before the linear head (paper, appendix A.1), in place.
 
     With several heads, which start alike, one pass over the trunk trains them all; logits are [N, heads, classes].
+    attentive: what the head sees is pooled by one learned query that attends to the patch tokens, and trained with it.
+    With global_pool, fc_norm's scale and bias, which no pre-trained file has, don't matter: BatchNorm undoes them.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
+    if attentive:
+        model.attn_pool = AttentionPoolLatent(model.embed_dim, 0, num_heads=model.blocks[0].attn.num_heads)
     nn.init.trunc_normal_(model.head.weight, std=0.01)
     model.head.requires_grad_(True)
     head = model.head if heads == 1 else ProbeHeads(model.head, heads)
     model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), head)
-    model.config |= {"probe": "linear", "probe_heads": heads}
+    model.config |= {"probe": "attentive" if attentive else "linear", "probe_heads": heads}
     return model
 
 
@@ -92,7 +114,52 @@ def from_config(config: dict) -> VisionTransformer:
     """Build the classifier that a checkpoint's `model_config` describes (without its weights)."""
     arguments = {name: value for name, value in config.items() if name not in ("model", "probe", "probe_heads")}
     model = VisionTransformer(**arguments)
-    return make_linear_probe(model, config.get("probe_heads", 1)) if config.get("probe") == "linear" else model
+    if "probe" not in config:
+        return model
+    return make_linear_probe(model, config.get("probe_heads", 1), config["probe"] == "attentive")
+
+
+def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> VisionTransformer:
+    """The classifier that a checkpoint of ours holds, weights included; with trunk_only the encoder of any of our jobs
+    or of a released file, without head, whose class token passes through `norm` where the file has one.
+
+    Raises UserError, naming the source, for a file that holds no such thing.
+    """
+    state, config = checkpoint["model"], dict(checkpoint.get("model_config") or {})
+    if not trunk_only and not ("head.weight" in state or "head.1.heads.0.weight" in state or "head.1.weight" in state):
+        raise UserError(f"{source} has no head, so it names no classes: fine-tune or probe it first")
+    if not config:
+        config = config_of(state, source)
+    if trunk_only:
+        config = {name: config[name] for name in TRUNK} | {"num_classes": 0, "global_pool": "norm.weight" not in state}
+        kept = from_config(config).state_dict()
+        state = {name: value for name, value in state.items() if name in kept}
+    model = from_config(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{source} is no Vision Transformer of ours: {str(error).splitlines()[1].strip()}") from error
+    return model
+
+
+TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+
+def config_of(state: dict[str, Tensor], source: str) -> dict:
+    """The arguments of a classifier with weights of these shapes; heads, which leave no trace, as in SIZES."""
+    try:
+        dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
+        side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} holds no Vision Transformer: it lacks {error}") from error
+    for size in SIZES.values():
+        if (size["embed_dim"], size["depth"]) == (dim, depth):
+            return {
+                **size, "img_size": side * patch_size, "patch_size": patch_size, "in_chans": channels, "mlp_ratio": 4.0,
+                "num_classes": len(state.get("head.weight", ())), "global_pool": "fc_norm.weight" in state,
+            }  # fmt: skip
+    raise UserError(f"{source} doesn't say which model it holds, and none of ours is {dim} wide and {depth} deep")
 
 
 vit_demo_patch4 = partial(VisionTransformer, patch_size=4, **SIZES["demo"])

@@ -94,19 +94,28 @@ class TrainImages(Dataset):
 
     TRIES = 100
 
-    def __init__(self, images: Images, seed: int) -> None:
-        self.images, self.seed = images, seed
-        self.bad = torch.zeros(len(images), dtype=torch.uint8).share_memory_()
+    def __init__(self, images: Images, seed: int, fraction: float = 1.0) -> None:
+        """fraction: of every class, at least one image each, chosen by the seed."""
+        self.images, self.seed, self.chosen = images, seed, None
+        if fraction < 1:
+            shuffled = np.random.default_rng(seed).permutation(len(images))
+            by_class = shuffled[np.argsort(images.targets[shuffled], kind="stable")]
+            starts = np.cumsum([0, *images.counts()])
+            self.chosen = np.sort(np.concatenate([
+                by_class[start : start + max(1, round(fraction * (end - start)))]
+                for start, end in zip(starts[:-1], starts[1:], strict=True)
+            ]))  # fmt: skip
+        self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images if self.chosen is None else self.chosen)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         _seed(self.seed, epoch, index)
         for _ in range(self.TRIES):
             try:
-                return self.images[index]
+                return self.images[index if self.chosen is None else int(self.chosen[index])]
             except BadImage as error:
                 if not self.bad[index]:
                     self.bad[index] = 1
@@ -245,7 +254,7 @@ class Feed:
 
     def some(self, count: int) -> tuple[Tensor, list[str]]:
         """A few of an ordered loader's images, evenly spread over all ranks' shares, and their names."""
-        chosen = _spread(len(self.dataset), count)
+        chosen = spread(len(self.dataset), count)
         return self.normalised(torch.stack([self.dataset[index][0] for index in chosen])), list(
             map(self.dataset.name, chosen)
         )
@@ -258,7 +267,7 @@ def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple
     yield from [None] * (longest - len(loader))
 
 
-def _spread(total: int, count: int) -> list[int]:
+def spread(total: int, count: int) -> list[int]:
     """At most count numbers below total, evenly."""
     return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
@@ -292,22 +301,23 @@ def _start_worker(_: int) -> None:
 
 def train_loader(
     data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, seed: int, exif: bool,
-    device: torch.device,
+    device: torch.device, fraction: float = 1.0,
 ) -> Feed:
     """Shuffled batches of data_path/train, each rank a share of its own; the epoch's incomplete last batch is dropped.
 
     The sampler's set_epoch(epoch) gives every epoch its order. Raises UserError if not one batch can be filled.
     """
     images = _open(Images, data_path, "train", transform, exif)
-    sampler = EpochSampler(len(images), batch_size, seed)
+    dataset = TrainImages(images, seed, fraction)
+    sampler = EpochSampler(len(dataset), batch_size, seed)
     if not sampler.steps:
         raise UserError(
-            f"{len(images)} training images on {dist.world_size()} processes don't fill one batch of {batch_size}: "
-            f"lower --batch_size to {len(images) // dist.world_size()} or less"
+            f"{len(dataset)} training images on {dist.world_size()} processes don't fill one batch of {batch_size}: "
+            f"lower --batch_size to {len(dataset) // dist.world_size()} or less"
         )
     later = isinstance(transform, gpu_decode.LaterCrop)
     loader = _loader(
-        TrainImages(images, seed), batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True,
+        dataset, batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True,
         collate_fn=gpu_decode.collate if later else None,
     )  # fmt: skip
     return Feed(loader, device, *NORMALISE, gpu_size=transform.crop.size if later else None)
@@ -331,7 +341,7 @@ def monitor_loaders(
 
     def feed(split: str, count: int) -> Feed:
         images = _open(SpareImages, data_path, split, transform, exif)
-        share = _spread(len(images), count)[dist.rank() :: dist.world_size()]
+        share = spread(len(images), count)[dist.rank() :: dist.world_size()]
         return Feed(_loader(images, batch_size, num_workers, pin_mem, device, False, sampler=share), device, *NORMALISE)
 
     try:
@@ -354,11 +364,12 @@ def classifier_loaders(
     share_eval: bool,
     exif: bool,
     device: torch.device,
+    fraction: float = 1.0,
 ) -> tuple[Feed | None, Feed]:
     """Loaders over train/ (None without a train_transform) and val/, whose classes agree; errors as above."""
     train = None
     if train_transform:
-        train = train_loader(data_path, train_transform, batch_size, num_workers, pin_mem, seed, exif, device)
+        train = train_loader(data_path, train_transform, batch_size, num_workers, pin_mem, seed, exif, device, fraction)
     val_set = _open(EvalImages, data_path, "val", eval_transform, exif)
     check_classes(train.dataset.images if train else None, val_set, nb_classes)
     return train, eval_loader(val_set, batch_size, num_workers, pin_mem, device, share_eval)

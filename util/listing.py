@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -99,4 +100,5 @@ def _write(listing: Listing, cache: Path) -> None:
         np.savez(temporary, **{field.name: getattr(listing, field.name) for field in fields(Listing)[1:]})
         temporary.replace(cache)
     except OSError:  # a full or read-only home: the next start walks again
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

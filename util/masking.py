@@ -52,6 +52,6 @@ def fixed_noise(kind: str, names: list[str], seed: int, grid: tuple[int, int], d
     """[N, L] that follows from the seed and each image's name, whatever else is in the batch."""
     rows = []
     for name in names:
-        generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it takes 32 bits
         rows.append(noise(kind, 1, grid, torch.device("cpu"), generator))
     return torch.cat(rows).to(device)

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util import dist, knn, masking, pictures
 from util.amp import LossScaler
-from util.datasets import NORMALISE, Feed, in_step
+from util.datasets import Feed, in_step
 from util.log import RunLog
 
 PICTURES = 8
@@ -90,9 +90,8 @@ class Monitor:
         feed = self.val or self.train
         if self.shown is None:
             self.shown, self.names = feed.some(PICTURES)
-        mean, std = (torch.tensor(values, device=feed.device)[:, None, None] for values in NORMALISE)
         noise = self._noise(model, self.names, feed.device)
-        rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, mean, std)
+        rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, feed.mean, feed.std)
         caption = [f"epoch {epoch}, {self.mask_ratio:.0%} masked ({self.mask_sampling})"]
         sheet = pictures.grid(rows, caption + [pictures.NORMALISED] * model.norm_pix_loss)
         folder = Path(self.output_dir) / "reconstructions"

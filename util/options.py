@@ -35,7 +35,7 @@ def common_parser(
     epochs: int,
     warmup_epochs: int,
     weight_decay: float,
-    blr: float,
+    blr: float | None,
     min_lr: float,
     crop_scale: tuple[float, float],
     save_freq: int,
@@ -56,7 +56,8 @@ def common_parser(
     add("--warmup_epochs", default=warmup_epochs, type=int, help="of linear warm-up")
     add("--lr", type=float, help="learning rate; default: blr * effective batch size / 256")
     several = {"nargs": "+", "metavar": "BLR"} if several_rates else {}
-    add("--blr", default=blr, type=float, help="base learning rate, per 256 images", **several)
+    by_probe = "; default: 0.1, attentive 1e-3" if blr is None else ""
+    add("--blr", default=blr, type=float, help=f"base learning rate, per 256 images{by_probe}", **several)
     add("--min_lr", default=min_lr, type=float, help="learning rate at the end")
     add("--weight_decay", default=weight_decay, type=float, help="1-D parameters never decay")
     add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
@@ -107,6 +108,8 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
     add("--nb_classes", default=1000, type=int, help="width of the head")
     add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
     add("--cls_token", action="store_false", dest="global_pool", default=argparse.SUPPRESS, help="or the class token")
+    add("--train_fraction", default=1.0, type=float, metavar="F", help="of every class, chosen by --seed")
+    add("--confusion", default="", metavar="FILE", help="CSV of what evaluation took for what, accuracy per class")
     add("--crop_pct", type=float, help="evaluation's margin; default: 224/256, above 224 pixels 1")
     add("--eval", action="store_true", help="evaluate the checkpoint given by --resume, then stop")
     add("--eval_freq", default=1, type=int, help="epochs between evaluations")
@@ -149,7 +152,7 @@ RANGES = {
          "mixup", "cutmix", "color_jitter", "lr", "blr", "seed"), NOT_NEGATIVE,
     ),
     **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay"), POSITIVE),
-    **dict.fromkeys(("max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
+    **dict.fromkeys(("train_fraction", "max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
     **dict.fromkeys(("drop_path", "smoothing"), BELOW_1),
     "mask_ratio": BETWEEN,
 }  # fmt: skip
@@ -215,6 +218,13 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
             problems.append("--clip_grad would make the heads of several --blr depend on each other: leave it out")
         if 0 in args.blr:
             problems.append("--blr 0 among several trains nothing: leave it out")
+    if getattr(args, "train_fraction", 1) == 0:
+        problems.append("--train_fraction 0 leaves nothing to train on")
+    blocks = getattr(args, "trainable_blocks", None)
+    if blocks is not None and (blocks < 0 or blocks % 0.5):
+        problems.append(f"--trainable_blocks {blocks:g} must be a multiple of 0.5, not negative")
+    if getattr(args, "probe", "") == "attentive" and isinstance(args.blr, list):
+        problems.append("--probe attentive takes one --blr: the heads of a sweep would share its query")
     if getattr(args, "eval", False) and not args.resume:
         problems.append("--eval needs --resume FILE, the checkpoint to evaluate")
     return problems

@@ -1,0 +1,104 @@
+"""Partial fine-tuning, attentive probes, subsets of the labels, and the confusion matrix."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import main_finetune
+import main_linprobe
+import models_vit
+from util import augment, datasets
+
+SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
+SMALL = (
+    "--input_size 28 --batch_size 16 --num_workers 0 --device cpu --epochs 1 --warmup_epochs 0 --amp off "
+    "--nb_classes 10 --model vit_demo_patch4"
+)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (0, []), (0.5, ["blocks.2.mlp", "blocks.2.norm2", "norm"]), (1, ["blocks.2", "norm"]),
+        (1.5, ["blocks.1.mlp", "blocks.1.norm2", "blocks.2", "norm"]),
+        (3, ["blocks.0", "blocks.1", "blocks.2", "norm"]),
+    ],
+)  # fmt: skip
+def test_exactly_the_named_parameters_are_trained(blocks, expected, pooled):
+    model = models_vit.train_last(models_vit.VisionTransformer(**SIZE, global_pool=pooled), blocks)
+    wanted = tuple(f"{name}." for name in [*expected, "head", "fc_norm"])
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == name.startswith(wanted), name
+
+
+def test_without_the_flag_everything_is_trained(images, tmp_path):
+    words = [*SMALL.split(), "--data_path", str(images), "--output_dir", str(tmp_path / "a")]
+    main_finetune.main(words)
+    main_finetune.main([*words[:-1], str(tmp_path / "b"), "--trainable_blocks", "1"])
+    full, part = (json.loads((tmp_path / run / "log.txt").read_text())["n_parameters"] for run in "ab")
+    model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=10)
+    assert full == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = sum(p.numel() for module in (model.blocks[-1], model.head, model.fc_norm) for p in module.parameters())
+    assert part == count
+
+
+def test_an_attentive_probe_trains_its_query_and_its_head_only():
+    model = models_vit.make_linear_probe(models_vit.VisionTransformer(**SIZE, global_pool=False), attentive=True)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"attn_pool", "head"}
+    imgs = torch.randn(4, 3, 16, 16)
+    model.train()(imgs).sum().backward()
+    assert model.attn_pool.latent.grad is not None and model.blocks[0].mlp.fc1.weight.grad is None
+    tokens = torch.randn(4, 17, 16)
+    moved = tokens.clone()
+    moved[:, 0] += 5
+    assert torch.equal(model.pool(tokens), model.pool(moved)), "it attends to the patch tokens alone"
+    rebuilt = models_vit.from_config(model.config)
+    rebuilt.load_state_dict(model.state_dict())
+
+
+def test_a_pooled_probe_does_not_depend_on_the_untrained_norm():
+    """BatchNorm undoes fc_norm's scale and bias, so that pooling is well-defined though no file has them."""
+    torch.manual_seed(0)
+    model = models_vit.make_linear_probe(models_vit.VisionTransformer(**SIZE, global_pool=True)).train()
+    imgs = torch.randn(32, 3, 16, 16)
+    plain = model(imgs)
+    torch.nn.init.uniform_(model.fc_norm.weight, 0.5, 2.0)
+    torch.nn.init.normal_(model.fc_norm.bias)
+    assert torch.allclose(model(imgs), plain, atol=1e-4)
+
+
+def test_an_attentive_probe_runs_and_resumes(images, tmp_path):
+    words = [*SMALL.split(), "--data_path", str(images), "--output_dir", str(tmp_path), "--probe", "attentive"]
+    main_linprobe.main(words)
+    main_linprobe.main([*words, "--epochs", "2", "--resume", "auto", "--resume_override"])
+    main_linprobe.main([*words, "--eval", "--resume", str(tmp_path / "checkpoint-1.pth")])
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("fraction", "per_class"), [(0.5, 4), (0.25, 2), (0.01, 1)])
+def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, images):
+    def chosen(seed):
+        loader = datasets.train_loader(
+            str(images), augment.Crop(28, (1.0, 1.0)), 5, 0, False, seed, False, torch.device("cpu"), fraction
+        )
+        dataset = loader.dataset
+        assert len(dataset) == 10 * per_class == len(loader) * 5
+        assert torch.cat([targets for _, targets in loader]).bincount().tolist() == [per_class] * 10
+        return dataset.chosen.tolist()
+
+    assert chosen(0) == chosen(0) != chosen(1)
+
+
+def test_the_confusion_matrix_counts_every_image(images, tmp_path, capsys):
+    words = [*SMALL.split(), "--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+    main_finetune.main([*words, "--confusion", str(tmp_path / "confusion.csv")])
+    accuracy = json.loads((tmp_path / "run/log.txt").read_text())["test_acc1"]
+    with (tmp_path / "confusion.csv").open() as file:
+        head, *rows = csv.reader(file)
+    assert head == ["class", *(row[0] for row in rows), "accuracy"] and len(rows) == 10
+    assert all(sum(map(int, row[1:-1])) == 3 for row in rows)
+    assert sum(int(row[1 + n]) for n, row in enumerate(rows)) / 30 * 100 == pytest.approx(accuracy)

@@ -1,0 +1,230 @@
+"""Honest pictures and monitors: visible pixels are the input's own, masks remove what they say, figures repeat."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_features
+import main_predict
+import main_pretrain
+import main_reconstruct
+import models_mae
+import models_vit
+from util import knn, masking, pictures
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
+
+
+def autoencoder(norm_pix_loss=False):
+    torch.manual_seed(0)
+    return models_mae.MaskedAutoencoderViT(
+        img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
+        decoder_num_heads=2, norm_pix_loss=norm_pix_loss,
+    )  # fmt: skip
+
+
+def pixels():
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_a_perfect_predictor_gives_back_the_original(norm_pix_loss):
+    model, imgs = autoencoder(norm_pix_loss), (pixels() - MEAN) / STD
+    rows = pictures.panels(model, imgs, model.target(imgs), torch.ones(3, 16), MEAN, STD)
+    assert (rows[:, 2] - pixels()).abs().max() < 1e-5 and (rows[:, 3] - pixels()).abs().max() < 1e-5
+
+
+def test_visible_patches_are_the_inputs_own_and_masked_ones_grey():
+    model, imgs = autoencoder(), (pixels() - MEAN) / STD
+    noise = torch.rand(3, 16)
+    rows = pictures.reconstruct(model, imgs, 0.75, noise, MEAN, STD)
+    _, mask, _ = model.random_masking(noise[..., None], 0.75, noise)
+    hidden = model.unpatchify(mask[..., None].expand(-1, -1, 48)).bool()
+    original, masked, reconstruction, mixed = rows.unbind(1)
+    assert torch.equal(mixed[~hidden], original[~hidden]) and torch.equal(masked[~hidden], original[~hidden])
+    assert (original - pixels()).abs().max() < 1e-6 and (masked[hidden] == 0.5).all()
+    assert torch.equal(mixed[hidden], reconstruction[hidden])
+    assert not torch.allclose(reconstruction[~hidden], original[~hidden], atol=0.01), "the model's, not the input"
+    assert model.training, "the model's mode is put back"
+
+
+def removed(kind, ratio, grid=(14, 14), N=200):
+    noise = masking.noise(kind, N, grid, CPU, torch.Generator().manual_seed(0))
+    keep = int(grid[0] * grid[1] * (1 - ratio))
+    return (noise.argsort(1).argsort(1) >= keep).reshape(N, *grid)
+
+
+def test_grid_masks_keep_one_of_every_four_patches_regularly():
+    mask = removed("grid", 0.75)
+    assert not mask[:, ::2, ::2].any() and mask[:, 1::2].all() and mask[:, :, 1::2].all()
+    half = removed("grid", 0.5)
+    assert not half[:, ::2, ::2].any() and not half[:, 1::2, 1::2].any() and half.float().mean() == 0.5
+
+
+def test_block_masks_remove_large_blocks():
+    """As much as asked; most neighbours of a removed patch are removed, too, unlike in random masks."""
+
+    def neighbours_alike(mask):
+        return (mask[:, 1:] == mask[:, :-1]).float().mean()
+
+    for ratio in (0.5, 0.75):
+        blocks, anywhere = removed("block", ratio), removed("random", ratio)
+        assert blocks.flatten(1).sum(1).unique().tolist() == anywhere.flatten(1).sum(1).unique().tolist()
+        assert neighbours_alike(blocks) > 0.85 > 0.7 > neighbours_alike(anywhere)
+    often = removed("block", 0.5, N=1000).float().mean(0)
+    assert 0.02 < often.min() and often.max() < 0.9, "every place is removed now and then"
+    assert not torch.equal(removed("block", 0.5)[0], removed("block", 0.5)[1])
+
+
+@pytest.mark.parametrize("kind", masking.KINDS)
+def test_fixed_masks_follow_from_seed_and_name_alone(kind):
+    one = masking.fixed_noise(kind, ["a/1.png", "b/2.png"], 0, (4, 4), CPU)
+    other = masking.fixed_noise(kind, ["b/2.png", "c/3.png"], 0, (4, 4), CPU)
+    assert torch.equal(one[1], other[0]) and not torch.equal(one[0], one[1])
+    assert not torch.equal(one, masking.fixed_noise(kind, ["a/1.png", "b/2.png"], 1, (4, 4), CPU))
+
+
+def test_knn_agrees_with_scikit_learns():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    generator = np.random.default_rng(0)
+    train, test = generator.normal(size=(300, 8)), generator.normal(size=(130, 8))
+    labels, targets = (np.argmax(x[:, :3] + 0.7 * generator.normal(size=(len(x), 3)), 1) for x in (train, test))
+    theirs = neighbors.KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    theirs.fit(train, labels)
+    tensors = [torch.tensor(x) for x in (train, labels, test, targets)]
+    expected = 100 * theirs.score(test, targets)
+    assert 50 < expected < 95
+    assert knn.accuracy(*tensors, chunk=50) == pytest.approx(expected) == knn.accuracy(*tensors)
+
+
+PRETRAIN = (
+    "--input_size 28 --batch_size 16 --num_workers 0 --device cpu --amp off --warmup_epochs 0 --lr 3e-3 "
+    "--model mae_vit_demo_patch4"
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(images, tmp_path_factory):
+    """A short run with its monitors."""
+    out = tmp_path_factory.mktemp("run")
+    words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(out)]
+    main_pretrain.main([*words, "--epochs", "6", "--monitor_freq", "2", "--norm_pix_loss"])
+    return out
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_monitors_repeat_and_the_fixed_mask_loss_falls(pretrained, images, tmp_path):
+    log = lines(pretrained)
+    losses = [line["test_loss"] for line in log if "test_loss" in line]
+    assert [line["epoch"] for line in log if "test_loss" in line] == [1, 3, 5] and losses[-1] < losses[0]
+    assert all(0 <= line["test_knn"] <= 100 for line in log if "test_loss" in line)
+    assert sorted(path.name for path in (pretrained / "reconstructions").iterdir()) == [
+        "epoch-0001.png", "epoch-0003.png", "epoch-0005.png"
+    ]  # fmt: skip
+    # Looking changes nothing: the same run without monitors has the same training losses.
+    words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(tmp_path)]
+    main_pretrain.main([*words, "--epochs", "6", "--monitor_freq", "0", "--norm_pix_loss"])
+    assert [line["train_loss"] for line in lines(tmp_path)] == [line["train_loss"] for line in log]
+    assert "test_loss" not in lines(tmp_path)[-1]
+
+
+def test_fixed_mask_loss_is_the_same_for_one_and_two_ranks(pretrained, images, tmp_path, script):
+    """And in a second evaluation of the same weights: a rate of 0 trains nothing."""
+    words = [*PRETRAIN.replace("--lr 3e-3", "--lr 0").split(), "--data_path", str(images), "--epochs", "2"]
+    words += ["--monitor_freq", "1", "--norm_pix_loss", "--resume_override"]
+    torchrun, results = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"], []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        launcher = torchrun if ranks == 2 else []
+        batch = ["--batch_size", str(16 // ranks)]
+        weights = tmp_path / "weights.pth"
+        torch.save({"model": torch.load(pretrained / "checkpoint-5.pth")["model"]}, weights)
+        more = ["--resume", weights, "--output_dir", out]
+        done = script(*launcher, "main_pretrain.py", *words, *batch, *more, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stdout + done.stderr
+        results += [(line["test_loss"], line["test_knn"]) for line in lines(out)]
+        assert done.stdout.count("monitor after epoch 1:") == 1 and "\r" not in done.stdout + done.stderr
+    losses = [loss for loss, _ in results]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert len({round(accuracy, 4) for _, accuracy in results}) == 1
+
+
+@pytest.mark.parametrize("kind", ["block", "grid"])
+def test_training_with_other_masks(kind, images, tmp_path):
+    words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(tmp_path), "--epochs", "1"]
+    main_pretrain.main([*words, "--mask_sampling", kind, "--mask_ratio", "0.5", "--monitor_freq", "0"])
+    assert lines(tmp_path)[-1]["train_loss"] < 3
+
+
+def reconstruct(checkpoint, images, output, *more):
+    words = ["--resume", checkpoint, "--images", images / "val", "--output", output, "--device", "cpu", *more]
+    main_reconstruct.main(list(map(str, words)))
+
+
+def test_a_grid_of_reconstructions_is_written(pretrained, images, tmp_path, capsys):
+    reconstruct(pretrained / "checkpoint-5.pth", images, tmp_path / "grid.png", "--num", "3")
+    out = capsys.readouterr().out
+    assert "checkpoint-5.pth, epoch 5, 75% masked (random)" in out and "mean and variance are the original's" in out
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.width > 4 * 160 and sheet.height > 3 * 160
+    reconstruct(pretrained / "checkpoint-5.pth", images, tmp_path / "one", "--num", "2", "--separate")
+    assert len(list((tmp_path / "one").iterdir())) == 8
+
+
+def test_released_style_files_are_recognised_by_their_shapes(pretrained, images, tmp_path):
+    """Bare weights: the width of the trunk says which; the decoder's heads are the paper's."""
+    torch.manual_seed(0)
+    model = models_mae.MODELS["mae_vit_base_patch16"](img_size=32)
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    found = models_mae.from_checkpoint(torch.load(tmp_path / "bare.pth"), "bare.pth")
+    assert {**found.config, "norm_pix_loss": False, "mlp_ratio": 4.0} == {**model.config, "img_size": 32}
+
+
+@pytest.mark.parametrize(("spoil", "message"), [("encoder", "no decoder"), ("size", "no masked autoencoder")])
+def test_unfit_checkpoints_are_refused(spoil, message, pretrained, images, tmp_path):
+    checkpoint = torch.load(pretrained / "checkpoint-5.pth", weights_only=False)
+    if spoil == "encoder":
+        checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if "decoder" not in k and k != "mask_token"}
+    else:
+        checkpoint["model_config"]["patch_size"] = 7
+    torch.save(checkpoint, tmp_path / "unfit.pth")
+    with pytest.raises(UserError, match=message):
+        reconstruct(tmp_path / "unfit.pth", images, tmp_path / "grid.png")
+    with pytest.raises(UserError, match="no images in"):
+        reconstruct(pretrained / "checkpoint-5.pth", tmp_path / "nowhere", tmp_path / "grid.png")
+
+
+def test_features_of_any_checkpoint(pretrained, images, tmp_path, capsys):
+    for tokens, shape in (("pooled", (30, 128)), ("class", (30, 128)), ("all", (30, 50, 128))):
+        words = ["--resume", pretrained / "checkpoint-5.pth", "--data_path", images / "val", "--device", "cpu"]
+        main_features.main(list(map(str, [*words, "--output", tmp_path / "f.npz", "--tokens", tokens])))
+        with np.load(tmp_path / "f.npz") as found:
+            assert found["features"].shape == shape and found["labels"].tolist() == sorted(list(range(10)) * 3)
+            assert len(found["classes"]) == 10 and found["files"][0].startswith(str(found["classes"][0]))
+    assert "k-NN" in capsys.readouterr().out
+
+
+def test_predictions_bear_the_checkpoints_names(images, tmp_path):
+    torch.manual_seed(0)
+    model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=3)
+    checkpoint = {"model": model.state_dict(), "model_config": model.config, "class_to_idx": {"x": 2, "y": 0, "z": 1}}
+    torch.save(checkpoint, tmp_path / "classifier.pth")
+    words = ["--resume", tmp_path / "classifier.pth", "--images", images / "val", "--output", tmp_path / "p.csv"]
+    main_predict.main(list(map(str, [*words, "--device", "cpu"])))
+    rows = [line.split(",") for line in (tmp_path / "p.csv").read_text().splitlines()]
+    assert rows[0] == ["file", "class", "probability", "top1", "p1", "top2", "p2", "top3", "p3"] and len(rows) == 31
+    for row in rows[1:]:
+        assert set(row[3::2]) == {"x", "y", "z"} and row[1] == row[3]
+        assert sum(map(float, row[4::2])) == pytest.approx(1, abs=2e-4) and float(row[2]) == max(map(float, row[4::2]))
+    del checkpoint["class_to_idx"]
+    torch.save(checkpoint, tmp_path / "classifier.pth")
+    with pytest.raises(UserError, match="no class names"):
+        main_predict.main(list(map(str, [*words, "--device", "cpu"])))

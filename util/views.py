@@ -1,0 +1,53 @@
+"""Images given on the command line, as evaluation sees them: what the scripts share that look at them."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util import datasets
+from util.augment import CentreCrop
+from util.errors import UserError
+from util.images import BadImage, load_array
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Device, batches, and how an image is cut and turned."""
+    add = parser.add_argument
+    add("--batch_size", default=64, type=int)
+    add("--crop_pct", type=float, help="share of the image kept; default: 224/256, above 224 pixels 1")
+    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find(places: list[Path], num: int | None = None) -> list[Path]:
+    """The image files, those in folders included; num: evenly thinned. Raises UserError where there are none."""
+    files = []
+    for place in places:
+        if place.is_file():
+            files.append(place)
+        files += [path for path in sorted(place.rglob("*")) if path.is_file() and datasets.is_image(path.name)]
+    if not files:
+        raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(IMG_EXTENSIONS)} wanted")
+    return [files[number] for number in datasets.spread(len(files), num or len(files))]
+
+
+def normalisation(device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pixels from 0 to 1, [C, 1, 1]."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in datasets.NORMALISE)
+    return mean, std
+
+
+def batches(files: list[Path], size: tuple[int, int], args: argparse.Namespace) -> Iterator[tuple[list[Path], Tensor]]:
+    """(files, imgs [N, C, H, W] normalised, on the device), by the batch. Raises UserError for an unreadable image."""
+    crop, (mean, std) = CentreCrop(size[0], args.crop_pct), normalisation(args.device)
+    for start in range(0, len(files), args.batch_size):
+        part = files[start : start + args.batch_size]
+        try:
+            pixels = torch.stack([crop(load_array(str(path), args.exif)) for path in part]).to(args.device)
+        except BadImage as error:
+            raise UserError(f"{error}; mend or remove the file") from error
+        yield part, (pixels.float() / 255 - mean) / std
