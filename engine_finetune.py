@@ -30,6 +30,7 @@ def train_one_epoch(
     mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     run: Run | None = None,
     print_freq: int = 20,
+    on_update: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train the classifier on every batch (imgs [N, C, H, W], targets [N]; on the device) of the loader.
 
@@ -44,6 +45,7 @@ def train_one_epoch(
     return train_epoch(
         model, loader, optimizer, device, epoch, scaler, schedule, loss_of,
         accum_iter=accum_iter, clip_grad=clip_grad, run=run, loss_tag="loss", print_freq=print_freq,
+        on_update=on_update,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import argparse
 
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import models_vit
@@ -39,6 +40,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("regularisation").add_argument
     add("--drop_path", default=0.1, type=float, help="stochastic depth")
     add("--trainable_blocks", type=float, metavar="N", help="train the last N only; 0.5: the last MLP; default: all")
+    add("--model_ema", action="store_true", help="keep a running average of the weights; test_ema_*, or with --eval it")
+    add("--model_ema_decay", default=0.9999, type=float, help="its memory: how much of it stays at an update")
     add("--layer_decay", default=0.75, type=float, help="learning rate's factor per layer below the head")
     add("--color_jitter", type=float, help="used only without --aa")
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's augmentation policy; none: off")
@@ -66,6 +69,13 @@ def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
         )  # fmt: skip
         return mixup, SoftTargetCrossEntropy()
     return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
+
+
+def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, *common, **more) -> dict[str, float]:
+    """evaluate() of the model, and where a running average is kept of that, too, as ema_*."""
+    stats = evaluate(model, *common, **more)
+    averaged = evaluate(ema.module, *common) if ema else {}
+    return stats | {f"ema_{name}": value for name, value in averaged.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,9 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     mixup_fn, criterion = mixing(args)
+    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
     checkpoints = misc.Checkpoints(
-        args.output_dir, "finetune", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
-    )
+        args.output_dir, "finetune", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx,
+        ema.module if ema else None,
+    )  # fmt: skip
     position = checkpoints.resume(source, args.start_epoch, args.resume_override)
     checkpoints.prepare(source)
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
@@ -125,9 +137,10 @@ def main(argv: list[str] | None = None) -> None:
         train=lambda epoch, run: train_one_epoch(
             model, criterion, train_loader, optimizer, device, epoch, scaler, schedule,
             accum_iter=args.accum_iter, clip_grad=args.clip_grad, mixup_fn=mixup_fn, run=run,
+            on_update=(lambda: ema.update(dist.unwrap(model))) if ema else None,
         ),
-        evaluate=lambda poll: evaluate(
-            model, val_loader, device, scaler, args.dist_eval, poll, confusion=args.confusion
+        evaluate=lambda poll: evaluate_both(
+            model, ema, val_loader, device, scaler, args.dist_eval, poll, confusion=args.confusion
         ),
         eval_freq=args.eval_freq,
     )  # fmt: skip

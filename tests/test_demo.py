@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+import demo
+
 
 @pytest.mark.slow
 def test_demo_shows_what_pretraining_is_worth(script, tmp_path):
@@ -16,3 +18,20 @@ def test_demo_shows_what_pretraining_is_worth(script, tmp_path):
     assert 78 < results["pixel_neighbours"] < 79 and 0.3 < results["pretrain_loss"] < 1
     rows = ("pre-training loss", "probe, pre-trained", "probe, untrained", "fine-tuned", "from scratch", "raw pixels")
     assert all(row in done.stdout for row in rows)
+    assert (tmp_path / "reconstruction.png").stat().st_size > 10_000
+
+    # On the same encoder: one block more to train helps, and so does a learned pooling (the paper's Figure 9).
+    encoder = tmp_path / "pretrain/checkpoint-39.pth"
+    words = [*demo.CLASSIFY.split(), "--finetune", encoder, "--model", "vit_demo_patch4"]
+    tune = "--batch_size 32 --epochs 5 --warmup_epochs 1 --lr 2e-3 --drop_path 0 --smoothing 0 --aa none --reprob 0"
+    probe = "--cls_token --batch_size 50 --epochs 8 --warmup_epochs 1 --lr 3e-3 --probe attentive"
+    accuracy = {}
+    for name, main, more in (
+        ("none", "main_finetune.py", f"{tune} --trainable_blocks 0"),
+        ("one", "main_finetune.py", f"{tune} --trainable_blocks 1"),
+        ("attentive", "main_linprobe.py", probe),
+    ):
+        done = script(main, *words, *more.split(), "--output_dir", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        accuracy[name] = json.loads((tmp_path / name / "log.txt").read_text().splitlines()[-1])["test_acc1"]
+    assert accuracy["one"] > accuracy["none"] + 2 and accuracy["attentive"] > results["probe"], accuracy

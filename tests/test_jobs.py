@@ -52,7 +52,7 @@ def test_published_pretraining_command(pretrained):
     stored = torch.load(pretrained, weights_only=True)
     assert stored["epoch"] == 0 and stored["args"]["mask_ratio"] == 0.75 and stored["model_config"]["norm_pix_loss"]
     (line,) = log_of(pretrained.parent)
-    assert set(line) == {"train_loss", "train_lr", "epoch", "n_parameters"}
+    assert set(line) == {"train_loss", "train_lr", "test_loss", "test_knn", "epoch", "n_parameters", "data_wait"}
     assert line["n_parameters"] == sum(v.numel() for k, v in stored["model"].items() if "pos_embed" not in k)
     assert list(pretrained.parent.glob("events.out.tfevents.*"))
 
@@ -62,7 +62,7 @@ def test_published_classifier_commands_and_their_evaluation(job, published, pret
     MAINS[job](flags(published, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, finetune=pretrained))
     (line,) = log_of(tmp_path)
     assert set(line) == {
-        "train_loss", "train_lr", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters",
+        "train_loss", "train_lr", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters", "data_wait",
     }  # fmt: skip
     stored = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
     assert len(stored["class_to_idx"]) == 10

@@ -122,13 +122,14 @@ def train_epoch(
     run: Run | None,
     loss_tag: str,
     print_freq: int,
+    on_update: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train on every batch of the loader that is left; loss_of(*batch) is its mean loss, a scalar on the device.
 
-    The loss of a batch is divided by the number of batches in its accumulation group; the learning rate is set at
-    the start of a group. An update whose gradients are not finite changes nothing. TensorBoard gets the loss as
-    `loss_tag`, and lr. Returns the epoch's mean loss and learning rate over all ranks. With a run it raises what the
-    run's methods raise, on every rank.
+    The loss of a batch is divided by the number of batches in its accumulation group; the learning rate is set at the
+    start of a group. An update whose gradients are not finite changes nothing. TensorBoard gets the loss as `loss_tag`,
+    and lr. on_update is called after every update. Returns the epoch's mean loss and learning rate over all ranks. With
+    a run it raises what the run's methods raise, on every rank.
     """
     model.train()
     optimizer.zero_grad()
@@ -136,9 +137,10 @@ def train_epoch(
     meters = Meters(device, run.position.totals if run else None)
     buffers = list(model.buffers())  # a probe's BatchNorm statistics
 
-    def report(step: int, means: dict[str, float], not_finite: list[int]) -> None:
+    def report(step: int, means: dict[str, float], not_finite: list[int], speed: dict[str, float]) -> None:
         if run:
-            run.log.scalars(epoch + step / steps, {loss_tag: means["loss"], "lr": means["lr"]})
+            timed = {f"speed/{name}": value for name, value in speed.items()}
+            run.log.scalars(epoch + step / steps, {loss_tag: means["loss"], "lr": means["lr"], **timed})
             run.report(step, not_finite)
 
     for step, batch in meters.watch(
@@ -158,6 +160,8 @@ def train_epoch(
             skipped = scaler.step(optimizer, model.parameters(), clip_grad)
             for buffer, old in zip(buffers, before, strict=True):
                 buffer.copy_(torch.where(skipped, old, buffer))
+            if on_update:
+                on_update()
             if run:
                 run.bad_steps.update(skipped, step)
                 run.after_update(step, meters)

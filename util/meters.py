@@ -75,10 +75,10 @@ class Meters:
         print_freq: int,
         images_per_step: int,
         epochs: int,
-        report: Callable[[int, dict[str, float], list[int]], None],
+        report: Callable[[int, dict[str, float], list[int], dict[str, float]], None],
     ) -> Iterator[tuple[int, object]]:
         """Yield (step, batch) from first_step on; every print_freq batches and after the last, call report(step, means
-        of the window, values that were not finite by rank) and print a line, or on a terminal move the bar on.
+        of the window, values that were not finite by rank, speed) and print a line, or on a terminal move the bar on.
 
         images_per_step: over all ranks; epochs: of the whole run, for the time left.
         """
@@ -97,17 +97,19 @@ class Meters:
             left, run_left = per_step * (steps - step - 1), per_step * (steps * (epochs - epoch) - step - 1)
             took = now - window_start
             words = [f"{name} {_short(value)}" for name, value in means.items()]
-            words += [f"{in_window * images_per_step / took:.0f} img/s"] * (images_per_step > 0)
-            words += [f"data {waited / took:.0%}", *self._memory()]
+            speed = {"images_per_s": in_window * images_per_step / took, "data_wait": waited / took}
+            words += [f"{speed['images_per_s']:.0f} img/s"] * (images_per_step > 0)
+            words += [f"data {speed['data_wait']:.0%}", *self._memory()]
             clocks = _clock(left), _clock(run_left)
             window_start, in_window, waited = now, 0, 0.0
             if bar is not None:
-                bar.set_postfix_str(" ".join([*words, *clocks[: 1 + (epochs > 0)]]), refresh=False)
+                short = " ".join(words).replace(" img/s", "/s")  # 80 columns are soon full
+                bar.set_postfix_str(" ".join([short, *clocks[: 1 + (epochs > 0)]]), refresh=False)
                 bar.update(step + 1 - bar.n)
             else:
                 whole = f" (run: {clocks[1]})" if epochs else ""
                 dist.say(f"epoch {header} [{step + 1}/{steps}]  {'  '.join(words)}  left {clocks[0]}{whole}")
-            report(step, means, not_finite)
+            report(step, means, not_finite, speed)
         if bar is not None:
             bar.close()
 

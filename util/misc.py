@@ -10,6 +10,7 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
     model_config  the model's name and the arguments that build it
     optimizer, scaler, epoch (the last one completed; -1: none), args (a dict)
     class_to_idx  classifiers only
+    model_ema     the running average of the weights, with --model_ema
     position      of the epoch under way: images used, sums of what is averaged; the best accuracy and its epoch
     rng           the states of every rank's random streams
     job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
@@ -85,13 +86,14 @@ class Checkpoints:
         scaler: LossScaler,
         args: dict,
         class_to_idx: dict[str, int] | None = None,
+        ema: nn.Module | None = None,
     ) -> None:
-        """model: without DDP. args: the run's flags; args["model"] is its model's name, args["keep"] how many
-        checkpoints of epochs stay (None: all)."""
+        """model: without DDP; ema: the running average of its weights, if one is kept. args: the run's flags;
+        args["model"] is its model's name, args["keep"] how many checkpoints of epochs stay (None: all)."""
         self.folder = Path(output_dir) if output_dir else None
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.args = {**args, "world_size": dist.world_size()}
-        self.class_to_idx = class_to_idx
+        self.class_to_idx, self.ema = class_to_idx, ema
         self.newest = ""
 
     @property
@@ -149,7 +151,8 @@ class Checkpoints:
             "job": self.job,
             "saved": time.time(),
         }
-        return state if self.class_to_idx is None else {**state, "class_to_idx": self.class_to_idx}
+        state |= {"class_to_idx": self.class_to_idx} if self.class_to_idx is not None else {}
+        return state | ({"model_ema": self.ema.state_dict()} if self.ema is not None else {})
 
     def _prune(self, position: Position) -> None:
         if self.args.get("keep") is None:
@@ -184,6 +187,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
         self.newest = source
         position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []))
         # A sum of an epoch's beginning counts batches: of the size that they had, not of today's.
@@ -349,10 +354,16 @@ def load_model(
 
 
 def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[str, int]) -> None:
-    """Load the weights to evaluate. Raises UserError where they don't fit the model or the folders' classes."""
+    """Load the weights to evaluate, with args["model_ema"] their running average. Raises UserError where they don't fit
+    the model or the folders' classes."""
     if not source:
         raise UserError(f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate")
-    load_model(source, load_checkpoint(source), model, args, class_to_idx)
+    checkpoint = load_checkpoint(source)
+    if args.get("model_ema"):
+        if "model_ema" not in checkpoint:
+            raise UserError(f"{source} holds no running average: leave out --model_ema")
+        checkpoint["model"] = checkpoint["model_ema"]
+    load_model(source, checkpoint, model, args, class_to_idx)
     dist.say(f"weights from {source}")
 
 

@@ -153,7 +153,7 @@ RANGES = {
     ),
     **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay"), POSITIVE),
     **dict.fromkeys(("train_fraction", "max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
-    **dict.fromkeys(("drop_path", "smoothing"), BELOW_1),
+    **dict.fromkeys(("drop_path", "smoothing", "model_ema_decay"), BELOW_1),
     "mask_ratio": BETWEEN,
 }  # fmt: skip
 

@@ -13,5 +13,5 @@ def bar(steps: int, first_step: int, header: str) -> tqdm | None:
         return None
     return tqdm(
         total=steps, initial=first_step, desc=header, file=sys.stdout, dynamic_ncols=True, leave=True,
-        bar_format="{desc} {n_fmt}/{total_fmt} {bar:4} {postfix}",
+        bar_format="{desc} {n_fmt}/{total_fmt} {bar:4}{postfix}",
     )  # fmt: skip
