@@ -34,6 +34,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the features (argv defaults to the command line's)."""
     args = get_args(argv)
+    views.check(args)
+    if args.output.suffix != ".npz":
+        raise UserError(f"--output {args.output} must end in .npz")
     files = views.find([args.data_path])
     model = models_vit.from_checkpoint(load_checkpoint(args.resume), args.resume, trunk_only=True)
     model = model.to(args.device).eval()
@@ -52,8 +55,6 @@ def main(argv: list[str] | None = None) -> None:
         if features.ndim == 2 and len(files) > 1:
             accuracy = knn.accuracy(features, labels, features, labels, same=True)
             print(f"k-NN, each image named after the others: {accuracy:.2f} %")
-    if args.output.suffix != ".npz":
-        raise UserError(f"--output {args.output} must end in .npz")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     np.savez(args.output, **found)
     print(f"{tuple(features.shape)} features of {len(files)} images in {args.output}")

@@ -32,6 +32,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the predictions (argv defaults to the command line's)."""
     args = get_args(argv)
+    views.check(args)
     files = views.find(args.images)
     checkpoint = load_checkpoint(args.resume)
     names = checkpoint.get("class_to_idx")

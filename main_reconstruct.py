@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import models_mae
 from util import errors, masking, pictures, views
@@ -41,6 +42,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the pictures (argv defaults to the command line's)."""
     args = get_args(argv)
+    views.check(args)
+    if not args.separate and args.output.suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--output {args.output}: a picture wanted, .png for example; or --separate and a folder")
     files = views.find(args.images, args.num)
     checkpoint = load_checkpoint(args.resume)
     model = models_mae.from_checkpoint(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()

@@ -228,3 +228,22 @@ def test_predictions_bear_the_checkpoints_names(images, tmp_path):
     torch.save(checkpoint, tmp_path / "classifier.pth")
     with pytest.raises(UserError, match="no class names"):
         main_predict.main(list(map(str, [*words, "--device", "cpu"])))
+
+
+@pytest.mark.parametrize(
+    ("main", "more", "message"),
+    [
+        (main_reconstruct, ["--device", "gpu"], "--device gpu"),
+        (main_reconstruct, ["--batch_size", "0"], "--batch_size"),
+        (main_reconstruct, ["--output", "grid.xyz"], "a picture wanted"),
+        (main_predict, ["--crop_pct", "-1"], "--crop_pct"),
+        (main_features, ["--output", "features.txt"], "must end in .npz"),
+        (main_predict, ["--output", "/proc/none/p.csv"], "can't be written"),
+    ],
+)  # fmt: skip
+def test_bad_flags_of_the_small_scripts_end_in_a_message(main, more, message, images, tmp_path):
+    place = "--data_path" if main is main_features else "--images"
+    output = {main_reconstruct: "g.png", main_predict: "p.csv", main_features: "f.npz"}[main]
+    words = ["--resume", "nothing.pth", place, images / "val", "--output", tmp_path / output, *more]
+    with pytest.raises(UserError, match=message):
+        main.main(list(map(str, words)))

@@ -68,7 +68,7 @@ class Monitor:
                     if name == "val":
                         noise = self._noise(model, names, device)
                         loss = model(imgs, mask_ratio=self.mask_ratio, noise=noise)[0]
-                        total, images = total + loss.double().cpu() * len(imgs), images + len(imgs)
+                        total, images = total + loss.cpu().double() * len(imgs), images + len(imgs)
                     all_kept = torch.arange(model.patch_embed.num_patches, device=device).expand(len(imgs), -1)
                     latent = model.forward_encoder(imgs, 0.0, all_kept)[0]  # [N, 1+L, D]
                 features.append(latent[:, 1:].float().mean(dim=1).cpu())

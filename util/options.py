@@ -230,25 +230,30 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def device_problems(name: str) -> list[str]:
+    """What is wrong with --device, if anything."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return [f"--device {name} is unknown: choose cuda, mps or cpu"]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return [f"--device {name}: no CUDA GPU was found; leave the flag out to take what is there"]
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        return [f"--device {name}: there are only {torch.cuda.device_count()} GPUs"]
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return ["--device mps: not available on this machine"]
+    return [] if device.type in ("cuda", "mps", "cpu") else [f"--device {name}: choose cuda, mps or cpu"]
+
+
 def _place_problems(args: argparse.Namespace) -> list[str]:
     """Device, launcher, files and folders."""
     problems = []
-    try:
-        device = torch.device(args.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            problems.append(f"--device {args.device}: no CUDA GPU was found; leave the flag out to take what is there")
-        elif device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            problems.append(f"--device {args.device}: there are only {torch.cuda.device_count()} GPUs")
-        elif device.type == "mps" and not torch.backends.mps.is_available():
-            problems.append("--device mps: not available on this machine")
-        elif device.type not in ("cuda", "mps", "cpu"):
-            problems.append(f"--device {args.device}: choose cuda, mps or cpu")
-        elif device.type == "cpu" and args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    problems += device_problems(args.device)
+    if not problems:
+        kind = torch.device(args.device).type
+        if kind == "cpu" and args.compile and not shutil.which(os.environ.get("CXX", "g++")):
             problems.append("--compile on a CPU needs a C++ compiler (g++, or the one that CXX names): leave it out")
-    except RuntimeError:
-        problems.append(f"--device {args.device} is unknown: choose cuda, mps or cpu")
-    else:
-        if args.gpu_decode and device.type != "cuda":
+        if args.gpu_decode and kind != "cuda":
             problems.append("--gpu_decode needs a CUDA GPU: leave it out")
         elif args.gpu_decode and hasattr(args, "mixup"):
             problems.append("--gpu_decode: fine-tuning's augmentations work on the CPU; leave it out")

@@ -11,7 +11,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util import datasets
 from util.augment import CentreCrop
 from util.errors import UserError
+from util.folder import unwritable
 from util.images import BadImage, load_array
+from util.options import device_problems
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +23,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--crop_pct", type=float, help="share of the image kept; default: 224/256, above 224 pixels 1")
     add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError with every problem of the flags, before any work."""
+    problems = device_problems(args.device)
+    if args.batch_size < 1:
+        problems.append(f"--batch_size {args.batch_size} must be at least 1")
+    if args.crop_pct is not None and args.crop_pct <= 0:
+        problems.append(f"--crop_pct {args.crop_pct} must be greater than 0")
+    if why := unwritable(args.output.parent):
+        problems.append(f"--output {args.output} can't be written to: {why}")
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def find(places: list[Path], num: int | None = None) -> list[Path]:
