@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from util.datasets import EpochSampler
+from util.signals import loader_deaths_wait
 
 COMMON = "--input_size 28 --warmup_epochs 1 --amp off --device cpu"
 CLASSIFY = f"{COMMON} --model vit_demo_patch4 --nb_classes 10 --batch_size 16 --epochs 2"
@@ -287,6 +288,24 @@ def test_a_killed_loader_process_ends_the_run_with_a_message(images, tmp_path):
     said = (tmp_path / "out").read_text()
     assert "A loader process died" in said and "--resume auto" in said and "Traceback" not in said, said
     assert not Path(f"/proc/{children[1]}").exists(), "an orphan"
+
+
+def test_a_loaders_death_during_a_save_is_told_after_it():
+    """The handler runs once, when the block is done, and what it raises comes out of the block."""
+    events = []
+
+    def handler(*_):
+        events.append("handled")
+        raise RuntimeError("DataLoader worker is killed")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with pytest.raises(RuntimeError, match="worker is killed"), loader_deaths_wait():
+            os.kill(os.getpid(), signal.SIGCHLD)
+            events.append("saved")
+        assert events == ["saved", "handled"] and signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 DYING = """

@@ -33,6 +33,7 @@ from util.datasets import class_differences
 from util.errors import UserError
 from util.files import digest_file, is_url, load_checkpoint, write, wrong_digest
 from util.pos_embed import resize_pos_embed
+from util.signals import loader_deaths_wait
 
 # Flags that change how far a step of the schedule goes, or where it lies; with lr and the effective batch.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
@@ -132,8 +133,9 @@ class Checkpoints:
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
 
         def on_rank0() -> None:
-            write(self._state(position, rng), paths)
-            self._prune(position)
+            with loader_deaths_wait():
+                write(self._state(position, rng), paths)
+                self._prune(position)
 
         dist.from_rank0(on_rank0)
         self.newest = str(paths[0])
