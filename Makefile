@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-soak lint clean
+.PHONY: demo test test-slow test-soak test-cluster lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python demo.py
@@ -16,6 +16,9 @@ test-slow: $(VENV)/ready-dev
 
 test-soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "soak or tmpfs"
+
+test-cluster: $(VENV)/ready-dev
+	$(BIN)/python -m pytest -m "net or slurm"
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     """Fine-tune or evaluate as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
     options.check(args, models_vit.MODELS)
-    device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
 
     augmentation = finetune_transform(
         args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount,
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.trainable_blocks is not None:
         models_vit.train_last(model, args.trainable_blocks)
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
-    optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay)
+    optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     mixup_fn, criterion = mixing(args)
     ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     """Probe or evaluate as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
     options.check(args, models_vit.MODELS)
-    device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
 
     augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
     augmentation = LaterCrop(augmentation) if args.gpu_decode else augmentation

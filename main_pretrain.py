@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     """Pre-train as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
     options.check(args, models_mae.MODELS)
-    device = dist.init(args.device, args.seed, args.dist_url, args.dist_on_itp)
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
 
     transform = Crop(args.input_size, args.crop_scale)
     transform = LaterCrop(transform) if args.gpu_decode else transform
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     source = misc.find(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
-    optimizer = optim.pretrain_optimizer(model, lr, args.weight_decay)
+    optimizer = optim.pretrain_optimizer(model, lr, args.weight_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     scaler = amp.LossScaler(args.amp, device)
     checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))

@@ -113,7 +113,23 @@ def slow_steps(seconds: float) -> None:
     models_mae.MaskedAutoencoderViT.forward = slow
 
 
-FAULTS = {f.__name__: f for f in (half_written, after_rename, killed_after_a_line, full_disk, nan_loss, slow_steps)}
+def hangs(rank: int, first: int) -> None:
+    """From the first-th call on, rank does not come back."""
+    calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
+
+    def waiting(self, *args, **kwargs):
+        calls[0] += 1
+        if calls[0] > first and int(os.environ["RANK"]) == rank:
+            signal.pause()
+        return forward(self, *args, **kwargs)
+
+    models_mae.MaskedAutoencoderViT.forward = waiting
+
+
+FAULTS = {
+    f.__name__: f
+    for f in (hangs, half_written, after_rename, killed_after_a_line, full_disk, nan_loss, slow_steps)
+}
 
 
 def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple) -> None:
@@ -134,11 +150,16 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 
 
+def process(target, *args):
+    """Start a process that runs a function of a module."""
+    started = _context.Process(target=target, args=args)
+    started.start()
+    return started
+
+
 def start(job: str, argv: list[str], out: Path, fault: tuple = (), env: dict[str, str] | None = None):
     """Start a job; returns the process, whose output goes to the file `out`."""
-    process = _context.Process(target=_run, args=(job, [str(word) for word in argv], str(out), env or {}, fault))
-    process.start()
-    return process
+    return process(_run, job, [str(word) for word in argv], str(out), env or {}, fault)
 
 
 def start_ranks(job: str, argv: list[str], out: Path, faults: tuple = (), world: int = 2) -> list:

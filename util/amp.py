@@ -94,10 +94,10 @@ class LossScaler:
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):  # the way that GradScaler itself goes
-            optimizer.found_inf = skipped.float()
+        elif getattr(local := dist.local_optimizer(optimizer), "_step_supports_amp_scaling", False):
+            local.found_inf = skipped.float()  # the way that GradScaler itself goes
             optimizer.step()
-            del optimizer.found_inf
+            del local.found_inf
         elif not skipped:
             optimizer.step()
         optimizer.zero_grad()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import dist, gpu_decode, listing
+from util import dist, gpu_decode, launch, listing
 from util.errors import LocalError, UserError
 from util.images import BadImage, load_array
 from util.signals import shield_worker
@@ -277,8 +277,7 @@ def _loader(
     **more,
 ) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(num_workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    workers = min(num_workers, launch.cores())
     return DataLoader(
         dataset,
         batch_size,

@@ -1,22 +1,34 @@
-"""Processes: start-up under torchrun or Open MPI, sums over ranks, DDP."""
+"""Processes: the group of them, sums over ranks, DDP."""
 
 import os
 import random
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as td
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+from util import launch
+
+_patience = timedelta(minutes=30)  # the longest wait for another rank
+
+
+class LostError(RuntimeError):
+    """The processes of a run don't find each other."""
 
 
 def local_rank() -> int:
     """This process's rank on its machine as its launcher says it, also before the process group exists."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)))
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def default_device() -> str:
@@ -26,32 +38,69 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def init(device: str, seed: int, dist_url: str = "env://", dist_on_itp: bool = False) -> torch.device:
-    """Join the process group that the launcher describes (none: a single process), seed this rank's random numbers
-    with seed + rank, and return its device.
+def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: float = 30) -> torch.device:
+    """Join the process group that the environment describes (util.launch; none: a single process), seed this rank's
+    random numbers with seed + rank, and return its device.
 
-    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; with dist_on_itp Open MPI's variables are read instead.
+    Raises UserError where the others do not come in time; later a wait for one of them ends as a RuntimeError.
     """
-    if dist_on_itp:
-        for name, theirs in (("RANK", "RANK"), ("WORLD_SIZE", "SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
-            os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
     place = torch.device(device)
     if place.type == "cuda":
         if place.index is None:
-            place = torch.device("cuda", local_rank())
+            place = torch.device("cuda", launch.gpu_index(torch.cuda.device_count()))
         torch.cuda.set_device(place)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank_here, world = next(td.rendezvous(dist_url, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun's store outlives a restart, and a process might dial the dead one's address that it finds there.
-            store = td.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        td.init_process_group(
-            "nccl" if place.type == "cuda" else "gloo", store=store, rank=rank_here, world_size=world
-        )
+        _join("nccl" if place.type == "cuda" else "gloo", dist_url, timedelta(minutes=timeout_minutes))
     for seeder in (random.seed, np.random.seed, torch.manual_seed):
         seeder(seed + rank())
     return place
+
+
+def _join(backend: str, dist_url: str, patience: timedelta) -> None:
+    global _patience
+    _patience = patience
+    rank_here, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = dist_url if dist_url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    try:
+        store, rank_here, world = next(td.rendezvous(dist_url, rank_here, world, timeout=patience))
+        store.set_timeout(patience)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store = td.PrefixStore(_fresh_name(store, rank_here, world, patience), store)
+        td.init_process_group(backend, store=store, rank=rank_here, world_size=world, timeout=patience)
+    except (TimeoutError, RuntimeError, ValueError) as error:
+        raise LostError(
+            f"rank {rank_here} of {world} did not meet the others at {meeting} within {patience.total_seconds():g} s "
+            f"(--dist_timeout): {str(error).splitlines()[0]}. Were all processes started, is that the first node's "
+            "address, is the port free and open, and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name the network?"
+        ) from error
+
+
+def _fresh_name(store: td.Store, rank_here: int, world: int, patience: timedelta) -> str:
+    """A name that exactly the processes that live now agree on.
+
+    torchrun's store outlives its restarts, and neither it nor the count of restarts, which a node that comes back
+    starts anew, tells a living process's words from a dead one's. So each rank shows a number nobody had before, and
+    rank 0 answers to that number; who got an answer says so under the new name.
+    """
+    own = uuid.uuid4().hex
+    if rank_here:
+        store.set(f"here/{rank_here}", own)
+        name = store.get(f"name for/{own}").decode()
+        store.set(f"{name}/came/{rank_here}", own)
+        return name
+    end = time.monotonic() + patience.total_seconds()
+    waiting = set(range(1, world))
+    while waiting:
+        for number in list(waiting):
+            if store.check([f"here/{number}"]):
+                store.set(f"name for/{store.get(f'here/{number}').decode()}", own)
+            if store.check([f"{own}/came/{number}"]):
+                waiting.remove(number)
+        if time.monotonic() > end:
+            raise TimeoutError(f"nothing was heard of rank {', '.join(map(str, sorted(waiting)))}")
+        time.sleep(0.05)
+    return own
 
 
 def rank() -> int:
@@ -66,6 +115,11 @@ def barrier() -> None:
     """Wait for all ranks."""
     if td.is_initialized():
         td.barrier()
+
+
+def cpu_group() -> td.ProcessGroup | None:
+    """A group of all ranks that talks over the CPU: waits neither for the GPU nor for the exchange of gradients."""
+    return td.new_group(backend="gloo", timeout=_patience) if td.is_initialized() else None
 
 
 def say(*words: object) -> None:
@@ -127,6 +181,23 @@ def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Mod
         return model
     places = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True, static_graph=static)
+
+
+def sharded(optimizer_class: type[torch.optim.Optimizer], groups: list, **defaults: object) -> torch.optim.Optimizer:
+    """The optimiser with its state spread over the ranks (ZeRO-1, Rajbhandari et al. 2020): each updates a share of the
+    parameters and sends them to the others, so that the numbers stay the same. gather_optimizer before state_dict."""
+    return ZeroRedundancyOptimizer(groups, optimizer_class, **defaults)
+
+
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What steps on this rank: of a sharded optimiser the part that is here."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
+def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """All ranks call it before rank 0 takes the state_dict, which then is that of an optimiser on one process."""
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
 
 
 def share_buffers(model: nn.Module) -> None:

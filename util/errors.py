@@ -1,8 +1,8 @@
 """How a script ends when something is wrong: one message and an exit code, not a traceback.
 
     2    the user can put it right: flags, data, checkpoint, a full disk
-    1    the run failed: gradients that are not finite, a loader or another rank that died
-    143  stopped by SIGTERM or SIGUSR1 after saving; 130 by SIGINT
+    1    the run failed: gradients that are not finite, a loader or another rank that died or does not answer
+    143  stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 130 by SIGINT
 """
 
 import errno
@@ -17,7 +17,9 @@ from util import dist
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # How gloo, NCCL and the store say that another process is gone.
-PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|Socket Timeout")
+PEERS = re.compile(
+    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout"
+)
 
 
 class UserError(Exception):
@@ -60,6 +62,8 @@ def _complain(error: Exception) -> int:
             ". A loader process died; out of memory is the usual reason: lower --num_workers. "
             "Go on from the newest checkpoint with --resume auto"
         )
+    elif isinstance(error, dist.LostError):
+        pass
     elif isinstance(error, RuntimeError) and dist.world_size() > 1 and PEERS.search(str(error)):
         text = (
             f"error: rank {dist.rank()} lost another process: {str(error).splitlines()[0]}. Look for that one's own "

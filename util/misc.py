@@ -41,7 +41,7 @@ SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 PLACE = {
     "resume", "resume_override", "overwrite", "start_epoch", "eval", "output_dir", "log_dir", "save_freq", "keep",
     "save_minutes", "num_workers", "pin_mem", "device", "world_size", "local_rank", "dist_on_itp", "dist_url",
-    "dist_eval", "compile", "attention", "grad_checkpoint", "monitor_freq",
+    "dist_eval", "dist_timeout", "shard", "compile", "attention", "grad_checkpoint", "monitor_freq",
 }  # fmt: skip
 
 
@@ -126,6 +126,7 @@ class Checkpoints:
         rng = dist.gather(rng_state())
         if self.folder is None:
             return
+        dist.gather_optimizer(self.optimizer)
         names = ["last"]
         if whole_epoch:
             names = [str(position.epoch), "last"]

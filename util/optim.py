@@ -17,19 +17,30 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
     return lr
 
 
-def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:
+    """Fused AdamW; with shard and several ranks its state is spread over them."""
+    if shard and dist.world_size() > 1:
+        return dist.sharded(torch.optim.AdamW, groups, lr=lr, fused=True, **more)
+    return torch.optim.AdamW(groups, lr=lr, fused=True, **more)
+
+
+def pretrain_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, shard: bool = False
+) -> torch.optim.Optimizer:
     """AdamW with betas (0.9, 0.95); 1-D parameters don't decay, all others do, cls_token and mask_token too."""
-    return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
+    return adamw(param_groups_weight_decay(model, weight_decay), lr, shard, betas=(0.9, 0.95))
 
 
-def finetune_optimizer(model: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> torch.optim.AdamW:
+def finetune_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float, shard: bool = False
+) -> torch.optim.Optimizer:
     """AdamW with layer-wise learning rates (layer_decay per layer below the head, BEiT's rule); 1-D parameters,
     cls_token and pos_embed don't decay."""
     groups = param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
     keep = ("params", "lr_scale", "weight_decay")  # published checkpoints hold nothing else of timm's
-    return torch.optim.AdamW([{name: group[name] for name in keep} for group in groups], lr=lr, fused=True)
+    return adamw([{name: group[name] for name in keep} for group in groups], lr, shard)
 
 
 def probe_optimizer(model: nn.Module, lrs: list[float], weight_decay: float) -> torch.optim.Optimizer:

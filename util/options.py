@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from util import dist, folder
+from util import dist, folder, launch
 from util.augment import finetune_transform
 from util.errors import UserError
 from util.files import is_url
@@ -93,11 +93,14 @@ def common_parser(
     add("--seed", default=0, type=int, help="each process adds its rank")
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
 
-    add = parser.add_argument_group("processes (set by torchrun)").add_argument
+    add = parser.add_argument_group("processes (set by torchrun, srun or mpirun)").add_argument
     add("--world_size", default=1, type=int, help="accepted for old launchers; the environment decides")
     add("--local_rank", "--local-rank", default=-1, type=int, help="accepted for old launchers")
     add("--dist_on_itp", action="store_true", help="read Open MPI's variables")
     add("--dist_url", default="env://", help="rendezvous address")
+    add("--dist_timeout", default=30.0, type=float, metavar="MINUTES", help="longest wait for another process")
+    if not several_rates:
+        add("--shard", action="store_true", help="spread the optimiser's state over the ranks (ZeRO-1)")
     return parser
 
 
@@ -151,7 +154,7 @@ RANGES = {
         ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "monitor_freq",
          "mixup", "cutmix", "color_jitter", "lr", "blr", "seed"), NOT_NEGATIVE,
     ),
-    **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay"), POSITIVE),
+    **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay", "dist_timeout"), POSITIVE),
     **dict.fromkeys(("train_fraction", "max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
     **dict.fromkeys(("drop_path", "smoothing", "model_ema_decay"), BELOW_1),
     "mask_ratio": BETWEEN,
@@ -161,18 +164,23 @@ RANGES = {
 def check(args: argparse.Namespace, models: dict) -> None:
     """Raise UserError with every problem of the arguments at once, before any data is read. If there is none, the run
     has output_dir for itself from here on."""
-    problems = [
-        f"--{name} {value} {words}"
-        for name, (good, words) in RANGES.items()
-        for value in _values(getattr(args, name, None))
-        if not good(value)
-    ]
-    problems += _model_problems(args, models) + _training_problems(args) + _place_problems(args)
+    problems = launch.adopt(args.dist_on_itp) + flag_problems(args, models) + _place_problems(args)
     if not problems and args.output_dir and not getattr(args, "eval", False) and int(os.environ.get("RANK", 0)) == 0:
         holder = folder.hold(args.output_dir)
         problems += [f"--output_dir {args.output_dir} is in use by another run, {holder}"] if holder else []
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
+    """What is wrong with the flags by themselves, wherever they are to run."""
+    ranges = [
+        f"--{name} {value} {words}"
+        for name, (good, words) in RANGES.items()
+        for value in _values(getattr(args, name, None))
+        if not good(value)
+    ]
+    return ranges + _model_problems(args, models) + _training_problems(args)
 
 
 def _values(value: object) -> list:
@@ -238,8 +246,11 @@ def device_problems(name: str) -> list[str]:
         return [f"--device {name} is unknown: choose cuda, mps or cpu"]
     if device.type == "cuda" and not torch.cuda.is_available():
         return [f"--device {name}: no CUDA GPU was found; leave the flag out to take what is there"]
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        return [f"--device {name}: there are only {torch.cuda.device_count()} GPUs"]
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count()
+        index = launch.gpu_index(gpus) if device.index is None else device.index
+        if index >= gpus:
+            return [f"--device {name}: process {index} of this machine needs a GPU of its own, and it has {gpus}"]
     if device.type == "mps" and not torch.backends.mps.is_available():
         return ["--device mps: not available on this machine"]
     return [] if device.type in ("cuda", "mps", "cpu") else [f"--device {name}: choose cuda, mps or cpu"]
@@ -257,8 +268,6 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
             problems.append("--gpu_decode needs a CUDA GPU: leave it out")
         elif args.gpu_decode and hasattr(args, "mixup"):
             problems.append("--gpu_decode: fine-tuning's augmentations work on the CPU; leave it out")
-    if args.dist_on_itp and "OMPI_COMM_WORLD_RANK" not in os.environ:
-        problems.append("--dist_on_itp reads Open MPI's variables, and OMPI_COMM_WORLD_RANK is not set: use mpirun")
     if args.data_path is None:
         problems.append("--data_path is missing: the folder that holds train/<class>/ and val/<class>/")
     elif not Path(args.data_path).is_dir():

@@ -12,7 +12,7 @@ import torch.distributed as td
 
 from util import dist
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 ECHO_S = 1.0
 
 
@@ -34,7 +34,8 @@ def loader_deaths_wait() -> Iterator[None]:
 
 
 class Requests:
-    """Within `with`, SIGTERM, SIGINT and SIGUSR1 are noted rather than fatal; a second one ends the process at once.
+    """Within `with`, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are noted rather than fatal; a second one ends the process
+    at once.
 
     torchrun passes on what the terminal has sent already, so under it the echo within a second does not count.
     """
@@ -44,8 +45,7 @@ class Requests:
         self.save_seconds = save_minutes * 60
         self.signum, self.noted, self.saved = 0, 0.0, time.monotonic()
         self.exchange: td.Work | None = None
-        # A group of its own on the CPU: agreeing waits neither for the GPU nor for the exchange of gradients.
-        self.group = td.new_group(backend="gloo") if dist.world_size() > 1 else None
+        self.group = dist.cpu_group()
 
     def __enter__(self) -> "Requests":
         self.previous = {}

@@ -1,0 +1,333 @@
+"""Several ranks compute what one would, and none waits for ever."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import faults
+import pytest
+import ranks
+import torch
+from conftest import ROOT
+from test_interruptions import assert_same_end, finish, same, state, words
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import engine_finetune
+import engine_pretrain
+import models_mae
+import models_vit
+from util import datasets, dist, launch, listing, optim
+from util.amp import LossScaler
+from util.augment import CentreCrop
+from util.lr_sched import CosineSchedule
+
+CPU = torch.device("cpu")
+
+
+class MasksOfImages(models_mae.MaskedAutoencoderViT):
+    """The masks follow from the images alone, however these are spread over batches and ranks."""
+
+    def forward(self, imgs, mask_ratio=0.75, noise=None):
+        return super().forward(imgs, mask_ratio, (self.patchify(imgs).mean(dim=2) * 997) % 1)
+
+
+def make(job):
+    torch.manual_seed(0)
+    if job == "pretrain":
+        return MasksOfImages(**models_mae.MODELS["mae_vit_demo_patch4"].keywords | {"img_size": 28})
+    model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=5, global_pool=True)
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # or nothing below the head would get a gradient
+    return model
+
+
+def batches(updates, accum):
+    """This rank's share of `updates` global batches of 12 images, in `accum` micro-batches each."""
+    draw = torch.Generator().manual_seed(1)
+    imgs = torch.randn(updates, 12, 3, 28, 28, generator=draw)
+    targets = torch.randint(5, (updates, 12), generator=draw)
+    mine = slice(dist.rank(), None, dist.world_size())
+    return [
+        part
+        for update in range(updates)
+        for part in zip(imgs[update][mine].chunk(accum), targets[update][mine].chunk(accum), strict=True)
+    ]
+
+
+def train(job, model, loader, optimizer, epoch=0, accum=1):
+    schedule = CosineSchedule(optimizer.param_groups[0]["lr"], 0.0, 0, 20)
+    more = {"accum_iter": accum}
+    if job == "pretrain":
+        return engine_pretrain.train_one_epoch(
+            model, loader, optimizer, CPU, epoch, LossScaler("off", CPU), schedule, **more
+        )
+    return engine_finetune.train_one_epoch(
+        model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, epoch, LossScaler("off", CPU), schedule, **more
+    )
+
+
+def one_update(job, accum=1):
+    """The gradients of one update, read off a step of plain gradient descent; and its loss."""
+    model = make(job)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wrapped = dist.wrap(model, CPU, static=accum == 1)
+    stats = train(job, wrapped, batches(1, accum), torch.optim.SGD(model.parameters(), lr=1.0), accum=accum)
+    return {name: before[name] - p.detach() for name, p in model.named_parameters()}, stats["loss"]
+
+
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+def test_gradients_of_several_ranks_are_those_of_one(job, tmp_path):
+    """Two and three ranks, and two that accumulate, against one process with the same images and masks."""
+    gradients, loss = one_update(job)
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, world, accum in (("alone", 1, 3), ("two", 2, 1), ("three", 3, 1), ("accumulating", 2, 3)):
+        for theirs, their_loss in ranks.run(world, tmp_path / name, one_update, job, accum):
+            assert their_loss == pytest.approx(loss, rel=1e-6), name
+            for key, gradient in gradients.items():
+                assert (theirs[key] - gradient).abs().max() <= 2e-6 * scale, (name, key)
+
+
+def losses():
+    """The loss of each of 20 steps of AdamW."""
+    model = make("pretrain")
+    wrapped = dist.wrap(model, CPU, static=True)
+    optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
+    loader = batches(20, 1)
+    return [train("pretrain", wrapped, [loader[step]], optimizer, epoch=step)["loss"] for step in range(20)]
+
+
+def test_two_ranks_follow_the_loss_curve_of_one(tmp_path):
+    alone = losses()
+    assert alone[-1] < 0.9 * alone[0]
+    for curve in ranks.run(2, tmp_path, losses):
+        assert curve == pytest.approx(alone, rel=1e-5)
+
+
+def exchanged(accum):
+    """Numbers sent to the other rank in each of 3 updates of `accum` micro-batches, and the model's size."""
+    model, sent = make("pretrain"), []
+    wrapped = dist.wrap(model, CPU, static=accum == 1)
+
+    def counting(group, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, counting)
+    train("pretrain", wrapped, batches(3, accum), torch.optim.SGD(model.parameters(), lr=0.1), accum=accum)
+    return sum(sent), sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("accum", [1, 3])
+def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
+    for sent, size in ranks.run(2, tmp_path, exchanged, accum):
+        assert sent == 3 * size
+
+
+def evaluated(root):
+    images = datasets.EvalImages(root, CentreCrop(28, 1.0), False)
+    loader = datasets.eval_loader(images, 8, 0, False, CPU, share=True)
+    return len(images), engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), shared=True)
+
+
+def test_101_images_give_the_same_counts_on_one_two_and_three_ranks(tmp_path):
+    source = sorted((ROOT / "samples" / "fashion_mnist" / "val").iterdir())[:5]
+    for number, folder in enumerate(source):
+        (tmp_path / "val" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[: 21 if number == 0 else 20]:
+            (tmp_path / "val" / folder.name / file.name).symlink_to(file)
+    total, alone = evaluated(tmp_path / "val")
+    assert total == 101
+    for world in (2, 3):
+        for _, shared in ranks.run(world, tmp_path / str(world), evaluated, tmp_path / "val"):
+            assert shared["acc1"] == alone["acc1"] and shared["acc5"] == alone["acc5"]
+            assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def drawn():
+    return [torch.rand(1).item() for _ in range(100)]
+
+
+def test_no_rank_repeats_anothers_random_numbers(tmp_path):
+    numbers = sum(ranks.run(3, tmp_path, drawn), [])
+    assert len(set(numbers)) == 300
+
+
+def listed(root):
+    if dist.rank():
+        listing.of = lambda *_: pytest.fail("walked by another rank than 0")
+    return len(datasets.Images(root, CentreCrop(28), False))
+
+
+def test_only_rank_0_lists_the_files(images, tmp_path):
+    assert ranks.run(3, tmp_path, listed, images / "train") == [80, 80, 80]
+
+
+def optimizer_bytes(shard):
+    model = make("pretrain")
+    optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05, shard)
+    train("pretrain", dist.wrap(model, CPU, static=True), batches(2, 1), optimizer)
+    states = dist.local_optimizer(optimizer).state.values()
+    return sum(value.numel() * 4 for one in states for value in one.values())
+
+
+def test_sharding_spreads_the_optimisers_memory(tmp_path):
+    (whole,) = ranks.run(1, tmp_path / "1", optimizer_bytes, True)
+    shares = ranks.run(3, tmp_path / "3", optimizer_bytes, True)
+    assert sum(shares) == whole and max(shares) < 0.4 * whole
+
+
+def test_sharded_runs_end_as_others_and_their_checkpoints_fit_anywhere(images, tmp_path):
+    """Two ranks, fp32: the same bits with and without --shard; each goes on from the other's file, also alone."""
+    small = ["--batch_size", 4, "--num_workers", 0, "--epochs", 2]
+    ends = {}
+    for name, more in (("plain", []), ("shard", ["--shard"])):
+        for process in faults.start_ranks("pretrain", words(images, tmp_path / name, *small, *more), tmp_path / name):
+            assert faults.ended(process) == 0, (tmp_path / f"{name}-0").read_text()[-3000:]
+        ends[name] = state(tmp_path / name)
+    assert same(ends["plain"]["model"], ends["shard"]["model"])
+    assert same(ends["plain"]["optimizer"], ends["shard"]["optimizer"])
+    on = ["--epochs", 3, "--resume_override", "--resume"]
+    for name, more, before in (("plain_on", ["--shard"], "plain"), ("shard_on", [], "shard")):
+        argv = words(images, tmp_path / name, *small, *more, *on, tmp_path / before / "checkpoint-1.pth")
+        for process in faults.start_ranks("pretrain", argv, tmp_path / name):
+            assert faults.ended(process) == 0, (tmp_path / f"{name}-0").read_text()[-3000:]
+    assert same(state(tmp_path / "plain_on")["model"], state(tmp_path / "shard_on")["model"])
+    small[1] = 8
+    (tmp_path / "alone").mkdir()
+    finish(images, tmp_path / "alone", *small, *on, tmp_path / "shard" / "checkpoint-1.pth")
+    assert state(tmp_path / "alone")["epoch"] == 2
+
+
+def test_a_process_that_stays_away_is_an_error_in_time(images, tmp_path):
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653"}
+    start = time.time()
+    process = faults.start("pretrain", words(images, tmp_path / "o", "--dist_timeout", 0.05), tmp_path / "out", env=env)
+    assert faults.ended(process) == 1 and time.time() - start < 30
+    said = (tmp_path / "out").read_text()
+    assert "rank 0 of 2 did not meet the others at 127.0.0.1:29653 within 3 s" in said and "Traceback" not in said
+
+
+def test_a_rank_that_hangs_ends_the_others_with_a_message(images, tmp_path):
+    argv = words(images, tmp_path / "o", "--dist_timeout", 0.1, "--num_workers", 0)
+    processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("hangs", 1, 3))
+    try:
+        assert faults.ended(processes[0], 60) == 1
+        said = (tmp_path / "out-0").read_text()
+        assert "rank 0 lost another process" in said and "imed out" in said and "Traceback" not in said
+    finally:
+        processes[1].kill()
+
+
+SRUN = {
+    "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "MASTER_ADDR": "node1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No launcher; what a test sets goes again."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "SUBMITIT_", "MASTER_")) or "RANK" in name or "WORLD_SIZE" in name:
+            monkeypatch.delenv(name)
+    before = dict(os.environ)
+    yield monkeypatch
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def test_sruns_variables_make_the_group(bare):
+    for name, value in SRUN.items():
+        bare.setenv(name, value)
+    assert launch.adopt() == []
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")]
+    assert found == ["9", "11", "1", "3", "node1"]
+
+
+def test_a_batch_script_without_srun_is_one_process(bare):
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
+        bare.setenv(name, SRUN[name])
+    bare.setenv("SLURM_NTASKS", "8")
+    assert launch.adopt() == [] and "WORLD_SIZE" not in os.environ
+
+
+def test_torchrun_within_srun_decides(bare):
+    for name, value in {**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        bare.setenv(name, value)
+    assert launch.adopt() == [] and os.environ["RANK"] == "3"
+
+
+def test_open_mpis_variables_need_the_flag(bare):
+    for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")):
+        bare.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert launch.adopt() == [] and "RANK" not in os.environ
+    assert launch.adopt(dist_on_itp=True) == []
+    assert os.environ["RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_the_cores_of_a_node_are_shared_out_once(bare):
+    bare.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    bare.setenv("LOCAL_WORLD_SIZE", "4")
+    assert launch.cores() == 4  # torchrun: all see all
+    bare.setenv("SLURM_CPUS_ON_NODE", "64")
+    assert launch.cores() == 16  # srun has bound each task to its own
+    bare.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert launch.cores() == 2  # not bound, and only half of the node is the job's
+
+
+def submit(images, folder, *more, job="pretrain", executor="local", tasks=2):
+    own = [sys.executable, "main_submitit.py", job, "--job_dir", folder, "--executor", executor, "--ngpus", 0]
+    argv = [*own, "--tasks", tasks, "--timeout", 60, "--", *words(images, folder, *more, job=job)]
+    return subprocess.Popen(
+        list(map(str, argv)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, tmp_path):
+    """The signal that ends SLURM's time: saved, queued again, and at the end the bits of an undisturbed run."""
+    pair = ["--batch_size", 4, "--num_workers", 0, "--epochs", 6]
+    for process in faults.start_ranks("pretrain", words(images, tmp_path / "whole", *pair), tmp_path / "out"):
+        assert faults.ended(process) == 0
+    job = submit(images, tmp_path / "job", *pair)
+    log = tmp_path / "job" / "log.txt"
+    end = time.time() + 120
+    while not log.exists() and time.time() < end and job.poll() is None:
+        time.sleep(0.05)
+    for pid in subprocess.run(["pgrep", "-f", f"_submit {tmp_path}"], capture_output=True, text=True).stdout.split():
+        os.kill(int(pid), signal.SIGUSR2)
+    said = job.communicate(timeout=180)[0]
+    logs = "\n".join(path.read_text() for path in (tmp_path / "job" / "submitit").glob("*_log.*"))
+    assert job.returncode == 0, said + logs[-3000:]
+    assert "stopped by SIGUSR2" in logs and "going on from" in logs
+    assert_same_end(tmp_path / "job", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--epochs", 0], "--epochs 0 must be at least 1"),
+        (["--no_such_flag"], "unrecognized arguments"),
+        (["--resume", "x.pth"], "begins with --finetune or anew"),
+    ],
+)
+def test_submitit_says_at_once_what_is_wrong_with_the_jobs_flags(flags, expected, images, tmp_path):
+    job = submit(images, tmp_path / "job", *flags)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and expected in said and "Traceback" not in said
+    assert not (tmp_path / "job").exists()
+
+
+def test_submitits_debug_runs_in_this_process(images, tmp_path):
+    job = submit(images, tmp_path, "--epochs", 2, executor="debug", tasks=1)
+    assert "trained 2 epochs" in job.communicate(timeout=120)[0] and job.returncode == 0
+    assert len([json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]) == 2
+
+
+def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    job = submit(images, tmp_path / "job", executor="slurm")
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and "--executor local" in said and "Traceback" not in said

@@ -1,0 +1,125 @@
+"""A real SLURM on this machine (tests/slurm.sh): srun, main_submitit.py, a job that is put back into the queue.
+
+As root, with Debian's packages slurmctld, slurmd, slurm-client and munge: pytest -m slurm
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import faults
+import pytest
+from conftest import ROOT
+from test_interruptions import FLAGS, assert_same_end, wait_for, words
+
+pytestmark = pytest.mark.slurm
+PAIR = ["--batch_size", 4, "--num_workers", 0]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    missing = [name for name in ("slurmctld", "slurmd", "srun", "munged") if not shutil.which(name, path=SBIN)]
+    if missing or os.geteuid():
+        pytest.skip(f"needs root and Debian's slurmctld, slurmd, slurm-client, munge; missing: {missing}")
+    folder = tmp_path_factory.mktemp("slurm")
+    for parent in folder.parents[:2]:
+        parent.chmod(0o755)  # munge wants a path that nobody else can write to, and all can search
+    subprocess.run([ROOT / "tests" / "slurm.sh", "start", folder], check=True, timeout=120)
+    yield {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "OMP_NUM_THREADS": "1"}
+    subprocess.run([ROOT / "tests" / "slurm.sh", "stop", folder], check=True)
+
+
+SBIN = f"{os.environ['PATH']}:/usr/sbin"
+
+
+def run(cluster, *argv, timeout=300):
+    done = subprocess.run(
+        list(map(str, argv)), cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def submit(cluster, job, folder, *flags):
+    """Submit through main_submitit.py; returns the job's number."""
+    own = ["main_submitit.py", job, "--job_dir", folder, "--ngpus", 0, "--tasks", 2, "--cpus", 1, "--timeout", 60]
+    return re.search(r"job (\d+):", run(cluster, sys.executable, *own, "--partition", "all", "--", *flags))[1]
+
+
+def output(folder):
+    return "\n".join(path.read_text() for path in sorted((folder / "submitit").glob("*_log.*")))
+
+
+def wait(cluster, job, folder, timeout=240):
+    """Until the job has left the queue; it must have been completed."""
+    end = time.time() + timeout
+    while time.time() < end:
+        state = re.search(r"JobState=(\w+)", run(cluster, "scontrol", "show", "job", job))[1]
+        if state == "COMPLETED":
+            return
+        assert state in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), state + output(folder)[-3000:]
+        time.sleep(0.5)
+    raise TimeoutError(state + output(folder)[-3000:])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    """Two ranks that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    for process in faults.start_ranks("pretrain", words(images, folder, *PAIR, "--epochs", 40), folder / "out"):
+        assert faults.ended(process) == 0
+    return folder
+
+
+def probe_flags(images, pretrained):
+    return [*FLAGS["linprobe"].split(), *PAIR, "--data_path", images, "--finetune", pretrained, "--dist_eval"]
+
+
+@pytest.mark.parametrize("launcher", ["srun", "submitit"])
+def test_slurm_pretrains_probes_and_evaluates(launcher, cluster, images, undisturbed, tmp_path):
+    """Two tasks are two ranks: the parameters are those of two ranks started otherwise."""
+    pretrain, probe = tmp_path / "pretrain", tmp_path / "probe"
+    flags = words(images, pretrain, *PAIR, "--epochs", 40)
+    srun = ["srun", "--ntasks", 2, sys.executable]
+    if launcher == "srun":
+        run(cluster, *srun, "main_pretrain.py", *flags)
+    else:
+        wait(cluster, submit(cluster, "pretrain", pretrain, *flags), pretrain)
+    assert_same_end(pretrain, undisturbed)
+    flags = probe_flags(images, pretrain / "checkpoint-39.pth")
+    if launcher == "srun":
+        said = run(cluster, *srun, "main_linprobe.py", *flags, "--output_dir", probe)
+    else:
+        wait(cluster, submit(cluster, "linprobe", probe, *flags), probe)
+        said = output(probe)
+    line = [line for line in said.splitlines() if line.startswith("* Acc@1")][-1]
+    evaluated = run(
+        cluster, *srun, "main_linprobe.py", *flags[: flags.index("--finetune")], "--dist_eval", "--eval",
+        "--resume", probe / "checkpoint-1.pth",
+    )  # fmt: skip
+    assert evaluated.splitlines().count(line) == 1
+
+
+def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(cluster, images, undisturbed, tmp_path):
+    """scontrol requeue, as preemption does it: SIGTERM, saved, queued again, on from there."""
+    job = submit(cluster, "pretrain", tmp_path, *words(images, tmp_path, *PAIR, "--epochs", 40))
+    wait_for(tmp_path / "log.txt", '"epoch": 2')
+    run(cluster, "scontrol", "requeue", job)
+    wait(cluster, job, tmp_path)
+    said = output(tmp_path)
+    assert "stopped by SIGTERM" in said and "going on from" in said
+    assert_same_end(tmp_path, undisturbed)
+
+
+def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(cluster, images, undisturbed, tmp_path):
+    """SIGUSR2 to every task, as SLURM's --signal sends it before the end."""
+    job = submit(cluster, "pretrain", tmp_path, *words(images, tmp_path, *PAIR, "--epochs", 40))
+    wait_for(tmp_path / "log.txt", '"epoch": 2')
+    run(cluster, "scancel", "--signal=USR2", job)
+    wait(cluster, job, tmp_path)
+    said = output(tmp_path)
+    assert "stopped by SIGUSR2" in said and "going on from" in said
+    assert_same_end(tmp_path, undisturbed)
