@@ -41,7 +41,10 @@ def node(host, out, *argv):
         return subprocess.Popen(
             list(map(str, ["ip", "netns", "exec", f"mae-{host}", sys.executable, *torchrun, *argv])), cwd=ROOT,
             stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": f"mae-v{host}", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ, "GLOO_SOCKET_IFNAME": f"mae-v{host}", "OMP_NUM_THREADS": "1",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            },
         )  # fmt: skip
 
 
