@@ -16,7 +16,8 @@ import torch
 import models_vit
 from util import errors, knn, views
 from util.errors import UserError
-from util.files import load_checkpoint
+from util.files import checkpoint_args, load_checkpoint
+from util.images import Pixels
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,10 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output} must end in .npz")
     files = views.find([args.data_path])
-    model = models_vit.from_checkpoint(load_checkpoint(args.resume), args.resume, trunk_only=True)
-    model = model.to(args.device).eval()
+    checkpoint = load_checkpoint(args.resume)
+    model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
+    pixels = Pixels.of(checkpoint_args(checkpoint), model.config["in_chans"])
     parts = []
-    for _, imgs in views.batches(files, model.patch_embed.img_size, args):
+    for _, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
         part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[args.tokens]
         parts.append(part.float().cpu())

@@ -24,7 +24,7 @@ from torch import nn
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
 from util import amp, datasets, dist, errors, misc, optim, options, speed
-from util.augment import CentreCrop, finetune_transform
+from util.augment import CentreCrop, FinetuneTransform
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -84,14 +84,15 @@ def main(argv: list[str] | None = None) -> None:
     options.check(args, models_vit.MODELS)
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
 
-    augmentation = finetune_transform(
+    pixels = options.pixels(args)
+    augmentation = FinetuneTransform(
         args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount,
-        args.resplit,
+        args.resplit, pixels,
     )  # fmt: skip
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, args.exif, device, args.train_fraction,
+        args.dist_eval, pixels, device, args.train_fraction,
     )  # fmt: skip
     source = misc.find(args.resume, args.output_dir, "finetune", args.model)
     model = models_vit.MODELS[args.model](
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         drop_path_rate=args.drop_path,
     )  # fmt: skip
     if args.finetune and not source:
-        misc.load_pretrained(args.finetune, model, args.global_pool)
+        misc.load_pretrained(args.finetune, model, args.global_pool, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
     scaler = amp.LossScaler(args.amp, device)

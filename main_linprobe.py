@@ -46,19 +46,20 @@ def main(argv: list[str] | None = None) -> None:
     options.check(args, models_vit.MODELS)
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
 
+    pixels = options.pixels(args)
     augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
     augmentation = LaterCrop(augmentation) if args.gpu_decode else augmentation
     train_loader, val_loader = datasets.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, args.exif, device, args.train_fraction,
+        args.dist_eval, pixels, device, args.train_fraction,
     )  # fmt: skip
     source = misc.find(args.resume, args.output_dir, "linprobe", args.model)
     model = models_vit.MODELS[args.model](
         **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
     )
     if args.finetune and not source:
-        misc.load_pretrained(args.finetune, model, args.global_pool)
+        misc.load_pretrained(args.finetune, model, args.global_pool, vars(args))
     names = [f"blr{blr:g}" for blr in args.blr] if isinstance(args.blr, list) else None
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
     model = models_vit.make_linear_probe(model, len(rates), args.probe == "attentive").to(device)

@@ -15,7 +15,8 @@ import torch
 import models_vit
 from util import errors, views
 from util.errors import UserError
-from util.files import load_checkpoint
+from util.files import checkpoint_args, load_checkpoint
+from util.images import Pixels
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
+    pixels = Pixels.of(checkpoint_args(checkpoint), model.config["in_chans"])
     names = sorted(names, key=names.get)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="", encoding="utf-8") as out:
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         k = min(5, len(names))
         ranks = [f"{word}{number}" for number in range(1, k + 1) for word in ("top", "p")]
         writer.writerow(["file", "class", "probability", *ranks])
-        for paths, imgs in views.batches(files, model.patch_embed.img_size, args):
+        for paths, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
             logits = model(imgs).float()
             top = (logits[:, 0] if logits.ndim == 3 else logits).softmax(dim=1).topk(k)
             for path, shares, numbers in zip(paths, top.values.tolist(), top.indices.tolist(), strict=True):

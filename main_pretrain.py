@@ -38,6 +38,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
     add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches: anywhere, blocks, a grid")
     add("--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance")
+    add = parser.add_argument_group("decoder").add_argument
+    add("--decoder_dim", type=int, metavar="WIDTH", help="default: the model's")
+    add("--decoder_depth", type=int, metavar="BLOCKS", help="default: the model's")
+    add("--decoder_heads", type=int, metavar="HEADS", help="default: the model's")
     add = parser.add_argument_group("monitoring").add_argument
     add("--monitor_freq", default=10, type=int, help="epochs between pictures, loss and k-NN on val/; 0: never")
     return options.finish(parser.parse_args(argv))
@@ -49,11 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     options.check(args, models_mae.MODELS)
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
 
+    pixels = options.pixels(args)
     transform = Crop(args.input_size, args.crop_scale)
     transform = LaterCrop(transform) if args.gpu_decode else transform
     loader = datasets.train_loader(
-        args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, args.exif, device
-    )
+        args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, pixels, device,
+        flat=True,
+    )  # fmt: skip
 
     source = misc.find(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
@@ -75,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     look = None
     if args.monitor_freq:
         views = datasets.monitor_loaders(
-            args.data_path, CentreCrop(args.input_size), args.batch_size, args.num_workers, args.pin_mem, args.exif,
+            args.data_path, CentreCrop(args.input_size), args.batch_size, args.num_workers, args.pin_mem, pixels,
             device,
         )  # fmt: skip
         monitor = Monitor(*views, args.output_dir, log, scaler, args.mask_ratio, args.mask_sampling, args.seed)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import models_vit
 from models_vit import SIZES
 from util.errors import UserError
+from util.files import checkpoint_args
 from util.pos_embed import sincos_pos_embed
 
 
@@ -192,7 +193,7 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
     Built from `model_config`, in the reference's checkpoints from `args`, else from the weights' shapes; norm_pix_loss
     counts only where none says. Raises UserError, naming the source, for a file without decoder or of other models.
     """
-    state, args = checkpoint["model"], dict(checkpoint.get("args") or {})
+    state, args = checkpoint["model"], checkpoint_args(checkpoint)
     if "decoder_pred.weight" not in state or "mask_token" not in state:
         raise UserError(
             f"{source} has no decoder, so it can reconstruct nothing: take a checkpoint of main_pretrain.py, or a "

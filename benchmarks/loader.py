@@ -31,7 +31,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_name
 from util import augment, datasets
-from util.images import load_array
+from util.images import Pixels, load_array
 
 CPU = torch.device("cpu")
 SCALE = (0.2, 1.0)
@@ -52,7 +52,7 @@ class Decoded(Dataset):
 
 def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
     """The rows' loaders."""
-    ours = datasets.train_loader(folder, augment.Crop(224, SCALE), batch_size, workers, True, 0, False, CPU)
+    ours = datasets.train_loader(folder, augment.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
     classic = transforms.Compose([
         transforms.RandomResizedCrop(224, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
@@ -117,7 +117,7 @@ def listing_costs(files: int) -> dict[str, float]:
         os.environ["XDG_CACHE_HOME"] = f"{temporary}/cache"
 
         def build() -> datasets.Feed:
-            return datasets.train_loader(f"{temporary}/data", augment.Crop(8, SCALE), 500, 1, False, 0, False, CPU)
+            return datasets.train_loader(f"{temporary}/data", augment.Crop(8, SCALE), 500, 1, False, 0, Pixels(), CPU)
 
         start = time.perf_counter()
         build()

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 
-from util.augment import CentreCrop, finetune_transform, random_box
+from util.augment import CentreCrop, FinetuneTransform, random_box
 
 PHOTO = Path(__file__).parent / "photos" / "astronaut.jpg"
 
@@ -20,7 +20,7 @@ PHOTO = Path(__file__).parent / "photos" / "astronaut.jpg"
 def test_evaluation_resizes_the_short_side_then_crops(size, crop_pct, resized):
     """As timm's evaluation transform does, within the rounding of two 8-bit resizers."""
     transform = CentreCrop(size, crop_pct)
-    assert transform.short_side == resized
+    assert transform.cover[0] == resized
     pixels = np.array(Image.open(PHOTO).convert("RGB"))
     timms = create_transform(size, interpolation="bicubic", crop_pct=size / resized, mean=(0, 0, 0), std=(1, 1, 1))
     ours, theirs = transform(pixels), timms(Image.fromarray(pixels)) * 255
@@ -46,14 +46,14 @@ def test_the_strongest_draws_of_randaugment_do_not_stop_a_run():
     pixels = np.asarray(image)
     assert strongest(image).getextrema() == ((0, 0),) * 3
     random.seed(0)
-    transform = finetune_transform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1, False)
+    transform = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1, False)
     assert all(transform(pixels).isfinite().all() for _ in range(300))
 
 
 def test_finetuning_augments_as_timm_does():
-    on = finetune_transform(32, (0.08, 1.0), None, "rand-m9-mstd0.5-inc1", 1.0, "pixel", 1, False)
-    names = [type(t).__name__ for t in on.transforms]
+    on = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd0.5-inc1", 1.0, "pixel", 1, False)
+    names = [type(t).__name__ for t in on.steps.transforms]
     assert "RandAugment" in names and names[-1] == "RandomErasing"
-    off = finetune_transform(32, (0.08, 1.0), None, "none", 0.0, "pixel", 1, False)
-    assert not {"RandAugment", "RandomErasing", "ColorJitter"} & {type(t).__name__ for t in off.transforms}
+    off = FinetuneTransform(32, (0.08, 1.0), None, "none", 0.0, "pixel", 1, False)
+    assert not {"RandAugment", "RandomErasing", "ColorJitter"} & {type(t).__name__ for t in off.steps.transforms}
     assert on(np.zeros((40, 50, 3), np.uint8)).shape == (3, 32, 32)

@@ -19,7 +19,7 @@ import main_linprobe
 import main_pretrain
 from util import datasets
 from util.errors import LocalError, UserError
-from util.images import BadImage, load_array
+from util.images import BadImage, Pixels, load_array
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
@@ -143,7 +143,7 @@ def test_replacements_are_the_same_for_any_number_of_workers(data):
     spoil_files(data / "train")
 
     def batches(workers):
-        loader = datasets.train_loader(str(data), to_tensor, 16, workers, False, 0, False, CPU)
+        loader = datasets.train_loader(str(data), to_tensor, 16, workers, False, 0, Pixels(), CPU)
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])
 
@@ -155,7 +155,7 @@ def to_tensor(img):
 
 
 def test_loading_leaves_the_training_loops_random_streams_alone(images):
-    loader = datasets.train_loader(str(images), to_tensor, 16, 0, False, 0, False, CPU)
+    loader = datasets.train_loader(str(images), to_tensor, 16, 0, False, 0, Pixels(), CPU)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_hidden_files_are_no_images(data):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "b.png").write_bytes(b"thumbnail")
     (data / "train" / ".ipynb_checkpoints").mkdir()
-    loader = datasets.train_loader(str(data), to_tensor, 16, 0, False, 0, False, CPU)
+    loader = datasets.train_loader(str(data), to_tensor, 16, 0, False, 0, Pixels(), CPU)
     assert len(loader.dataset) == 80 and len(loader.dataset.images.classes) == 10
 
 

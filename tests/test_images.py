@@ -12,7 +12,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from util import augment, datasets, gpu_decode, images, listing
-from util.images import load_array
+from util.images import Pixels, load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
 FOLDER = os.environ.get("MAE_PHOTOS")  # a folder of other photographs to compare on
@@ -101,7 +101,7 @@ def test_flipped_pixels_are_the_same_ones_mirrored():
 def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
     picture = Image.open(PHOTOS[0])
     usual = transforms.Compose([
-        transforms.ToTensor(), transforms.Normalize(datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD)
+        transforms.ToTensor(), transforms.Normalize(Pixels().mean, Pixels().std)
     ])  # fmt: skip
     batch = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], torch.zeros(1))
 
@@ -109,7 +109,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
         dataset = sampler = None
         num_workers = 0
 
-    statistics = datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD
+    statistics = Pixels().mean, Pixels().std
     feed = datasets.Feed(Loader([batch]), torch.device("cpu"), *statistics)
     (imgs, _), = feed
     assert torch.equal(imgs[0], usual(picture))
@@ -158,7 +158,7 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
 
     def epoch(workers):
         loader = datasets.train_loader(
-            str(tmp_path), augment.Crop(32, (0.2, 1.0)), 5, workers, True, 7, False, torch.device("cpu")
+            str(tmp_path), augment.Crop(32, (0.2, 1.0)), 5, workers, True, 7, Pixels(), torch.device("cpu")
         )
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])
@@ -189,7 +189,7 @@ def test_the_listing_is_torchvisions(tmp_path):
     root = folder_of(tmp_path, 12)
     (root / "a" / ".hidden.jpg").unlink(), (root / "b" / ".hidden.jpg").unlink()
     theirs = ImageFolder(root)
-    ours = datasets.Images(root, None, False)
+    ours = datasets.Images(root, None, Pixels())
     assert list(ours.samples) == [ours.samples[i] for i in range(len(ours))] == theirs.samples
     assert ours.targets.tolist() == theirs.targets and ours.class_to_idx == theirs.class_to_idx
 
@@ -200,7 +200,7 @@ def test_a_second_start_does_not_walk_the_folder_unless_it_changed(tmp_path, mon
     root, count = folder_of(tmp_path / "data", 3), walks(monkeypatch)
 
     def start():
-        return len(datasets.Images(root, None, False))
+        return len(datasets.Images(root, None, Pixels()))
 
     assert start() == start() == 12 and len(count) == 1
     (root / "b" / "deeper" / "new.jpg").touch()
@@ -208,7 +208,7 @@ def test_a_second_start_does_not_walk_the_folder_unless_it_changed(tmp_path, mon
     (root / "a" / "0.jpg").unlink()
     assert start() == 12 and len(count) == 3
     (root / "a" / "1.jpg").rename(root / "a" / "one.jpg")
-    assert any(path.endswith("one.jpg") for path, _ in datasets.Images(root, None, False).samples)
+    assert any(path.endswith("one.jpg") for path, _ in datasets.Images(root, None, Pixels()).samples)
     next((tmp_path / "cache" / "mae").glob("*.npz")).write_bytes(b"damaged")
     assert start() == 12
 
@@ -217,14 +217,14 @@ def test_a_folder_that_changed_just_now_is_not_remembered(tmp_path, monkeypatch)
     """Within the clock's grain a second change would leave no trace."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root, count = folder_of(tmp_path / "data", 1), walks(monkeypatch)
-    datasets.Images(root, None, False), datasets.Images(root, None, False)
+    datasets.Images(root, None, Pixels()), datasets.Images(root, None, Pixels())
     assert len(count) == 2
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.setattr(listing, "GRAIN_NS", 0)
-    assert len(datasets.Images(folder_of(tmp_path, 2), None, False)) == 8
+    assert len(datasets.Images(folder_of(tmp_path, 2), None, Pixels())) == 8
 
 
 def late(device):

@@ -22,6 +22,7 @@ import models_vit
 from util import datasets, dist, launch, listing, optim
 from util.amp import LossScaler
 from util.augment import CentreCrop
+from util.images import Pixels
 from util.lr_sched import CosineSchedule
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
 
 
 def evaluated(root):
-    images = datasets.EvalImages(root, CentreCrop(28, 1.0), False)
+    images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
     loader = datasets.eval_loader(images, 8, 0, False, CPU, share=True)
     return len(images), engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), shared=True)
 
@@ -157,7 +158,7 @@ def test_no_rank_repeats_anothers_random_numbers(tmp_path):
 def listed(root):
     if dist.rank():
         listing.of = lambda *_: pytest.fail("walked by another rank than 0")
-    return len(datasets.Images(root, CentreCrop(28), False))
+    return len(datasets.Images(root, CentreCrop(28), Pixels()))
 
 
 def test_only_rank_0_lists_the_files(images, tmp_path):

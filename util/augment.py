@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
+
+from util.images import Pixels
 
 LOG_ASPECT = math.log(4 / 3)
 
@@ -50,7 +53,7 @@ def random_box(
 
 
 def to_size(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """[H, W, 3] of 8 bits to [3, *size] of 8 bits: bicubic, antialiased, within a level of Pillow's."""
+    """[H, W, C] of 8 bits or float32 to [C, *size] of the same: bicubic, antialiased, within a level of Pillow's."""
     return F.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
 
 
@@ -65,12 +68,12 @@ class CropPlan(NamedTuple):
 
 
 class Crop:
-    """Pre-training's augmentation (random crop, flip), with one_draw linear probing's: an array [H, W, 3] of 8 bits to
-    a tensor [3, size, size] of 8 bits. The crop alone is resized."""
+    """Pre-training's augmentation (random crop, flip), with one_draw linear probing's: an array [H, W, C] to a tensor
+    [C, *size], both of 8 bits or both float32. The crop alone is resized."""
 
-    def __init__(self, size: int, scale: tuple[float, float], one_draw: bool = False) -> None:
-        """scale: bounds of the crop's share of the image's area."""
-        self.size, self.scale, self.one_draw = (size, size), scale, one_draw
+    def __init__(self, size: int | tuple[int, int], scale: tuple[float, float], one_draw: bool = False) -> None:
+        """size: (H, W), or one for both; scale: bounds of the crop's share of the image's area."""
+        self.size, self.scale, self.one_draw = to_2tuple(size), scale, one_draw
 
     def plan(self, height: int, width: int) -> CropPlan:
         """What to cut out of an image of this size, at random."""
@@ -83,44 +86,61 @@ class Crop:
 
 
 class CentreCrop:
-    """Evaluation's: the short side resized to int(size / crop_pct), bicubic, then the middle; arrays to tensors as
+    """Evaluation's: resized, bicubic, so that size / crop_pct is just covered, then the middle; arrays to tensors as
     above. By default crop_pct is 224/256, above 224 pixels 1 (no margin)."""
 
-    def __init__(self, size: int, crop_pct: float | None = None) -> None:
-        pct = crop_pct or (224 / 256 if size <= 224 else 1.0)
-        self.size, self.short_side = [size, size], int(size / pct)
+    def __init__(self, size: int | tuple[int, int], crop_pct: float | None = None) -> None:
+        size = to_2tuple(size)
+        pct = crop_pct or (224 / 256 if max(size) <= 224 else 1.0)
+        self.size, self.cover = list(size), (int(size[0] / pct), int(size[1] / pct))
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        height, width = pixels.shape[:2]
-        short = min(height, width)
-        size = (self.short_side * height // short, self.short_side * width // short)
+        (height, width), (h, w) = pixels.shape[:2], self.cover
+        size = (h, width * h // height) if h * width >= w * height else (height * w // width, w)
         return center_crop(to_size(pixels, size), self.size)
 
 
-def finetune_transform(
-    input_size: int,
-    crop_scale: tuple[float, float],
-    color_jitter: float | None,
-    aa: str | None,
-    reprob: float,
-    remode: str,
-    recount: int,
-    resplit: bool,
-) -> transforms.Compose:
-    """timm's training transform (crop, flip, RandAugment or colour jitter, random erasing), from arrays [H, W, 3] to
-    normalised tensors [3, size, size]. timm's augmentations are Pillow's, whose pictures it therefore works on."""
-    steps = create_transform(
-        input_size,
-        is_training=True,
-        scale=tuple(crop_scale),
-        interpolation="bicubic",
-        color_jitter=color_jitter,
-        auto_augment=None if aa in (None, "", "none") else aa,
-        re_prob=reprob,
-        re_mode=remode,
-        re_count=recount,
-        re_num_splits=2 if resplit else 0,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-    )
-    return transforms.Compose([Image.fromarray, *steps.transforms])
+class FinetuneTransform:
+    """Fine-tuning's: crop, flip, RandAugment or colour jitter, random erasing, as timm does them; from arrays [H, W, C]
+    to normalised tensors [C, *size]. timm's augmentations are Pillow's, whose pictures they work on: 8 bits of one or
+    three channels. Other arrays are cropped, flipped and erased alone."""
+
+    normalised = True
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int],
+        crop_scale: tuple[float, float],
+        color_jitter: float | None,
+        aa: str | None,
+        reprob: float,
+        remode: str,
+        recount: int,
+        resplit: bool,
+        pixels: Pixels = Pixels(),  # noqa: B008 (it never changes)
+    ) -> None:
+        self.pictures = pixels.channels in (1, 3)
+        self.crop, self.normalise = Crop(input_size, crop_scale), transforms.Normalize(pixels.mean, pixels.std)
+        self.erase = RandomErasing(
+            reprob, mode=remode, max_count=recount, num_splits=2 if resplit else 0, device="cpu"
+        )
+        self.steps = create_transform(
+            to_2tuple(input_size),
+            is_training=True,
+            scale=tuple(crop_scale),
+            interpolation="bicubic",
+            color_jitter=color_jitter,
+            auto_augment=None if aa in (None, "", "none") else aa,
+            re_prob=reprob,
+            re_mode=remode,
+            re_count=recount,
+            re_num_splits=2 if resplit else 0,
+            mean=pixels.mean,
+            std=pixels.std,
+        )
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        if self.pictures and pixels.dtype == np.uint8:
+            return self.steps(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
+        img = self.crop(pixels)
+        return self.erase(self.normalise(img / 255 if img.dtype == torch.uint8 else img))

@@ -2,6 +2,8 @@
 
     data_path/train/<class>/*.jpg
     data_path/val/<class>/*.jpg
+
+Pre-training also takes images without class folders, in data_path/train, or in data_path where there is no such folder.
 """
 
 import gc
@@ -15,32 +17,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import dist, gpu_decode, launch, listing
 from util.errors import LocalError, UserError
-from util.images import BadImage, load_array
+from util.images import BadImage, Pixels, WrongChannels, load_array
 from util.signals import shield_worker
 
-NORMALISE = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name is an image's; hidden ones (.DS_Store, ._a.jpg) are not."""
-    return name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."
+    return name.lower().endswith(EXTENSIONS) and name[0] != "."
 
 
 class Images(ImageFolder):
     """One split: (picture, class) by index. Hidden files and folders are left out."""
 
-    def __init__(self, root: Path, transform: Callable, exif: bool) -> None:
-        """transform: from an array [H, W, 3] of 8 bits to a tensor."""
-        read = gpu_decode.read if isinstance(transform, gpu_decode.LaterCrop) else load_array
-        super().__init__(root, transform, loader=partial(read, exif=exif))
+    def __init__(self, root: Path, transform: Callable, pixels: Pixels, flat: bool = False) -> None:
+        """transform: from an array [H, W, C] to a tensor; flat: images in root itself are a class, all there is."""
+        self.pixels, self.flat = pixels, flat
+        read = partial(load_array, channels=pixels.channels)
+        if isinstance(transform, gpu_decode.LaterCrop):
+            read = gpu_decode.read
+        super().__init__(root, transform, loader=partial(read, exif=pixels.exif))
         self.targets = self.samples.targets
 
     @staticmethod
@@ -59,9 +63,16 @@ class Images(ImageFolder):
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
         """The names of the class folders in order, and each one's number."""
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        if self.flat and _has_images(directory):
+            names = [""]
         if not names:
             raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
         return names, {name: number for number, name in enumerate(names)}
+
+
+def _has_images(folder: str | Path) -> bool:
+    """Whether some lie in the folder itself."""
+    return any(is_image(entry.name) and entry.is_file() for entry in os.scandir(folder))
 
 
 class EvalImages(Images):
@@ -174,18 +185,29 @@ class EpochSampler(Sampler):
             yield self.epoch, index
 
 
-def _open(kind: type[Images], data_path: str, split: str, transform: Callable, exif: bool) -> Images:
-    """data_path/split. Raises UserError, naming the folder, where it lacks images by class."""
+def _open(
+    kind: type[Images], data_path: str, split: str, transform: Callable, pixels: Pixels, flat: bool = False
+) -> Images:
+    """data_path/split; flat: without classes, too, and data_path itself where it holds images and no such folder.
+    Raises UserError, naming the folder, where it lacks images by class, or they have other channels."""
     folder = Path(data_path) / split
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: --data_path must hold {split}/<class>/<images>")
-    dataset = kind(folder, transform, exif)
+        if not (flat and _has_images(data_path)):
+            raise UserError(f"no folder {folder}: --data_path must hold {split}/<class>/<images>")
+        folder = Path(data_path)
+    dataset = kind(folder, transform, pixels, flat)
     empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
     if empty:
         raise UserError(
             f"no images in {_some(str(folder / name) for name in empty)}: add some or remove the folder. Images end in "
-            f"{', '.join(IMG_EXTENSIONS)}"
+            f"{', '.join(EXTENSIONS)}"
         )
+    try:
+        load_array(dataset.samples[0][0], pixels.exif, pixels.channels)
+    except WrongChannels as error:
+        raise UserError(str(error)) from error
+    except BadImage:
+        pass  # training has its own way with those
     return dataset
 
 
@@ -217,7 +239,8 @@ def check_classes(train: Images | None, val: Images, nb_classes: int) -> None:
 
 
 class Feed:
-    """A loader's batches on the device. Pictures of 8 bits are normalised there: a quarter of the bytes to send."""
+    """A loader's batches on the device, normalised there unless the transform has done it: 8 bits are a quarter of the
+    bytes to send."""
 
     def __init__(
         self,
@@ -226,9 +249,10 @@ class Feed:
         mean: Sequence[float],
         std: Sequence[float],
         gpu_size: tuple[int, int] | None = None,
+        done: bool = False,
     ) -> None:
-        """mean, std: per channel, of pixels from 0 to 1; gpu_size: of the crops that are still to be decoded."""
-        self.gpu_size = gpu_size
+        """mean, std: per channel; gpu_size: of the crops that are still to be decoded; done: normalised already."""
+        self.gpu_size, self.done = gpu_size, done
         self.loader, self.device, self.dataset, self.sampler = loader, device, loader.dataset, loader.sampler
         # Two lines by hand: timm's PrefetchLoader divides by 255 last, which rounds otherwise than ToTensor does.
         self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
@@ -248,16 +272,25 @@ class Feed:
             yield self.normalised(batch[0]), batch[1].to(self.device, non_blocking=True)
 
     def normalised(self, imgs: Tensor) -> Tensor:
-        """[N, C, H, W] on the device; what is no longer of 8 bits has been normalised already."""
+        """[N, C, H, W], of 8 bits or float32, on the device."""
         imgs = imgs.to(self.device, non_blocking=True)
-        return (imgs.float() / 255).sub_(self.mean).div_(self.std) if imgs.dtype == torch.uint8 else imgs
+        if self.done:
+            return imgs
+        return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
 
     def some(self, count: int) -> tuple[Tensor, list[str]]:
         """A few of an ordered loader's images, evenly spread over all ranks' shares, and their names."""
         chosen = spread(len(self.dataset), count)
-        return self.normalised(torch.stack([self.dataset[index][0] for index in chosen])), list(
-            map(self.dataset.name, chosen)
-        )
+        imgs, _ = collate([self.dataset[index] for index in chosen])
+        return self.normalised(imgs), [self.dataset.name(index) for index in chosen]
+
+
+def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """[N, C, H, W] and classes [N]; where files of 8 and of more bits meet, all from 0 to 1."""
+    imgs = [img for img, _ in samples]
+    if len({img.dtype for img in imgs}) > 1:
+        imgs = [img / 255 if img.dtype == torch.uint8 else img for img in imgs]
+    return default_collate(imgs), torch.tensor([target for _, target in samples])
 
 
 def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:
@@ -274,7 +307,7 @@ def spread(total: int, count: int) -> list[int]:
 
 def _loader(
     dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, persistent: bool = True,
-    **more,
+    collate_fn: Callable = collate, **more,
 ) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     workers = min(num_workers, launch.cores())
@@ -288,6 +321,7 @@ def _loader(
         worker_init_fn=_start_worker,
         # Python 3.14's default, a server that forks, takes seconds to start and leaves orphans when the run is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        collate_fn=collate_fn,
         generator=torch.Generator(),  # or each start of a loader would draw from the training loop's stream
         **more,
     )
@@ -299,14 +333,14 @@ def _start_worker(_: int) -> None:
 
 
 def train_loader(
-    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, seed: int, exif: bool,
-    device: torch.device, fraction: float = 1.0,
+    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, seed: int, pixels: Pixels,
+    device: torch.device, fraction: float = 1.0, flat: bool = False,
 ) -> Feed:
     """Shuffled batches of data_path/train, each rank a share of its own; the epoch's incomplete last batch is dropped.
 
     The sampler's set_epoch(epoch) gives every epoch its order. Raises UserError if not one batch can be filled.
     """
-    images = _open(Images, data_path, "train", transform, exif)
+    images = _open(Images, data_path, "train", transform, pixels, flat)
     dataset = TrainImages(images, seed, fraction)
     sampler = EpochSampler(len(dataset), batch_size, seed)
     if not sampler.steps:
@@ -317,31 +351,33 @@ def train_loader(
     later = isinstance(transform, gpu_decode.LaterCrop)
     loader = _loader(
         dataset, batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True,
-        collate_fn=gpu_decode.collate if later else None,
+        collate_fn=gpu_decode.collate if later else collate,
     )  # fmt: skip
-    return Feed(loader, device, *NORMALISE, gpu_size=transform.crop.size if later else None)
+    gpu_size = transform.crop.size if later else None
+    return Feed(loader, device, pixels.mean, pixels.std, gpu_size, getattr(transform, "normalised", False))
 
 
 def eval_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, share: bool
+    dataset: Images, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, share: bool
 ) -> Feed:
     """Every image once and in order; with `share` each rank takes every world_size-th, without padding."""
     rank, world = (dist.rank(), dist.world_size()) if share else (0, 1)
     loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
-    return Feed(loader, device, *NORMALISE)
+    return Feed(loader, device, dataset.pixels.mean, dataset.pixels.std)
 
 
 def monitor_loaders(
-    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, exif: bool,
+    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, pixels: Pixels,
     device: torch.device,
 ) -> tuple[Feed | None, Feed]:
     """For pre-training to look at: up to 5,000 images of val/, None where there is no usable one, and up to 10,000 of
     train/, evenly spread, shared among the ranks."""
 
     def feed(split: str, count: int) -> Feed:
-        images = _open(SpareImages, data_path, split, transform, exif)
+        images = _open(SpareImages, data_path, split, transform, pixels, flat=True)
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
-        return Feed(_loader(images, batch_size, num_workers, pin_mem, device, False, sampler=share), device, *NORMALISE)
+        loader = _loader(images, batch_size, num_workers, pin_mem, device, False, sampler=share)
+        return Feed(loader, device, pixels.mean, pixels.std)
 
     try:
         val = feed("val", 5000) if (Path(data_path) / "val").is_dir() else None
@@ -361,14 +397,16 @@ def classifier_loaders(
     pin_mem: bool,
     seed: int,
     share_eval: bool,
-    exif: bool,
+    pixels: Pixels,
     device: torch.device,
     fraction: float = 1.0,
 ) -> tuple[Feed | None, Feed]:
     """Loaders over train/ (None without a train_transform) and val/, whose classes agree; errors as above."""
     train = None
     if train_transform:
-        train = train_loader(data_path, train_transform, batch_size, num_workers, pin_mem, seed, exif, device, fraction)
-    val_set = _open(EvalImages, data_path, "val", eval_transform, exif)
+        train = train_loader(
+            data_path, train_transform, batch_size, num_workers, pin_mem, seed, pixels, device, fraction
+        )
+    val_set = _open(EvalImages, data_path, "val", eval_transform, pixels)
     check_classes(train.dataset.images if train else None, val_set, nb_classes)
     return train, eval_loader(val_set, batch_size, num_workers, pin_mem, device, share_eval)

@@ -11,9 +11,11 @@ from typing import BinaryIO
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from util import dist
+from util import dist, formats
 from util.errors import UserError
 from util.folder import replace, sync
 
@@ -113,15 +115,20 @@ def wrong_digest(path: Path) -> str:
 def load_checkpoint(source: str, peek: bool = False) -> dict:
     """Read a checkpoint from a file or an http(s) address, on the CPU, without running any code that is in it.
 
-    The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict comes back
-    as {"model": ...}. A file's digest is checked where there is one. With peek tensors stay on the disk, and neither
-    digest nor weights are looked at. Raises UserError, naming the source, for a file that is missing, damaged, refused
-    or not a checkpoint.
+    The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict, a .safetensors
+    file or a folder of Hugging Face's or timm's comes back as {"model": ...}, with what its config.json says, and under
+    our names ("format" then says what it was, "left_out" what has no place here). A file's digest is checked where
+    there is one. With peek tensors stay on the disk, and neither digest nor weights are looked at. Raises UserError,
+    naming the source, for a file that is missing, damaged, refused or not a checkpoint.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             if is_url(source):
                 checkpoint = _download(source)
+            elif parts := formats.weights_in(Path(source)):
+                checkpoint = _folder(Path(source), parts)
+            elif source.endswith(".safetensors"):
+                checkpoint = load_file(source)
             else:
                 if not peek:
                     _verify(Path(source))
@@ -134,7 +141,7 @@ def load_checkpoint(source: str, peek: bool = False) -> dict:
             raise UserError(f"cannot download {source}: {error}") from error
         except OSError as error:
             raise UserError(f"cannot read {source}: {error.strerror or error}") from error
-        except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{source} is not a whole PyTorch checkpoint: {what}. Take an earlier one, or --resume auto"
@@ -143,7 +150,28 @@ def load_checkpoint(source: str, peek: bool = False) -> dict:
         checkpoint = {"model": checkpoint}
     if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
         raise UserError(f"{source} is not a checkpoint: it has no 'model' with named tensors")
+    if (found := formats.recognise(checkpoint["model"])).kind:
+        checkpoint |= {"model": found.state, "format": found.kind, "left_out": found.left_out}
     return checkpoint
+
+
+def _folder(folder: Path, parts: list[Path]) -> dict:
+    """A folder's weights and what its config says of them."""
+    state = {}
+    for part in parts:
+        state |= load_file(part) if part.suffix == ".safetensors" else torch.load(part, "cpu", weights_only=True)
+    config = formats.read_config(folder)
+    if not str(config.get("model_type", "")).startswith("vit"):
+        return {"model": state}
+    if abs(config.get("layer_norm_eps", 1e-12) - 1e-6) > 1e-7:
+        dist.say(f"notice: {folder} has LayerNorms with eps {config.get('layer_norm_eps', 1e-12):g}, ours is 1e-6")
+    return {"model": state, **formats.from_hugging_face_config(config)}
+
+
+def checkpoint_args(checkpoint: dict) -> dict:
+    """The flags that a checkpoint was made with; the reference stores them as a Namespace."""
+    args = checkpoint.get("args") or {}
+    return vars(args) if isinstance(args, argparse.Namespace) else args
 
 
 def _verify(path: Path) -> None:

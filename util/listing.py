@@ -68,7 +68,7 @@ def _walk(root: str, class_to_idx: dict[str, int], wanted: Callable[[str], bool]
     names, targets, folders, changed = [], [], [], []
     for name, target in class_to_idx.items():
         for folder, _, files in sorted(os.walk(os.path.join(root, name), followlinks=True)):
-            relative = os.path.relpath(folder, root)
+            relative = os.path.relpath(folder, root) if os.path.normpath(folder) != root else ""
             if f"{os.sep}." in f"{os.sep}{relative}":
                 continue
             folders.append(os.fsencode(relative))

@@ -215,6 +215,7 @@ def run_epochs(
                 stats |= {f"test_{name}": value for name, value in test.items()}
                 log.hold(epoch, {f"perf/test_{name}": value for name, value in test.items()})
             log.epoch({**stats, "epoch": epoch, "n_parameters": log.n_parameters, "data_wait": round(run.data_wait, 4)})
+            position.stats = {name: float(value) for name, value in stats.items()}
             if last or improved or (epoch + 1) % save_freq == 0:
                 checkpoints.save(position, whole_epoch=True)
                 run.saved()

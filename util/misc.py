@@ -12,6 +12,7 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
     class_to_idx  classifiers only
     model_ema     the running average of the weights, with --model_ema
     position      of the epoch under way: images used, sums of what is averaged; the best accuracy and its epoch
+    stats         log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
     job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
 """
@@ -25,13 +26,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from util import dist
 from util.amp import LossScaler
 from util.datasets import class_differences
 from util.errors import UserError
-from util.files import digest_file, is_url, load_checkpoint, write, wrong_digest
+from util.files import checkpoint_args, digest_file, is_url, load_checkpoint, write, wrong_digest
 from util.pos_embed import resize_pos_embed
 from util.signals import loader_deaths_wait
 
@@ -55,6 +57,7 @@ class Position:
     best: float = 0.0
     best_epoch: int = -1
     rng: list[dict] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)  # log.txt's line of the last epoch
 
 
 def rng_state() -> dict:
@@ -130,7 +133,9 @@ class Checkpoints:
         names = ["last"]
         if whole_epoch:
             names = [str(position.epoch), "last"]
-            position = Position(position.epoch + 1, best=position.best, best_epoch=position.best_epoch)
+            position = Position(
+                position.epoch + 1, best=position.best, best_epoch=position.best_epoch, stats=position.stats
+            )
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
 
         def on_rank0() -> None:
@@ -149,7 +154,10 @@ class Checkpoints:
             "scaler": self.scaler.state_dict(),
             "epoch": position.epoch - 1,
             "args": self.args,
-            "position": {name: value for name, value in asdict(position).items() if name not in ("epoch", "rng")},
+            "position": {
+                name: value for name, value in asdict(position).items() if name not in ("epoch", "rng", "stats")
+            },
+            "stats": position.stats,
             "rng": rng,
             "job": self.job,
             "saved": time.time(),
@@ -193,7 +201,8 @@ class Checkpoints:
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
         self.newest = source
-        position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []))
+        position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []),
+                            stats=checkpoint.get("stats", {}))  # fmt: skip
         # A sum of an epoch's beginning counts batches: of the size that they had, not of today's.
         weight = _batch_size(checkpoint) / self.args["batch_size"] if position.totals else 1
         position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
@@ -230,8 +239,7 @@ class Checkpoints:
 
 
 def _batch_size(checkpoint: dict) -> int:
-    args = checkpoint["args"]
-    return args["batch_size"] if isinstance(args, dict) else args.batch_size
+    return checkpoint_args(checkpoint)["batch_size"]
 
 
 def _plain(value: object) -> object:
@@ -370,35 +378,84 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
     dist.say(f"weights from {source}")
 
 
-def load_pretrained(source: str, model: nn.Module, global_pool: bool) -> tuple[set[str], set[str]]:
+def load_pretrained(
+    source: str, model: nn.Module, global_pool: bool, args: dict | None = None
+) -> tuple[set[str], set[str]]:
     """Put a pre-trained encoder into a classifier, before its head is made ready for training (paper, A.1).
 
     What the classifier has and the file lacks must be the head (and fc_norm when pooling); what the file has beyond
-    it must be the decoder's (and norm when pooling). Positions are resized to the model's grid. Prints and
-    returns the names that are new and those that were not used; raises UserError, naming the keys, for anything else.
+    it must be a decoder, a head (never taken over), or the norm of the other pooling. Positions are resized to the
+    model's grid. Prints and returns the names that are new and those that were not used; raises UserError, naming the
+    keys, for anything else. args: the run's flags, for the messages.
     """
+    args = args or {}
     checkpoint, own = load_checkpoint(source), set(model.state_dict())
-    state = dict(checkpoint["model"])
-    head = {name for name in own if name.startswith("head.") or (global_pool and name.startswith("fc_norm."))}
+    kind = checkpoint.get("format", "")
+    state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
+    unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
+    head = {name for name in own if name.startswith(("head.", "attn_pool."))}
+    head |= {name for name in own if global_pool and name.startswith("fc_norm.")}
     left_out = {
         name
         for name in set(state) - own
         if name.startswith("decoder_") or name == "mask_token" or (global_pool and name in ("norm.weight", "norm.bias"))
+        or (not global_pool and name.startswith("fc_norm.") and "norm.weight" in state)
     }
-    if "pos_embed" in state:
-        grid = model.patch_embed.grid_size
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-        if state["pos_embed"].shape[1] == 1 + side * side and (side, side) != grid:
-            state["pos_embed"] = resize_pos_embed(state["pos_embed"], (side, side), grid)
-            dist.say(f"positions resized from {side} x {side} to {grid[0]} x {grid[1]}")
+    heads = (checkpoint.get("model_config") or {}).get("num_heads", model.config["num_heads"])
+    if heads != model.config["num_heads"]:  # they leave no trace in the weights
+        raise UserError(
+            f"{source} does not fit: its attention has {heads} heads, --model {args.get('model')} has "
+            f"{model.config['num_heads']}"
+        )
+    resize_positions(state, checkpoint, model)
     missing, surplus = own - set(state), set(state) - own
-    made_with = (checkpoint.get("model_config") or {}).get("model")
-    hint = f"it holds {made_with}" if made_with else "--model and --patch_size must be those it was made with"
-    if any(name.startswith("head.") for name in state):
-        hint = "it has a head already: a fine-tuned file, for --resume and --eval; --finetune wants a pre-trained one"
-    # A head that is already in the file is as unexpected as a missing block.
-    _complain(source, hint, model, state, missing - head, (surplus - left_out) | (head - missing))
+    _complain(source, _pretrained_hint(checkpoint, model, args), model, state, missing - head, surplus - left_out)
+    stored = checkpoint_args(checkpoint)
+    for name in ("mean", "std"):
+        if stored.get(name) and args.get(name) and list(stored[name]) != list(args[name]):
+            dist.say(f"notice: {source} was trained with --{name} {stored[name]}, here it is {args[name]}")
     model.load_state_dict(state, strict=False)
-    new, unused = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
-    dist.say(f"encoder from {source}; new here: {new}; in the file but not used: {unused}")
+    surplus |= unused
+    new, dropped = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
+    what = f" ({kind})" if kind else ""
+    dist.say(f"encoder from {source}{what}; new here: {new}; in the file but not used: {dropped}")
     return missing, surplus
+
+
+def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn.Module) -> None:
+    """Bring pos_embed in a state dict to the model's grid, where it was made for another."""
+    if "pos_embed" not in state:
+        return
+    if not state["pos_embed"].any():
+        dist.say("warning: the file's positions are all zero, so its model cannot tell where a patch was")
+    grid, rows = model.patch_embed.grid_size, state["pos_embed"].shape[1] - 1
+    config = checkpoint.get("model_config") or {}
+    side = round(rows**0.5)
+    old = (side, side)
+    if "img_size" in config:
+        old = tuple(length // config["patch_size"] for length in to_2tuple(config["img_size"]))
+    if rows == old[0] * old[1] and old != grid:
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], old, grid)
+        dist.say(f"positions resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]}")
+
+
+def _pretrained_hint(checkpoint: dict, model: nn.Module, args: dict) -> str:
+    """What about the file's encoder is not the model's, in words that name both."""
+    state, config = checkpoint["model"], checkpoint.get("model_config") or {}
+    theirs, ours = state.get("patch_embed.proj.weight"), model.patch_embed.proj.weight
+    if theirs is None or theirs.ndim != 4:
+        return "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
+    differ = []
+    if theirs.shape[0] != ours.shape[0]:
+        differ.append(f"its encoder is {theirs.shape[0]} wide, --model {args.get('model')} is {ours.shape[0]}")
+    if theirs.shape[1] != ours.shape[1]:
+        differ.append(f"it is for images of {theirs.shape[1]} channels, --in_chans is {ours.shape[1]}")
+    if theirs.shape[2:] != ours.shape[2:]:
+        differ.append(f"its patches are {theirs.shape[2]} pixels wide: pass --patch_size {theirs.shape[2]}")
+    blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
+    if blocks and len(blocks) != len(model.blocks):
+        differ.append(f"it has {len(blocks)} blocks, --model {args.get('model')} has {len(model.blocks)}")
+    if "fc_norm.weight" in state and "norm.weight" not in state and hasattr(model.norm, "weight"):
+        differ.append("it pools the patches: pass --global_pool")
+    made_with = config.get("model")
+    return "; ".join(differ) or (f"it holds {made_with}" if made_with else "--model must be the one it was made with")

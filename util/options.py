@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from util import dist, folder, launch
-from util.augment import finetune_transform
+from util.augment import FinetuneTransform
 from util.errors import UserError
 from util.files import is_url
+from util.formats import weights_in
+from util.images import Pixels
 from util.misc import is_inside
 
 
@@ -46,8 +48,9 @@ def common_parser(
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
     add("--model", default=model, metavar="NAME", help=f"one of {', '.join(models)}")
-    add("--input_size", default=224, type=int, help="height and width of the images, pixels")
+    add("--input_size", default=224, type=int, nargs="+", metavar="SIDE", help="pixels; or height and width")
     add("--patch_size", type=int, help="default: the model's")
+    add("--in_chans", default=3, type=int, metavar="C", help="channels of the images")
 
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", default=batch_size, type=int, help="per process")
@@ -73,6 +76,8 @@ def common_parser(
     add = parser.add_argument_group("data").add_argument
     add("--data_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
     add("--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
+    add("--mean", type=float, nargs="+", help="per channel, of pixels from 0 to 1; default: ImageNet's")
+    add("--std", type=float, nargs="+", help="likewise; scripts/mean_std.py computes both")
     add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
     add("--gpu_decode", action="store_true", help="JPEGs by nvJPEG, on the GPU (not in fine-tuning); other pixels")
     add("--max_bad_images", default=0.01, type=float, metavar="SHARE", help="of unreadable files; more stop the run")
@@ -125,12 +130,29 @@ def finish(args: argparse.Namespace) -> argparse.Namespace:
         args.blr = args.blr[0]
     if args.log_dir is None:
         args.log_dir = args.output_dir
+    sides = args.input_size
+    if isinstance(sides, list):
+        args.input_size = sides[0] if len(set(sides)) == 1 and len(sides) < 3 else tuple(sides)
+    if (usual := Pixels.usual(args.in_chans)) and args.mean is None and args.std is None:
+        args.mean, args.std = map(list, usual)
     return args
 
 
-def model_size(args: argparse.Namespace) -> dict[str, int]:
-    """The model's arguments that the shared flags set."""
-    return {"img_size": args.input_size} | ({"patch_size": args.patch_size} if args.patch_size else {})
+MODEL_FLAGS = {
+    "patch_size": "patch_size", "decoder_dim": "decoder_embed_dim", "decoder_depth": "decoder_depth",
+    "decoder_heads": "decoder_num_heads",
+}  # fmt: skip
+
+
+def model_size(args: argparse.Namespace) -> dict[str, int | tuple[int, int]]:
+    """The model's arguments that the flags set."""
+    given = {theirs: getattr(args, ours) for ours, theirs in MODEL_FLAGS.items() if getattr(args, ours, None)}
+    return {"img_size": args.input_size, "in_chans": args.in_chans} | given
+
+
+def pixels(args: argparse.Namespace) -> Pixels:
+    """How files become the model's input."""
+    return Pixels(args.in_chans, tuple(args.mean), tuple(args.std), args.exif)
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -148,7 +170,8 @@ BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
 RANGES = {
     **dict.fromkeys(
         ("batch_size", "accum_iter", "epochs", "save_freq", "eval_freq", "keep", "max_bad_steps", "nb_classes",
-         "input_size", "patch_size", "recount"), AT_LEAST_1,
+         "input_size", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads", "recount"),
+        AT_LEAST_1,
     ),
     **dict.fromkeys(
         ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "monitor_freq",
@@ -183,22 +206,49 @@ def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
     return ranges + _model_problems(args, models) + _training_problems(args)
 
 
-def _values(value: object) -> list:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _values(value: object) -> list | tuple:
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
     if args.model not in models:
         return [f"--model {args.model} is unknown: choose one of {', '.join(models)}"]
     patch = args.patch_size or models[args.model].keywords["patch_size"]
-    if args.input_size < 1 or patch < 1:
+    sides = _values(args.input_size)
+    if len(sides) > 2:
+        return [f"--input_size {' '.join(map(str, sides))}: one size, or height and width"]
+    if min(sides) < 1 or patch < 1:
         return []  # said already
-    if args.input_size % patch:
-        return [f"--input_size {args.input_size} is not a multiple of the patch size, {patch}"]
-    patches = (args.input_size // patch) ** 2
+    if any(side % patch for side in sides):
+        return [f"--input_size {' '.join(map(str, sides))} is not a multiple of the patch size, {patch}"]
+    patches = math.prod(side // patch for side in (sides * 2)[:2])
     ratio = getattr(args, "mask_ratio", None)
+    problems = _pixel_problems(args) + (_decoder_problems(args, models) if hasattr(args, "decoder_dim") else [])
     if ratio is not None and 0 < ratio < 1 and not 1 <= int(patches * (1 - ratio)) < patches:
-        return [f"--mask_ratio {ratio} must keep and remove at least one of {patches} patches"]
+        problems.append(f"--mask_ratio {ratio} must keep and remove at least one of {patches} patches")
+    return problems
+
+
+def _pixel_problems(args: argparse.Namespace) -> list[str]:
+    C = args.in_chans
+    if args.mean is None or args.std is None:
+        return [f"--in_chans {C} needs --mean and --std, {C} numbers each: scripts/mean_std.py computes them"]
+    problems = [
+        f"--{name} needs {C} numbers, one for each of --in_chans {C}"
+        for name in ("mean", "std") if len(getattr(args, name)) != C
+    ]  # fmt: skip
+    if min(args.std) <= 0:
+        problems.append(f"--std {' '.join(map(str, args.std))}: must be greater than 0")
+    return problems + (["--gpu_decode takes --in_chans 3"] if args.gpu_decode and C != 3 else [])
+
+
+def _decoder_problems(args: argparse.Namespace, models: dict) -> list[str]:
+    width, heads = (
+        given or models[args.model].keywords[name]
+        for given, name in ((args.decoder_dim, "decoder_embed_dim"), (args.decoder_heads, "decoder_num_heads"))
+    )
+    if width > 0 and heads > 0 and (width % heads or width % 4):
+        return [f"--decoder_dim {width} must be a multiple of 4 and of --decoder_heads {heads}"]
     return []
 
 
@@ -216,7 +266,7 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
         if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
             problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
         try:
-            finetune_transform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1, False)
+            FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1, False)
         except Exception:  # timm asserts, and parses with float()
             problems.append(f"--aa {args.aa} is no policy of timm's: for example rand-m9-mstd0.5-inc1, augmix-m3, none")
     if isinstance(args.blr, list):
@@ -275,8 +325,8 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
     for name in ("resume", "finetune"):
         source = getattr(args, name, "")
         known = not source or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
-        if not known:
-            problems.append(f"--{name} {source}: no such file")
+        if not known and not weights_in(Path(source)):
+            problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks into --output_dir, which is empty")
     return problems if getattr(args, "eval", False) else problems + _output_problems(args)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import datasets
 from util.augment import CentreCrop
 from util.errors import UserError
 from util.folder import unwritable
-from util.images import BadImage, load_array
+from util.images import BadImage, Pixels, load_array
 from util.options import device_problems
 
 
@@ -46,23 +45,26 @@ def find(places: list[Path], num: int | None = None) -> list[Path]:
             files.append(place)
         files += [path for path in sorted(place.rglob("*")) if path.is_file() and datasets.is_image(path.name)]
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(IMG_EXTENSIONS)} wanted")
+        raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(datasets.EXTENSIONS)} wanted")
     return [files[number] for number in datasets.spread(len(files), num or len(files))]
 
 
-def normalisation(device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of pixels from 0 to 1, [C, 1, 1]."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in datasets.NORMALISE)
+def normalisation(pixels: Pixels, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of pixels, [C, 1, 1]."""
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (pixels.mean, pixels.std))
     return mean, std
 
 
-def batches(files: list[Path], size: tuple[int, int], args: argparse.Namespace) -> Iterator[tuple[list[Path], Tensor]]:
+def batches(
+    files: list[Path], size: tuple[int, int], pixels: Pixels, args: argparse.Namespace
+) -> Iterator[tuple[list[Path], Tensor]]:
     """(files, imgs [N, C, H, W] normalised, on the device), by the batch. Raises UserError for an unreadable image."""
-    crop, (mean, std) = CentreCrop(size[0], args.crop_pct), normalisation(args.device)
+    crop, (mean, std) = CentreCrop(size, args.crop_pct), normalisation(pixels, args.device)
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
         try:
-            pixels = torch.stack([crop(load_array(str(path), args.exif)) for path in part]).to(args.device)
+            imgs, _ = datasets.collate([(crop(load_array(str(path), args.exif, pixels.channels)), 0) for path in part])
         except BadImage as error:
             raise UserError(f"{error}; mend or remove the file") from error
-        yield part, (pixels.float() / 255 - mean) / std
+        imgs = imgs.to(args.device)
+        yield part, ((imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs) - mean) / std

@@ -1,0 +1,243 @@
+"""Take a model elsewhere: weights and the description that the other library reads, with a model card.
+
+    python main_export.py --resume output/pretrain/checkpoint-399.pth --to timm --output exported
+
+--to timm       model.safetensors, config.json: timm.create_model("local-dir:exported")
+     hf         the same for Hugging Face: ViTMAEForPreTraining.from_pretrained("exported") of an autoencoder,
+                ViTForImageClassification of a classifier on the class token; preprocessor_config.json
+     encoder    the encoder alone under the reference's names, as in its released files, and config.json
+     onnx       model.onnx, of images [N, C, H, W], normalised: a classifier's logits, else the encoder's tokens
+A linear probe's BatchNorm becomes part of its linear layer. With --model_ema the running average is exported.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+import models_mae
+import models_vit
+from util import errors, formats
+from util.errors import UserError
+from util.files import checkpoint_args, load_checkpoint
+from util.folder import unwritable
+from util.images import Pixels
+
+TARGETS = ("timm", "hf", "encoder", "onnx")
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, from argv or the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--resume", required=True, metavar="CKPT", help="checkpoint of any of the jobs, or anything --finetune reads")
+    add("--to", required=True, choices=TARGETS)
+    add("--output", required=True, type=Path, metavar="DIR")
+    add("--model_ema", action="store_true", help="the running average of the weights")
+    add("--license", default="unknown", help="of the weights, for the model card")
+    return parser.parse_args(argv)
+
+
+def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """A linear probe's normalisation and first head as one linear layer, under head.weight and head.bias."""
+    if "probe" not in config:
+        return state
+    weight, bias = (state[f"head.1.{name}" if config.get("probe_heads", 1) == 1 else f"head.1.heads.0.{name}"]
+                    for name in ("weight", "bias"))  # fmt: skip
+    scale = (state["head.0.running_var"] + 1e-6).rsqrt()
+    folded = {name: value for name, value in state.items() if not name.startswith("head.")}
+    return folded | {"head.weight": weight * scale, "head.bias": bias - weight @ (state["head.0.running_mean"] * scale)}
+
+
+def timm_config(config: dict, pixels: Pixels, classes: list[str] | None) -> dict:
+    """config.json of a model in timm's form: an architecture of its own, and what is different here."""
+    names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    size, pool = to_2tuple(config["img_size"]), "avg" if config.get("global_pool") else "token"
+    return {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": len(classes or ()),
+        "num_features": config["embed_dim"],
+        "global_pool": pool,
+        "model_args": {name: config[name] for name in names} | {"global_pool": pool},
+        "pretrained_cfg": {
+            "input_size": [config["in_chans"], *size], "fixed_input_size": True, "interpolation": "bicubic",
+            "crop_pct": 0.875 if max(size) <= 224 else 1.0, "crop_mode": "center", "mean": pixels.mean,
+            "std": pixels.std, "num_classes": len(classes or ()), "pool_size": None, "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        **({"label_names": classes} if classes else {}),
+    }  # fmt: skip
+
+
+def preprocessor_config(config: dict, pixels: Pixels) -> dict:
+    """preprocessor_config.json: evaluation's resizing, cutting and normalising."""
+    side = config["img_size"]
+    short = int(side / (224 / 256 if side <= 224 else 1.0))
+    return {
+        "image_processor_type": "ConvNextImageProcessor", "do_resize": True, "size": {"shortest_edge": side},
+        "crop_pct": side / short, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": pixels.mean, "image_std": pixels.std,
+    }  # fmt: skip
+
+
+def to_hf(folder: Path, state: dict[str, Tensor], config: dict, pixels: Pixels, classes: list[str] | None,
+          mask_ratio: float, source: str) -> None:  # fmt: skip
+    """Raises UserError where Hugging Face's models can't be what this one is."""
+    size = to_2tuple(config["img_size"])
+    why = ""
+    if size[0] != size[1]:
+        why = f"it is for {size[0]} x {size[1]} pixels; Hugging Face's ViTMAE and ViT are for squares"
+    elif classes and (config.get("global_pool") or config.get("probe") == "attentive"):
+        why = "it pools the patches, and Hugging Face's ViT classifies the class token: train it with --cls_token"
+    elif classes is None and "mask_token" not in state:
+        why = "it has neither a decoder (ViTMAEForPreTraining) nor a head (ViTForImageClassification)"
+    if why:
+        raise UserError(f"{source} can't go to Hugging Face: {why}. --to timm or --to onnx can take it")
+    config = config | {"img_size": size[0]}
+    described = formats.hugging_face_config(config, classes, mask_ratio)
+    save(folder, formats.to_hugging_face(state), described)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(config, pixels))
+
+
+def to_onnx(path: Path, model: nn.Module, size: tuple[int, int], channels: int) -> None:
+    """Raises UserError where the packages are missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--to onnx needs {error.name}: pip install onnx onnxscript") from error
+    example = torch.zeros(2, channels, *size)
+    program = torch.onnx.export(
+        model.eval(), (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["output"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+    )  # fmt: skip
+    program.save(path)
+
+
+class Tokens(nn.Module):
+    """The encoder's output, [N, 1+L, D], class token first."""
+
+    def __init__(self, model: models_vit.VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, imgs: Tensor) -> Tensor:
+        return self.model.forward_features(imgs)
+
+
+def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
+    """Weights and config.json."""
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
+    write_json(folder / "config.json", config)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) -> str:
+    """The model card: what the checkpoint says of its data, recipe and figures."""
+    flags, stats = checkpoint_args(checkpoint), checkpoint.get("stats") or {}
+    job = {"pretrain": "masked pre-training", "finetune": "fine-tuning", "linprobe": "linear probing"}
+    usage = {
+        "timm": 'model = timm.create_model("local-dir:FOLDER")',
+        "hf": f'model = transformers.{"ViTForImageClassification" if classes else "ViTMAEForPreTraining"}'
+              '.from_pretrained("FOLDER")',
+        "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
+        "onnx": 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")   # images [N, C, H, W], normalised',
+    }[args.to]  # fmt: skip
+    lines = [
+        "---", f"license: {args.license}", *({"timm": ["library_name: timm"], "hf": ["library_name: transformers"]}
+                                             .get(args.to, [])), "tags: [masked-autoencoder, vision-transformer]",
+        "---", "", f"# {(checkpoint.get('model_config') or {}).get('model', 'Vision Transformer')}", "",
+        "Masked autoencoding: He et al., *Masked Autoencoders Are Scalable Vision Learners*, arXiv 2111.06377.",
+        "", "```python", usage, "```", "", "| | |", "|---|---|",
+    ]  # fmt: skip
+    known = {
+        "trained by": job.get(checkpoint.get("job")),
+        "data": Path(flags["data_path"]).name if flags.get("data_path") else None,
+        "images": flags.get("input_size"),
+        "mean, std of pixels": f"{flags['mean']}, {flags['std']}" if flags.get("mean") else None,
+        "epochs": checkpoint["epoch"] + 1 if isinstance(checkpoint.get("epoch"), int) else None,
+        "mask ratio": flags.get("mask_ratio"),
+        "targets normalised": flags.get("norm_pix_loss"),
+        "started from": Path(flags["finetune"]).name if flags.get("finetune") else None,
+        "effective batch": effective_batch(flags),
+        "classes": len(classes) if classes else None,
+        "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved"])) if "saved" in checkpoint else None,
+        **{name: f"{value:.6g}" for name, value in stats.items() if isinstance(value, float)},
+    }  # fmt: skip
+    lines += [f"| {name} | {value} |" for name, value in known.items() if value is not None]
+    recipe = " ".join(f"--{name} {value}" for name, value in flags.items() if name in RECIPE and value is not None)
+    return "\n".join([*lines, "", *(["Recipe: `" + recipe + "`", ""] if recipe else [])])
+
+
+RECIPE = (
+    "model", "batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "lr", "blr", "min_lr", "weight_decay",
+    "layer_decay", "drop_path", "clip_grad", "crop_scale", "mask_sampling", "aa", "smoothing", "reprob", "mixup",
+    "cutmix", "probe", "train_fraction", "trainable_blocks", "seed",
+)  # fmt: skip
+
+
+def effective_batch(flags: dict) -> int | None:
+    names = ("batch_size", "accum_iter", "world_size")
+    return flags["batch_size"] * flags["accum_iter"] * flags["world_size"] if all(n in flags for n in names) else None
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Export (argv defaults to the command line's)."""
+    args = get_args(argv)
+    if why := unwritable(str(args.output)):
+        raise UserError(f"--output {args.output} can't be written to: {why}")
+    checkpoint = load_checkpoint(args.resume)
+    if args.model_ema:
+        if "model_ema" not in checkpoint:
+            raise UserError(f"{args.resume} holds no running average: leave out --model_ema")
+        checkpoint["model"] = checkpoint["model_ema"]
+    is_mae = "decoder_pred.weight" in checkpoint["model"]
+    has_head = any(name.startswith("head.") for name in checkpoint["model"])
+    if is_mae:
+        model = models_mae.from_checkpoint(checkpoint, args.resume)
+    else:
+        model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=not has_head)
+    config, state = model.config, model.state_dict()
+    names = checkpoint.get("class_to_idx")
+    classes = None
+    if has_head:
+        width = config["num_classes"]
+        classes = sorted(names, key=names.get) if names else [f"LABEL_{number}" for number in range(width)]
+    flags = checkpoint_args(checkpoint)
+    pixels = Pixels.of(flags, config["in_chans"])
+    if config.get("probe") == "attentive" and args.to != "onnx":
+        raise UserError(f"{args.resume} is an attentive probe, which only --to onnx can take")
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.to == "hf":
+        folded = fold_probe(state, config)
+        to_hf(args.output, folded, config, pixels, classes, flags.get("mask_ratio", 0.75), args.resume)
+    elif args.to == "timm":
+        trunk = encoder(checkpoint, args.resume) if is_mae else model
+        save(args.output, fold_probe(trunk.state_dict(), config), timm_config(trunk.config, pixels, classes))
+    elif args.to == "encoder":
+        trunk = encoder(checkpoint, args.resume)
+        described = {**trunk.config, "mean": pixels.mean, "std": pixels.std}
+        save(args.output, trunk.state_dict(), described, "encoder.safetensors")
+    else:
+        whole = model if has_head else Tokens(encoder(checkpoint, args.resume))
+        to_onnx(args.output / "model.onnx", whole, to_2tuple(config["img_size"]), config["in_chans"])
+    (args.output / "README.md").write_text(card(checkpoint, args, classes), encoding="utf-8")
+    print(f"{args.resume} as {args.to} in {args.output}")
+
+
+def encoder(checkpoint: dict, source: str) -> models_vit.VisionTransformer:
+    """The encoder alone, whose tokens pass through `norm` where the file has one."""
+    return models_vit.from_checkpoint(checkpoint, source, trunk_only=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,332 @@
+"""Models go to timm, Hugging Face and ONNX, and come back: judged by those libraries' own loaders."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+import transformers
+from conftest import SAMPLES
+from safetensors.torch import load_file, save_file
+
+import main_export
+import main_finetune
+import main_predict
+import main_pretrain
+import main_reconstruct
+import models_mae
+import models_vit
+from util import misc, optim
+from util.amp import LossScaler
+from util.augment import CentreCrop
+from util.errors import UserError
+from util.files import load_checkpoint
+from util.formats import recognise, to_hugging_face
+from util.images import Pixels
+from util.misc import Checkpoints, Position
+
+CPU = torch.device("cpu")
+SIZES = ["small", pytest.param("base", marks=pytest.mark.slow)]
+CLASSES = {"cat": 0, "dog": 1, "eel": 2}
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+SMALL_MAE = {**SMALL, "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 4, "norm_pix_loss": True}
+
+
+def randomised(model):
+    """Weights far from their start, so that nothing mixed up could go unseen; LayerNorms that matter."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def autoencoder(size):
+    return randomised(
+        models_mae.MaskedAutoencoderViT(**SMALL_MAE) if size == "small"
+        else models_mae.MODELS["mae_vit_base_patch16"](norm_pix_loss=True)
+    )  # fmt: skip
+
+
+def classifier(size, **more):
+    build = models_vit.MODELS["vit_base_patch16"] if size == "base" else models_vit.VisionTransformer
+    return randomised(build(**(SMALL if size == "small" else {}), num_classes=3, **more))
+
+
+def stored(folder, model, job, **flags):
+    """A checkpoint as a run would leave it; returns its path."""
+    ours = isinstance(model, models_mae.MaskedAutoencoderViT)
+    name = "mae_vit_base_patch16" if ours else "vit_base_patch16"
+    args = {
+        "model": name, "keep": None, "mask_ratio": 0.75, "data_path": "/somewhere/pets", "batch_size": 8,
+        "accum_iter": 2, "epochs": 3, **flags,
+    }  # fmt: skip
+    keeper = Checkpoints(
+        str(folder), job, model, optim.pretrain_optimizer(model, 1e-3, 0.05), LossScaler("off", CPU), args,
+        None if ours else CLASSES,
+    )  # fmt: skip
+    keeper.folder.mkdir(parents=True, exist_ok=True)
+    keeper.save(Position(2, stats={"train_loss": 0.5, "test_acc1": 81.25}), whole_epoch=True)
+    return str(folder / "checkpoint-2.pth")
+
+
+def export(source, to, folder, *more):
+    main_export.main(["--resume", source, "--to", to, "--output", str(folder), *more])
+    return folder
+
+
+def pictures(model, count=2):
+    return torch.randn(count, model.config["in_chans"], *model.patch_embed.img_size)
+
+
+def assert_same_weights(state, other):
+    assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_autoencoder_becomes_hugging_faces_and_comes_back(size, tmp_path):
+    """The same noise: the same mask, loss and predictions; the names are those of its released files."""
+    model = autoencoder(size)
+    folder = export(stored(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
+    theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
+    imgs = pictures(model)
+    noise = torch.rand(2, model.patch_embed.num_patches)
+    with torch.no_grad():
+        loss, pred, mask = model(imgs, 0.75, noise)
+        found = theirs(pixel_values=imgs, noise=noise)
+    assert torch.equal(mask, found.mask)
+    torch.testing.assert_close(found.loss, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.logits, pred, rtol=1e-5, atol=1e-4 if size == "base" else 1e-5)
+    names = set(load_file(folder / "model.safetensors"))
+    assert "vit.encoder.layer.1.attention.attention.query.weight" in names
+    assert "decoder.decoder_layers.0.intermediate.dense.bias" in names
+    back = load_checkpoint(str(folder))
+    assert back["format"] == "Hugging Face's ViTMAE" and not back["left_out"]
+    assert_same_weights(models_mae.from_checkpoint(back, str(folder)).state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("generation", ["released", "in memory", "as saved"])
+def test_every_generation_of_hugging_faces_names_is_read(generation, tmp_path):
+    model = autoencoder("small")
+    released = to_hugging_face(model.state_dict())
+    folder = export(stored(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
+    theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "saved")
+    state = {
+        "released": released, "in memory": theirs.state_dict(),
+        "as saved": load_file(tmp_path / "saved" / "model.safetensors"),
+    }[generation]  # fmt: skip
+    assert_same_weights(recognise(state).state, model.state_dict())
+    # without the prefix, as a bare encoder of theirs
+    bare = {name.removeprefix("vit."): value for name, value in state.items() if not name.startswith("decoder")}
+    found = recognise(bare | {"pooler.dense.weight": torch.zeros(1)})
+    assert found.left_out == ["pooler.dense.weight"] and found.kind == "Hugging Face's ViT"
+    assert all(torch.equal(found.state[name], model.state_dict()[name]) for name in found.state)
+    assert len(found.state) == sum(not name.startswith(("decoder", "mask_token")) for name in model.state_dict())
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_classifier_on_the_class_token_becomes_hugging_faces_and_comes_back(probe, tmp_path):
+    model = classifier("small", global_pool=False)
+    if probe:
+        models_vit.make_linear_probe(model)
+        model.train()(pictures(model, 16) * 3 + 1)  # statistics that matter
+        model.eval()
+    source = stored(tmp_path / "run", model, "linprobe" if probe else "finetune")
+    folder = export(source, "hf", tmp_path / "hf")
+    theirs = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    imgs = pictures(model)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(pixel_values=imgs).logits, model(imgs), rtol=1e-5, atol=1e-5)
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "eel"} and theirs.config.layer_norm_eps == 1e-6
+    if not probe:
+        back = load_checkpoint(str(folder))
+        assert back["class_to_idx"] == CLASSES
+        assert_same_weights(models_vit.from_checkpoint(back, str(folder)).state_dict(), model.state_dict())
+
+
+def test_hugging_faces_image_processor_sees_what_evaluation_sees(tmp_path):
+    """Within what another implementation of the bicubic filter makes."""
+    model = autoencoder("small")
+    folder = export(stored(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
+    file = next((SAMPLES.parent.parent / "tests" / "photos").glob("*.jpg"))
+    picture = Image.open(file).convert("RGB")
+    theirs = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
+    ours = CentreCrop(32)(np.array(picture)) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (Pixels().mean, Pixels().std))
+    assert theirs.shape == ours.shape and ((ours - mean) / std - theirs).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["encoder", "pooled", "token", "probe"])
+def test_models_become_timms_and_come_back(size, kind, tmp_path):
+    if kind == "encoder":
+        model = autoencoder(size)
+        source = stored(tmp_path / "run", model, "pretrain")
+    else:
+        model = classifier(size, global_pool=kind == "pooled")
+        if kind == "probe":
+            models_vit.make_linear_probe(model, heads=2)
+            model.train()(pictures(model, 4) * 3 + 1)
+            model.eval()
+        source = stored(tmp_path / "run", model, "linprobe" if kind == "probe" else "finetune")
+    folder = export(source, "timm", tmp_path / "timm")
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    imgs = pictures(model)
+    with torch.no_grad():
+        if kind == "encoder":
+            trunk = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
+            ours = trunk.forward_features(imgs)
+            all_kept = torch.arange(model.patch_embed.num_patches).expand(2, -1).float()
+            torch.testing.assert_close(theirs.forward_features(imgs), model.forward_encoder(imgs, 0.0, all_kept)[0],
+                                       rtol=1e-5, atol=1e-5 if size == "small" else 1e-4)  # fmt: skip
+            torch.testing.assert_close(theirs.forward_features(imgs), ours, rtol=1e-5, atol=1e-5)
+        else:
+            logits = model(imgs)[:, 0] if kind == "probe" else model(imgs)
+            torch.testing.assert_close(theirs(imgs), logits, rtol=1e-5, atol=1e-5 if size == "small" else 1e-4)
+    if kind != "probe":
+        back = load_checkpoint(str(folder))["model"]
+        own = trunk.state_dict() if kind == "encoder" else model.state_dict()
+        assert_same_weights(back, own)
+    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
+    fresh = classifier(size, global_pool=kind == "pooled")
+    misc.load_pretrained(str(tmp_path / "timm.safetensors"), fresh, kind == "pooled")
+    assert torch.equal(fresh.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["encoder", "pooled", "attentive"])
+def test_models_become_onnx(size, kind, tmp_path):
+    """For any number of images."""
+    if kind == "encoder":
+        model = autoencoder(size)
+        source = stored(tmp_path / "run", model, "pretrain")
+    else:
+        model = classifier(size, global_pool=kind == "pooled")
+        if kind == "attentive":
+            models_vit.make_linear_probe(model, attentive=True).eval()
+        source = stored(tmp_path / "run", model, "linprobe" if kind == "attentive" else "finetune")
+    folder = export(source, "onnx", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    for count in (1, 3):
+        imgs = pictures(model, count)
+        (found,) = session.run(None, {"images": imgs.numpy()})
+        with torch.no_grad():
+            if kind == "encoder":
+                trunk = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
+                expected = trunk.forward_features(imgs)
+            else:
+                expected = model(imgs)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_encoder_alone_goes_out_and_starts_finetuning(tmp_path, capsys):
+    model = autoencoder("small")
+    folder = export(stored(tmp_path / "run", model, "pretrain"), "encoder", tmp_path / "encoder")
+    state = load_file(folder / "encoder.safetensors")
+    assert not any(name.startswith(("decoder", "mask_token", "head")) for name in state)
+    fresh = classifier("small", global_pool=True)
+    misc.load_pretrained(str(folder / "encoder.safetensors"), fresh, True)
+    assert torch.equal(fresh.blocks[2].mlp.fc1.weight, model.blocks[2].mlp.fc1.weight)
+    assert "new here: fc_norm.*, head.*; in the file but not used: norm.*" in capsys.readouterr().out
+
+
+def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):
+    model = classifier("small", global_pool=True)
+    folder = export(stored(tmp_path / "run", model, "finetune"), "timm", tmp_path / "timm", "--license", "cc-by-4.0")
+    text = (folder / "README.md").read_text()
+    for line in ("data | pets", "epochs | 3", "mask ratio | 0.75", "classes | 3", "train_loss | 0.5",
+                 "test_acc1 | 81.25", "effective batch | 16"):  # fmt: skip
+        assert f"| {line} |" in text
+    assert "license: cc-by-4.0" in text and "timm.create_model" in text
+    assert "/somewhere" not in text
+
+
+@pytest.mark.parametrize(
+    ("model", "to", "message"),
+    [
+        (lambda: models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (32, 48)}), "hf",
+         "for 32 x 48 pixels; Hugging Face's ViTMAE and ViT are for squares"),
+        (lambda: classifier("small", global_pool=True), "hf", "pools the patches, and Hugging Face's ViT classifies"),
+        (lambda: models_vit.make_linear_probe(classifier("small"), attentive=True), "timm", "only --to onnx can take"),
+    ],
+)  # fmt: skip
+def test_what_the_other_library_cannot_run_is_said(model, to, message, tmp_path):
+    model = model()
+    job = "pretrain" if isinstance(model, models_mae.MaskedAutoencoderViT) else "finetune"
+    with pytest.raises(UserError, match=message):
+        export(stored(tmp_path / "run", model, job), to, tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ({"patch_size": 16}, "its patches are 16 pixels wide: pass --patch_size 16"),
+        ({"in_chans": 5}, "it is for images of 5 channels, --in_chans is 3"),
+        ({"embed_dim": 64}, "its encoder is 64 wide, --model small is 48"),
+        ({"depth": 2}, "it has 2 blocks, --model small has 3"),
+        ({"num_heads": 2}, "its attention has 2 heads, --model small has 4"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_told_with_both_sides(theirs, message, tmp_path):
+    other = models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, **theirs})
+    source = stored(tmp_path / "run", other, "pretrain")
+    with pytest.raises(UserError, match=message):
+        misc.load_pretrained(source, classifier("small", global_pool=True), True, {"model": "small"})
+
+
+def test_files_that_are_no_vision_transformer_are_told(tmp_path):
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
+    with pytest.raises(UserError, match="names that are known here: the reference's, timm's, Hugging Face's"):
+        misc.load_pretrained(str(tmp_path / "resnet.safetensors"), classifier("small"), True)
+    (tmp_path / "broken.safetensors").write_bytes(b"not a file of tensors")
+    with pytest.raises(UserError, match="broken.safetensors is not a whole"):
+        load_checkpoint(str(tmp_path / "broken.safetensors"))
+
+
+def test_all_zero_positions_are_warned_of(tmp_path, capsys):
+    """transformers, from a configuration, leaves them so."""
+    config = transformers.ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
+        decoder_intermediate_size=128,
+    )  # fmt: skip
+    theirs = transformers.ViTMAEForPreTraining(config)
+    with torch.no_grad():
+        theirs.vit.embeddings.position_embeddings.zero_()
+    theirs.save_pretrained(tmp_path / "hf")
+    misc.load_pretrained(str(tmp_path / "hf"), classifier("small", global_pool=True), True)
+    said = capsys.readouterr().out
+    assert "positions are all zero" in said and "eps 1e-12, ours is 1e-6" in said
+    assert "(Hugging Face's ViTMAE)" in said
+
+
+def test_the_commands_take_hugging_faces_folders(images, tmp_path, capsys):
+    """Pre-training goes on from one, fine-tuning starts from one, a classifier's is evaluated and names images."""
+    small = ["--device", "cpu", "--amp", "off", "--num_workers", "0", "--batch_size", "16", "--input_size", "28"]
+    train = [*small, "--data_path", str(images), "--epochs", "1", "--warmup_epochs", "0"]
+    mae = ["--model", "mae_vit_demo_patch4", "--monitor_freq", "0"]
+    main_pretrain.main([*train, *mae, "--output_dir", str(tmp_path / "a")])
+    folder = export(str(tmp_path / "a" / "checkpoint-0.pth"), "hf", tmp_path / "hf")
+    main_pretrain.main([*train, *mae, "--output_dir", str(tmp_path / "b"), "--resume", str(folder)])
+    vit = ["--model", "vit_demo_patch4", "--nb_classes", "10", "--cls_token"]
+    main_finetune.main([*train, *vit, "--output_dir", str(tmp_path / "c"), "--finetune", str(folder)])
+    said = capsys.readouterr().out
+    assert "holds no optimiser: starting at epoch 0" in said and "(Hugging Face's ViTMAE); new here: head.*" in said
+    main_reconstruct.main([
+        "--resume", str(folder), "--images", str(images / "val"), "--output", str(tmp_path / "r.png"), "--num", "2"
+    ])  # fmt: skip
+    named = export(str(tmp_path / "c" / "checkpoint-0.pth"), "hf", tmp_path / "named")
+    evaluate = [*small, *vit, "--eval", "--data_path", str(images), "--resume"]
+    capsys.readouterr()
+    main_finetune.main([*evaluate, str(tmp_path / "c" / "checkpoint-0.pth")])
+    ours = capsys.readouterr().out.splitlines()[-1]
+    main_finetune.main([*evaluate, str(named)])
+    assert capsys.readouterr().out.splitlines()[-1] == ours
+    main_predict.main(["--resume", str(named), "--images", str(images / "val"), "--output", str(tmp_path / "p.csv")])
+    classes = json.loads((named / "config.json").read_text())["label2id"]
+    assert (tmp_path / "p.csv").read_text().splitlines()[1].split(",")[1] in classes
