@@ -35,7 +35,7 @@ import models_mae
 import models_vit
 from benchmarks.timing import Step, device_name, matmul_step, seconds
 from engine_finetune import head_losses
-from util import optim, speed
+from util import formats, optim, speed
 from util.amp import LossScaler
 
 CLASSES = 1000
@@ -49,29 +49,19 @@ def our_model(job: str, name: str) -> nn.Module:
     return models_vit.make_linear_probe(model) if job == "linprobe" else model
 
 
-def hf_model(job: str, name: str, attention: str | None) -> nn.Module:
-    """transformers' model of the same shape; `loss` is in its output."""
+def hf_model(config: dict, classes: int | None = None, attention: str | None = None) -> nn.Module:
+    """transformers' model of the shape that our model_config describes, with its own defaults for the rest; an
+    autoencoder, with classes a classifier. `loss` is in its output."""
     import transformers
 
-    ours = our_model(job, name).config
-    config = {
-        "image_size": ours["img_size"], "patch_size": ours["patch_size"], "hidden_size": ours["embed_dim"],
-        "num_hidden_layers": ours["depth"], "num_attention_heads": ours["num_heads"],
-        "intermediate_size": 4 * ours["embed_dim"],
-    }  # fmt: skip
-    if attention:
-        config["attn_implementation"] = attention
-    if job != "pretrain":
-        model = transformers.ViTForImageClassification(transformers.ViTConfig(**config, num_labels=CLASSES))
-        if job == "linprobe":
-            model.vit.requires_grad_(False)
-        return model
-    decoder = {
-        "decoder_hidden_size": ours["decoder_embed_dim"], "decoder_num_hidden_layers": ours["decoder_depth"],
-        "decoder_num_attention_heads": ours["decoder_num_heads"],
-        "decoder_intermediate_size": 4 * ours["decoder_embed_dim"], "norm_pix_loss": True, "mask_ratio": 0.75,
-    }  # fmt: skip
-    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**config, **decoder))
+    names = None if classes is None else [str(number) for number in range(classes)]
+    theirs = formats.hugging_face_config(config, names, 0.75)
+    for key in ("architectures", "model_type", "dtype", "layer_norm_eps"):
+        del theirs[key]
+    theirs |= {"attn_implementation": attention} if attention else {}
+    if classes is not None:
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**theirs))
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**theirs))
 
 
 def optimizer_of(job: str, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
@@ -109,7 +99,10 @@ def hf_step(
 ) -> Step:
     """One step of transformers' model; attention None: its default."""
     device = imgs.device
-    model, scaler = hf_model(job, name, attention).to(device).train(), LossScaler(amp, device)
+    model = hf_model(our_model(job, name).config, None if job == "pretrain" else CLASSES, attention)
+    if job == "linprobe":
+        model.vit.requires_grad_(False)
+    model, scaler = model.to(device).train(), LossScaler(amp, device)
     if compiled:
         model.compile(dynamic=False)
     optimizer = optimizer_of(job, model)

@@ -9,6 +9,7 @@ import timm
 import torch
 import transformers
 from conftest import SAMPLES
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import main_export
@@ -302,7 +303,7 @@ def test_all_zero_positions_are_warned_of(tmp_path, capsys):
     misc.load_pretrained(str(tmp_path / "hf"), classifier("small", global_pool=True), True)
     said = capsys.readouterr().out
     assert "positions are all zero" in said and "eps 1e-12, ours is 1e-6" in said
-    assert "(Hugging Face's ViTMAE)" in said
+    assert "(Hugging Face's ViTMAE, encoder and decoder)" in said
 
 
 def test_the_commands_take_hugging_faces_folders(images, tmp_path, capsys):
@@ -316,7 +317,8 @@ def test_the_commands_take_hugging_faces_folders(images, tmp_path, capsys):
     vit = ["--model", "vit_demo_patch4", "--nb_classes", "10", "--cls_token"]
     main_finetune.main([*train, *vit, "--output_dir", str(tmp_path / "c"), "--finetune", str(folder)])
     said = capsys.readouterr().out
-    assert "holds no optimiser: starting at epoch 0" in said and "(Hugging Face's ViTMAE); new here: head.*" in said
+    assert "holds no optimiser: starting at epoch 0" in said
+    assert "(Hugging Face's ViTMAE, encoder and decoder); new here: head.*" in said
     main_reconstruct.main([
         "--resume", str(folder), "--images", str(images / "val"), "--output", str(tmp_path / "r.png"), "--num", "2"
     ])  # fmt: skip

@@ -82,6 +82,19 @@ def recognise(state: dict[str, Tensor]) -> Found:
     return Found(f"Hugging Face's {'ViTMAE' if 'mask_token' in found else 'ViT'}", found, left_out)
 
 
+def describe(checkpoint: dict) -> str:
+    """What a checkpoint was recognised as, in words."""
+    state = checkpoint["model"]
+    parts = [name for name, there in (
+        ("encoder", "cls_token" in state), ("decoder", "decoder_pred.weight" in state),
+        ("head", any(name.startswith("head.") for name in state)),
+    ) if there]  # fmt: skip
+    whose = checkpoint.get("format") or (
+        f"main_{checkpoint['job']}.py's" if "job" in checkpoint else "in the reference's and timm's names"
+    )
+    return f"{whose}, {' and '.join(parts) or 'nothing known'}"
+
+
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our weights under the names of Hugging Face's released files."""
     theirs = {ours: name for name, ours in NAMES.items()}

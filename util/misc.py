@@ -34,6 +34,7 @@ from util.amp import LossScaler
 from util.datasets import class_differences
 from util.errors import UserError
 from util.files import checkpoint_args, digest_file, is_url, load_checkpoint, write, wrong_digest
+from util.formats import describe
 from util.pos_embed import resize_pos_embed
 from util.signals import loader_deaths_wait
 
@@ -185,7 +186,8 @@ class Checkpoints:
         checkpoint = load_checkpoint(source)
         load_model(source, checkpoint, self.model, self.args, self.class_to_idx)
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            dist.say(f"weights from {source}, which holds no optimiser: starting at epoch {start_epoch}")
+            what = describe(checkpoint)
+            dist.say(f"weights from {source} ({what}), which holds no optimiser: starting at epoch {start_epoch}")
             return Position(start_epoch)
         if checkpoint.get("job", self.job) != self.job:
             raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
@@ -390,7 +392,6 @@ def load_pretrained(
     """
     args = args or {}
     checkpoint, own = load_checkpoint(source), set(model.state_dict())
-    kind = checkpoint.get("format", "")
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
     head = {name for name in own if name.startswith(("head.", "attn_pool."))}
@@ -417,8 +418,7 @@ def load_pretrained(
     model.load_state_dict(state, strict=False)
     surplus |= unused
     new, dropped = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
-    what = f" ({kind})" if kind else ""
-    dist.say(f"encoder from {source}{what}; new here: {new}; in the file but not used: {dropped}")
+    dist.say(f"encoder from {source} ({describe(checkpoint)}); new here: {new}; in the file but not used: {dropped}")
     return missing, surplus
 
 
