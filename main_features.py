@@ -4,7 +4,7 @@
 
 DIR holds <class>/<images>, or images alone. features.npz: `features` [N, D] (--tokens all: [N, 1+L, D], the class token
 first), `files` [N], and with class folders `labels` [N] and `classes`; then a k-NN accuracy is printed, each image
-named after the others.
+named after the others, or with --neighbours DIR/train after those.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import models_vit
 from util import errors, knn, views
@@ -27,8 +28,31 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data_path", required=True, type=Path, metavar="DIR")
     parser.add_argument("--output", required=True, type=Path, help="file to write, .npz")
     parser.add_argument("--tokens", default="pooled", choices=("class", "pooled", "all"), help="pooled: patches' mean")
+    parser.add_argument("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that name the others")
     views.add_flags(parser)
     return parser.parse_args(argv)
+
+
+def encode(model: models_vit.VisionTransformer, files: list[Path], pixels: Pixels, args: argparse.Namespace) -> Tensor:
+    """The files' features [M, D] or [M, 1+L, D], on the CPU."""
+    parts = []
+    for _, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
+        tokens = model.forward_features(imgs)  # [N, 1+L, D]
+        part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[args.tokens]
+        parts.append(part.float().cpu())
+    return torch.cat(parts)
+
+
+def labels_of(files: list[Path], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
+    """Class numbers by the folders within root, None where files lie in root itself; and the classes."""
+    inside = [path.relative_to(root) for path in files]
+    if any(len(path.parts) < 2 for path in inside):
+        return None, []
+    classes = classes or sorted({path.parts[0] for path in inside})
+    strange = sorted({path.parts[0] for path in inside} - set(classes))
+    if strange:
+        raise UserError(f"{root} has classes that the other folder lacks: {', '.join(strange[:5])}")
+    return torch.tensor([classes.index(path.parts[0]) for path in inside]), classes
 
 
 @torch.inference_mode()
@@ -39,22 +63,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output} must end in .npz")
     files = views.find([args.data_path])
+    labels, classes = labels_of(files, args.data_path)
+    if args.neighbours and (labels is None or args.tokens == "all"):
+        raise UserError("--neighbours needs class folders in --data_path, and one feature per image (--tokens)")
+    others = views.find([args.neighbours]) if args.neighbours else []
+    named, classes = labels_of(others, args.neighbours) if others else (None, classes)
+    if named is not None:
+        labels, _ = labels_of(files, args.data_path, classes)
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
     pixels = Pixels.of(checkpoint_args(checkpoint), model.config["in_chans"])
-    parts = []
-    for _, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
-        tokens = model.forward_features(imgs)  # [N, 1+L, D]
-        part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[args.tokens]
-        parts.append(part.float().cpu())
-    features = torch.cat(parts)
+    features = encode(model, files, pixels, args)
     inside = [path.relative_to(args.data_path) for path in files]
     found = {"features": features.numpy(), "files": np.array([str(path) for path in inside])}
-    if all(len(path.parts) > 1 for path in inside):
-        classes = sorted({path.parts[0] for path in inside})
-        labels = torch.tensor([classes.index(path.parts[0]) for path in inside])
+    if labels is not None:
         found |= {"labels": labels.numpy(), "classes": np.array(classes)}
-        if features.ndim == 2 and len(files) > 1:
+        if others:
+            accuracy = knn.accuracy(encode(model, others, pixels, args), named, features, labels)
+            print(f"k-NN among {len(others)} images of {args.neighbours.name}: {accuracy:.2f} %")
+        elif features.ndim == 2 and len(files) > 1:
             accuracy = knn.accuracy(features, labels, features, labels, same=True)
             print(f"k-NN, each image named after the others: {accuracy:.2f} %")
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -89,10 +89,8 @@ def job_flags(args: argparse.Namespace) -> list[str]:
     flags += [] if _has(flags, "--output_dir") else ["--output_dir", str(Path(args.job_dir).absolute())]
     script = importlib.import_module(f"main_{args.job}")
     parsed = script.get_args(flags)
-    if getattr(parsed, "eval", False):
-        raise UserError("--eval takes no cluster: run it with torchrun or srun")
-    start = parsed.resume
-    if start not in ("", "auto"):
+    evaluation, start = getattr(parsed, "eval", False), parsed.resume
+    if start not in ("", "auto") and not evaluation:
         raise UserError(
             f"--resume {start}: a job goes on from its own folder (--resume auto), and begins with --finetune or anew"
         )
@@ -101,7 +99,7 @@ def job_flags(args: argparse.Namespace) -> list[str]:
         problems.append("--data_path is missing: give it after --")
     if problems:
         raise UserError("; ".join(problems))
-    return flags + ["--resume", "auto"]
+    return flags if evaluation else flags + ["--resume", "auto"]
 
 
 def _has(flags: list[str], name: str) -> bool:

@@ -75,7 +75,8 @@ def size_of(name: str) -> tuple[int, int]:
     return trained, sum(value.numel() for value in model.state_dict().values())
 
 
-def table(head: list[str], rows: list[list[object]]) -> str:
+def table(head: list, rows: list[list[object]]) -> str:
+    """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 

@@ -96,11 +96,13 @@ def test_slurm_pretrains_probes_and_evaluates(launcher, cluster, images, undistu
         wait(cluster, submit(cluster, "linprobe", probe, *flags), probe)
         said = output(probe)
     line = [line for line in said.splitlines() if line.startswith("* Acc@1")][-1]
-    evaluated = run(
-        cluster, *srun, "main_linprobe.py", *flags[: flags.index("--finetune")], "--dist_eval", "--eval",
-        "--resume", probe / "checkpoint-1.pth",
-    )  # fmt: skip
-    assert evaluated.splitlines().count(line) == 1
+    evaluate = [*flags[: flags.index("--finetune")], "--dist_eval", "--eval", "--resume", probe / "checkpoint-1.pth"]
+    if launcher == "srun":
+        said = run(cluster, *srun, "main_linprobe.py", *evaluate)
+    else:
+        wait(cluster, submit(cluster, "linprobe", tmp_path / "evaluation", *evaluate), tmp_path / "evaluation")
+        said = output(tmp_path / "evaluation")
+    assert said.splitlines().count(line) == 1
 
 
 def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(cluster, images, undisturbed, tmp_path):

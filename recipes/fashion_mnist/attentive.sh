@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Attentive probe of the encoder of pretrain.sh: a learned query pools the patches; 5 epochs.
+# TIME_ATTENTIVE
+. "$(dirname "$0")/common.sh"
+
+python main_linprobe.py $classify --output_dir "$out/attentive-seed$seed" --finetune "$encoder" --probe attentive --lr 3e-3 \
+    --crop_scale 0.8 1.0 --batch_size 250 --epochs 5 --warmup_epochs 1 "$@"
+keep attentive

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Logistic regression on raw pixels, for comparison; needs scikit-learn (requirements-dev.txt).
+# TIME_PIXELS
+. "$(dirname "$0")/common.sh"
+
+mkdir -p "$out/pixels-seed$seed"
+python scripts/pixel_baseline.py --data_path "$data" "$@" | tee "$out/pixels-seed$seed/log.txt"
+keep pixels

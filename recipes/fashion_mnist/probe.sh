@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Linear probe on the class token of the encoder of pretrain.sh, 5 epochs.
+# TIME_PROBE
+. "$(dirname "$0")/common.sh"
+
+python main_linprobe.py $classify --output_dir "$out/probe-seed$seed" --finetune "$encoder" --cls_token --lr 15 \
+    --crop_scale 0.8 1.0 --batch_size 250 --epochs 5 --warmup_epochs 1 "$@"
+keep probe

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The same 6 epochs without pre-training; all layers learn at the same rate.
+# TIME_SCRATCH
+. "$(dirname "$0")/common.sh"
+
+python main_finetune.py $classify --output_dir "$out/scratch-seed$seed" --layer_decay 1.0 \
+    --crop_scale 0.8 1.0 --aa none --reprob 0.25 --smoothing 0.1 --drop_path 0 --batch_size 128 \
+    --epochs 6 --warmup_epochs 1 --lr 2e-3 "$@"
+keep scratch

@@ -1,0 +1,144 @@
+"""Datasets are prepared whole or not at all; the recipes run; the tables say what the logs say."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from recipes import ablations
+from scripts import pixel_baseline, prepare_data, results
+from util.errors import UserError
+
+
+def idx(path, values):
+    head = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    path.write_bytes(gzip.compress(head + values.tobytes()))
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """Fashion-MNIST's four files, 3 pictures of each class."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("train", "t10k"):
+        labels = np.tile(np.arange(10, dtype=np.uint8), 3)
+        idx(source / f"{name}-labels-idx1-ubyte.gz", labels)
+        idx(source / f"{name}-images-idx3-ubyte.gz", np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8))
+    return source
+
+
+def test_fashion_mnist_becomes_folders_once(clothes, tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare_data.COUNTS, "fashion_mnist", (30, 30))
+    words = ["fashion_mnist", "--source", str(clothes), "--output", str(tmp_path / "data")]
+    prepare_data.main(words)
+    assert (tmp_path / "data" / "train" / "sandal" / "00015.png").is_file()
+    first = (tmp_path / "data" / "train").stat().st_ino
+    prepare_data.main(words)
+    assert (tmp_path / "data" / "train").stat().st_ino == first, "written again"
+    (tmp_path / "data" / "val" / "bag" / "00008.png").unlink()
+    prepare_data.main(words)
+    assert (tmp_path / "data" / "val" / "bag" / "00008.png").is_file()
+    prepare_data.main([*words[:-1], str(tmp_path / "cut"), "--per_class", "2"])
+    assert len(list((tmp_path / "cut").glob("train/*/*.png"))) == 20
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "data", "cut"}, "something was left behind"
+
+
+def test_the_samples_are_what_the_script_makes(tmp_path):
+    source = Path("/usr/share/datasets/fashion-mnist")
+    if not source.is_dir():
+        pytest.skip("needs Debian's dataset-fashion-mnist")
+    prepare_data.main(["fashion_mnist", "--source", str(source), "--output", str(tmp_path / "s"), "--per_class", "200"])
+    for file in (ROOT / "samples" / "fashion_mnist").glob("*/*/*.png"):
+        other = tmp_path / "s" / file.relative_to(ROOT / "samples" / "fashion_mnist")
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(other)))
+
+
+def test_an_archive_of_folders_is_taken_and_a_wrong_one_told(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(prepare_data.COUNTS, "cifar10", (80, 30))
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz", dereference=True) as tar:
+        tar.add(images, "whatever")
+    prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "data")])
+    assert prepare_data.counted(tmp_path / "data") == (80, 30)
+    monkeypatch.setitem(prepare_data.COUNTS, "cifar10", (81, 30))
+    with pytest.raises(UserError, match="holds 80 and 30 images, 81 and 30 wanted"):
+        prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "data")])
+    (tmp_path / "broken.tar").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="broken.tar"):
+        prepare_data.main(["cifar10", "--source", str(tmp_path / "broken.tar"), "--output", str(tmp_path / "other")])
+
+
+def test_raw_pixels_are_a_baseline(images, capsys):
+    pixel_baseline.main(["--data_path", str(images), "--iterations", "50"])
+    found = json.loads(capsys.readouterr().out)
+    assert 20 < found["test_acc1"] < 95 and found["images"] == 80
+
+
+def log(path, accuracy):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"epoch": e, "test_acc1": accuracy - 1 + e}) + "\n" for e in range(2)))
+
+
+def test_tables_say_last_epochs_with_mean_and_deviation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "PICTURES", tmp_path)
+    for seed, accuracy in enumerate((80.0, 82.0, 84.0)):
+        log(tmp_path / "results" / "cifar10" / "finetune" / f"seed{seed}.jsonl", accuracy)
+        log(tmp_path / "results" / "ablations" / "default" / f"seed{seed}" / "probe.jsonl", accuracy - 10)
+    results.datasets()
+    results.ablations()
+    said = capsys.readouterr().out
+    assert "| finetune | 82.0 ± 2.0 (n = 3) |" in said
+    assert "| probe | not measured | not measured | not measured | 72.0 ± 2.0 (n = 3) | not measured |" in said
+    names = {"cifar10", "mask_ratio", "decoder_depth", "targets", "sampling", "length", "partial"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == names
+
+
+def test_every_ablation_is_plotted_and_every_plot_run():
+    run = {name for variants in ablations.ABLATIONS.values() for name in variants} | {"default"}
+    plotted = {variant for _, _, marks in results.PLOTS.values() for variant, _ in marks}
+    assert run == plotted
+
+
+@pytest.fixture
+def recipe(images, tmp_path):
+    """Runs a recipe on 80 pictures; returns its output."""
+    env = {
+        **os.environ, "DATA": str(images), "OUT": str(tmp_path / "out"), "RESULTS": str(tmp_path / "results"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+
+    def run(name, *flags):
+        done = subprocess.run([ROOT / "recipes" / f"{name}.sh", *flags], env=env, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
+    """The second time everything is there already."""
+    for row in ("pretrain", "finetune", "scratch", "probe", "attentive", "knn", "pixels"):
+        recipe(f"fashion_mnist/{row}", *([] if row in ("knn", "pixels") else ["--batch_size", "16"]))
+        last = json.loads((tmp_path / "results" / row / "seed0.jsonl").read_text().splitlines()[-1])
+        assert 0 <= last.get("test_acc1", 50) <= 100
+    before = (tmp_path / "results" / "finetune" / "seed0.jsonl").read_text()
+    assert "trained 0 epochs" in recipe("fashion_mnist/finetune", "--batch_size", "16")
+    assert (tmp_path / "results" / "finetune" / "seed0.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10/pretrain", "cifar10/finetune", "cifar10/scratch", "imagenette/pretrain"])
+def test_recipes_for_a_gpu_have_flags_that_are_right(name, recipe, tmp_path):
+    """Their commands, cut down to two epochs of small pictures."""
+    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "2", "--warmup_epochs", "0", "--input_size", "16"]
+    recipe(name, *small, *(["--finetune", ""] if name.endswith("finetune") else []))
+    assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 1
