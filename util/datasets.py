@@ -64,6 +64,8 @@ class Images(ImageFolder):
         """The names of the class folders in order, and each one's number."""
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
         if self.flat and _has_images(directory):
+            if names:
+                dist.say(f"notice: images lie beside the folders in {directory}: all are taken, without classes")
             names = [""]
         if not names:
             raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
