@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tuning of the encoder of pretrain.sh, all of it, 6 epochs.
-# TIME_FINETUNE
+# About 33 minutes on one CPU core.
 . "$(dirname "$0")/common.sh"
 
 python main_finetune.py $classify --output_dir "$out/finetune-seed$seed" --finetune "$encoder" --layer_decay 0.75 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Logistic regression on raw pixels, for comparison; needs scikit-learn (requirements-dev.txt).
-# TIME_PIXELS
+# A few minutes on one CPU core.
 . "$(dirname "$0")/common.sh"
 
 mkdir -p "$out/pixels-seed$seed"
