@@ -139,6 +139,6 @@ def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
 @pytest.mark.parametrize("name", ["cifar10/pretrain", "cifar10/finetune", "cifar10/scratch", "imagenette/pretrain"])
 def test_recipes_for_a_gpu_have_flags_that_are_right(name, recipe, tmp_path):
     """Their commands, cut down to two epochs of small pictures."""
-    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "2", "--warmup_epochs", "0", "--input_size", "16"]
+    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "2", "--warmup_epochs", "0", "--input_size", "32"]
     recipe(name, *small, *(["--finetune", ""] if name.endswith("finetune") else []))
     assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 1
