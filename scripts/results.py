@@ -2,6 +2,8 @@
 
     python scripts/results.py > tables.md              needs matplotlib: pip install matplotlib
 
+Values are mean ± sample standard deviation of the seeds.
+
 results/<dataset>/<row>/seed<S>.jsonl                           a run's log.txt; the last epoch counts
 results/ablations/<variant>/seed<S>/<pretrain|probe|finetune|partial*>.jsonl
 docs/results/*.png                                              the pictures
@@ -35,7 +37,11 @@ PLOTS = {
     "length": ("Length of pre-training (Fig. 7)", "epochs", [
         ("epochs10", 10), ("epochs20", 20), ("default", 40), ("epochs80", 80)]),
 }  # fmt: skip
-
+# A dataset's rows, in the table's order.
+ROWS = {
+    "finetune": "fine-tuned", "scratch": "from scratch", "attentive": "attentive probe", "probe": "linear probe",
+    "knn": "20 nearest neighbours", "pixels": "logistic regression on raw pixels",
+}  # fmt: skip
 
 Found = tuple[float, float, int] | None  # mean, sample standard deviation, number
 
@@ -53,11 +59,16 @@ def final(paths: list[Path], name: str = "test_acc1") -> Found:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan"), len(values)
 
 
-def words(found: Found) -> str:
+def words(found: Found, digits: int = 1) -> str:
     if found is None:
         return "not measured"
     mean, deviation, count = found
-    return f"{mean:.1f}" + (f" ± {deviation:.1f}" if count > 1 else "") + f" (n = {count})"
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if count > 1 else "")
+
+
+def seeds(founds: list[Found]) -> str:
+    """How many seeds are behind a table or a picture."""
+    return "n = " + " or ".join(map(str, sorted({found[2] for found in founds if found}) or [0]))
 
 
 def ablation(variant: str, step: str) -> list[Path]:
@@ -74,17 +85,16 @@ def plot(name: str, title: str, axis: str, marks: list, series: dict[str, list[F
         if points:
             at, mean, deviation = zip(*points, strict=True)
             panel.errorbar(at, mean, deviation, marker="o", capsize=3, linestyle="-" if numbers else "none")
-        if not numbers:
-            panel.set_xticks(range(len(marks)), marks, rotation=15)
-            panel.set_xlim(-0.5, len(marks) - 0.5)
-        elif name == "length":
+        if name == "length":
             panel.set_xscale("log", base=2)
-            panel.set_xticks(marks, [str(mark) for mark in marks])
+        panel.set_xticks(list(places), [f"{mark:g}" if numbers else mark for mark in marks])
+        if not numbers:
+            panel.set_xlim(-0.5, len(marks) - 0.5)
         panel.set_title(label)
         panel.set_xlabel(axis)
         panel.set_ylabel("accuracy, %")
         panel.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}: mean ± s.d., {seeds(sum(series.values(), []))}")
     figure.tight_layout()
     figure.savefig(PICTURES / f"{name}.png", dpi=110)
     plt.close(figure)
@@ -97,13 +107,14 @@ def ablations() -> None:
         plot(name, title, axis, [mark for _, mark in variants],
              {"fine-tuning": found["finetune"], "linear probe": found["probe"]})  # fmt: skip
         rows = [[label, *map(words, found[step])] for step, label in (("finetune", "fine-tuning"), ("probe", "probe"))]
-        print(f"\n{title}\n\n{table(['', *(mark for _, mark in variants)], rows)}")
+        print(f"\n{title}\n\n{table([seeds(sum(found.values(), [])), *(mark for _, mark in variants)], rows)}")
     found = [final(ablation("default", f"partial{number}")) for number in TRAINABLE]
     found.append(final(ablation("default", "finetune")))
     blocks = [*map(float, TRAINABLE), 6.0]
-    plot("partial", "Partial fine-tuning (Fig. 9)", "blocks that are trained", blocks, {"of 6": found})
-    print("\nPartial fine-tuning (Fig. 9)\n")
-    print(table(["blocks trained", *(f"{number:g}" for number in blocks)], [["accuracy", *map(words, found)]]))
+    plot("partial", "Partial fine-tuning (Fig. 9)", "blocks that are trained", blocks,
+         {"fine-tuning": found})  # fmt: skip
+    head = [seeds(found), *(f"{number:g} block{'s' * (number != 1)}" for number in blocks)]
+    print(f"\nPartial fine-tuning (Fig. 9)\n\n{table(head, [['fine-tuning', *map(words, found)]])}")
 
 
 def datasets() -> None:
@@ -111,15 +122,19 @@ def datasets() -> None:
     for folder in sorted(path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name != "ablations"):
         figure, panel = plt.subplots(figsize=(6, 3.6))
         rows = []
-        for row in sorted(path for path in folder.iterdir() if path.is_dir()):
-            paths = [path for path in sorted(row.glob("seed*.jsonl")) if "test_acc1" in path.read_text()]
-            if paths:
-                rows.append([row.name, words(final(paths))])
-                points = [(line["epoch"] + 1, line["test_acc1"]) for line in lines(paths[0]) if "epoch" in line]
-                if points:
-                    panel.plot(*zip(*points, strict=True), marker=".", label=row.name)
-        print(f"\n{folder.name}\n\n{table(['row', 'accuracy, last epoch, %'], rows)}")
-        panel.set(xlabel="epoch", ylabel="accuracy, %", title=f"{folder.name}, seed 0")
+        for row, label in ROWS.items():
+            paths = sorted(folder.glob(f"{row}/seed*.jsonl"))
+            found = final(paths)
+            rows.append([label, words(found, 2), found[2] if found else 0])
+            points = [(line["epoch"] + 1, line["test_acc1"]) for path in paths[:1] for line in lines(path)
+                      if "epoch" in line]  # fmt: skip
+            if points:
+                panel.plot(*zip(*points, strict=True), marker=".", label=label)
+            elif found:
+                panel.axhline(found[0], linestyle=":", color="grey")
+                panel.text(0.2, found[0], label, fontsize=7, va="bottom", transform=panel.get_yaxis_transform())
+        print(f"\n{folder.name}\n\n{table(['', 'accuracy, %', 'n'], rows)}")
+        panel.set(xlabel="epoch", ylabel="accuracy, %", title=f"{folder.name}, {paths[0].stem if paths else ''}")
         panel.grid(alpha=0.3)
         panel.legend()
         figure.tight_layout()

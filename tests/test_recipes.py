@@ -95,10 +95,20 @@ def test_tables_say_last_epochs_with_mean_and_deviation(tmp_path, monkeypatch, c
     results.datasets()
     results.ablations()
     said = capsys.readouterr().out
-    assert "| finetune | 82.0 ± 2.0 (n = 3) |" in said
-    assert "| probe | not measured | not measured | not measured | 72.0 ± 2.0 (n = 3) | not measured |" in said
+    assert "| fine-tuned | 82.00 ± 2.00 | 3 |" in said and "| from scratch | not measured | 0 |" in said
+    assert "| n = 3 | 0.25 |" in said
+    assert "| probe | not measured | not measured | not measured | 72.0 ± 2.0 | not measured |" in said
     names = {"cifar10", "mask_ratio", "decoder_depth", "targets", "sampling", "length", "partial"}
     assert {path.stem for path in tmp_path.glob("*.png")} == names
+
+
+def test_the_published_tables_are_those_of_the_logs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "PICTURES", tmp_path)
+    results.datasets()
+    results.ablations()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert set(rows) <= set((ROOT / "RESULTS.md").read_text().splitlines())
 
 
 def test_every_ablation_is_plotted_and_every_plot_run():
