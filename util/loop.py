@@ -69,9 +69,11 @@ class Run:
         found = int(dist.sum_over_ranks([float(self.images.bad.sum())], self.device)[0])
         if found == self.known_bad:
             return
-        self.images.bad.copy_(dist.max_over_ranks(self.images.bad, self.device))  # so that each is named once
-        self.known_bad = int(dist.sum_over_ranks([float(self.images.bad.sum())], self.device)[0])
-        bad, total = int(self.images.bad.sum()), len(self.images)
+        # The loader's processes go on marking: what is decided here is decided by the same marks on every rank.
+        marked = dist.max_over_ranks(self.images.bad.clone(), self.device)
+        self.images.bad |= marked  # so that each is named once
+        bad, total = int(marked.sum()), len(self.images)
+        self.known_bad = bad * dist.world_size()
         dist.say(f"warning: {bad} of {total} images cannot be read and are replaced by others")
         if bad > self.max_bad_images * total:
             raise UserError(
