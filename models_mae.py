@@ -15,12 +15,34 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import models_vit
 from models_vit import SIZES
 from util.errors import UserError
 from util.files import checkpoint_args
 from util.pos_embed import sincos_pos_embed
+
+
+class LastBlock(Block):
+    """The decoder's last: after its attention no token sees another, so the rest is owed only to those asked for."""
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """x [N, 1+L, E] -> as a Block; ids [N, M]: only those tokens, [N, M, E]."""
+        if ids is None:
+            return super().forward(x)
+        x = take(x + self.drop_path1(self.ls1(self.attn(self.norm1(x)))), ids)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def visible(patches: int, mask_ratio: float) -> int:
+    """K of L patches."""
+    return int(patches * (1 - mask_ratio))
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Of each image those tokens: x [N, L, D], ids [N, M] -> [N, M, D]."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -54,12 +76,12 @@ class MaskedAutoencoderViT(nn.Module):
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
         self.grad_checkpointing = False
+        self.loss_only = False  # True: in training predict only what the loss is about, the removed patches
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
-        def blocks(dim: int, heads: int, count: int) -> nn.ModuleList:
-            return nn.ModuleList(
-                Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for _ in range(count)
-            )
+        def blocks(dim: int, heads: int, count: int, last: type[Block] = Block) -> nn.ModuleList:
+            kinds = [Block] * (count - 1) + [last]
+            return nn.ModuleList(kind(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for kind in kinds)
 
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         tokens = 1 + self.patch_embed.num_patches
@@ -71,7 +93,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = blocks(decoder_embed_dim, decoder_num_heads, decoder_depth)
+        self.decoder_blocks = blocks(decoder_embed_dim, decoder_num_heads, decoder_depth, last=LastBlock)
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_embed.proj.weight[0].numel())
         self.initialize_weights()
@@ -110,14 +132,13 @@ class MaskedAutoencoderViT(nn.Module):
         x [N, L, D], noise [N, L] (uniform, drawn here when None)
         -> visible [N, K, D], mask [N, L] (1 = removed), ids_restore [N, L] (each patch's rank by noise).
         """
-        N, L, D = x.shape
-        keep = int(L * (1 - mask_ratio))
+        N, L, _ = x.shape
+        keep = visible(L, mask_ratio)
         if noise is None:
             noise = torch.rand(N, L, device=x.device)
         ids_shuffle = noise.argsort(dim=1)
         ids_restore = ids_shuffle.argsort(dim=1)
-        visible = x.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, D))
-        return visible, (ids_restore >= keep).float(), ids_restore
+        return take(x, ids_shuffle[:, :keep]), (ids_restore >= keep).float(), ids_restore
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Whether the backward pass computes the blocks' insides again rather than keeping them."""
@@ -140,29 +161,39 @@ class MaskedAutoencoderViT(nn.Module):
         if imgs.shape[2:] != self.patch_embed.img_size:
             raise ValueError(f"images are {tuple(imgs.shape[2:])}, the model is for {self.patch_embed.img_size}")
         patches, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)  # [N, K, p*p*C]
-        ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1], None]
+        ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1]]
         proj = self.patch_embed.proj  # a convolution of stride p is a matrix product, needed for the visible only
         x = F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # [N, K, D]
-        x = x + self.pos_embed[:, 1:].expand(len(x), -1, -1).gather(1, ids_keep.expand(-1, -1, x.shape[2]))
+        x = x + take(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # [N, 1+K, D]
         x = self._through(self.blocks, x)
         return self.norm(x), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch: latent [N, 1+K, D] -> pred [N, L, p*p*C]."""
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Predict the patches: latent [N, 1+K, D] -> pred [N, L, p*p*C], with ids [N, M] those alone, [N, M, p*p*C]."""
         x = self.decoder_embed(latent)  # [N, 1+K, E]
         N, L = ids_restore.shape
         mask_tokens = self.mask_token.to(x.dtype).expand(N, 1 + L - x.shape[1], -1)
-        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)  # [N, L, E], in order of noise
-        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))
+        patches = take(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)  # [N, L, E], from order of noise
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        x = self._through(self.decoder_blocks, x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return self._predict(x, ids)
 
-    def target(self, imgs: Tensor) -> Tensor:
-        """What the decoder should predict, [N, L, p*p*C]: the patches, with norm_pix_loss each normalised."""
-        target = self.patchify(imgs)
+    def _predict(self, x: Tensor, ids: Tensor | None) -> Tensor:
+        """The decoder from its first block on: x [N, 1+L, E]."""
+        if ids is None:
+            x = self._through(self.decoder_blocks, x)[:, 1:]
+        else:
+            x = self._through(self.decoder_blocks[:-1], x)
+            last, ids = self.decoder_blocks[-1], ids + 1  # the class token comes first
+            again = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(last, x, ids, use_reentrant=False) if again else last(x, ids)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def target(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
+        """What the decoder should predict, [N, L, p*p*C]: the patches, with norm_pix_loss each normalised. With ids
+        [N, M] of those alone, [N, M, p*p*C]."""
+        target = self.patchify(imgs) if ids is None else take(self.patchify(imgs), ids)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
@@ -176,8 +207,15 @@ class MaskedAutoencoderViT(nn.Module):
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """imgs [N, C, H, W] -> loss (scalar), pred [N, L, p*p*C], mask [N, L] (1 = removed)."""
+        """imgs [N, C, H, W] -> loss (scalar), pred [N, L, p*p*C], mask [N, L] (1 = removed).
+
+        In training with loss_only pred is that of the removed patches alone, [N, L-K, p*p*C], in order of noise.
+        """
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        if self.loss_only and self.training:
+            removed = ids_restore.argsort(dim=1)[:, visible(mask.shape[1], mask_ratio) :]  # [N, L-K]
+            pred = self.forward_decoder(latent, ids_restore, removed)
+            return (pred.float() - self.target(imgs, removed)).square().mean(), pred, mask
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

@@ -49,19 +49,26 @@ def assert_close(actual, expected, atol, what=""):
     assert difference <= atol, f"{what}: largest difference {difference:.3g}"
 
 
-SPEED = {
-    "plain": ("plain", False, False), "fused": ("fused", False, False), "compiled": ("plain", True, False),
-    "grad_checkpoint": ("plain", False, True), "all": ("fused", True, True),
+SPEED = {  # attention, compiled, grad_checkpoint, loss_only (where there is a decoder)
+    "plain": ("plain", False, False, False), "fused": ("fused", False, False, False),
+    "blocked": ("blocked", False, False, False), "compiled": ("plain", True, False, False),
+    "grad_checkpoint": ("plain", False, True, False), "loss_only": ("plain", False, False, True),
+    "all": ("fused", True, True, True),
 }  # fmt: skip
 
 
 @pytest.fixture(params=SPEED)
 def fast(request):
     """Sets up a model with each speed-up: the same bounds must hold."""
-    attention, compiled, grad_checkpoint = SPEED[request.param]
+    attention, compiled, grad_checkpoint, loss_only = SPEED[request.param]
     if compiled and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
-    return lambda model: speed.prepare(model, CPU, "off", attention, compiled, grad_checkpoint)
+
+    def prepare(model):
+        speed.prepare(model, CPU, "off", attention, compiled, grad_checkpoint)
+        model.loss_only = loss_only
+
+    return prepare
 
 
 def autoencoder(norm_pix_loss):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from util import dist, folder, launch
+from util import dist, folder, launch, speed
 from util.augment import FinetuneTransform
 from util.errors import UserError
 from util.files import is_url
@@ -68,7 +68,7 @@ def common_parser(
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
 
     add = parser.add_argument_group("speed").add_argument
-    add("--attention", default="auto", choices=("auto", "fused", "plain"), help="kernel; auto: as measured")
+    add("--attention", default="auto", choices=speed.ATTENTION, help="kernel; auto: as measured")
     add("--compile", action="store_true", default=None, help="compile the blocks (a minute at first); default: on CUDA")
     add("--no_compile", action="store_false", dest="compile", default=argparse.SUPPRESS, help="don't")
     add("--grad_checkpoint", action="store_true", help="less memory for a third more work")

@@ -1,19 +1,56 @@
-"""What makes a step faster and leaves its numbers alone: attention's kernel, compilation, activations kept or not."""
+"""What makes a step faster and leaves its numbers alone: attention's kernel, compilation, activations kept or not, and
+memory that stays with the process."""
+
+import ctypes
+import sys
 
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
+
+ATTENTION = ("auto", "fused", "plain", "blocked")
+SCORES = 2_500_000  # at a time, in blocked attention: 5 MB in bf16, of 2 to 10 the fastest
+
+
+class BlockedAttention(Attention):
+    """timm's attention, a few images at a time, whose scores then stay in the processor's cache.
+
+    By hand since PyTorch's fused kernel is slow in bf16 on CPUs (see choose_attention). For the masked autoencoder's
+    and the classifiers' blocks: without gate and norms of its own, and without mask.
+    """
+
+    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+        """x [N, L, D] -> [N, L, D]."""
+        N, L, _ = x.shape
+        qkv = self.qkv(x).view(N, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).contiguous()
+        pieces = []
+        for part in qkv.split(max(1, SCORES // (self.num_heads * L * L)), dim=1):  # [3, n, heads, L, d]
+            q, k, v = part.unbind(0)
+            pieces.append(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v)
+        return self.proj(torch.cat(pieces).transpose(1, 2).flatten(2))
 
 
 def choose_attention(device: torch.device, amp: str) -> str:
-    """"fused" (PyTorch's scaled_dot_product_attention) or "plain" (two matrix products and a softmax).
+    """"fused" (PyTorch's scaled_dot_product_attention), "blocked" or "plain" (timm's products and softmax).
 
-    Fused everywhere but in bf16 on the CPU: there it took 3.3 times as long as plain attention for 50 tokens (12 heads
-    of 64), 1.5 times for 197 (16 heads of 32), forward and backward, batch 16; in fp32 1.1 and 0.4 times (medians of
-    10, 2 cores of an Intel Xeon with avx512_bf16, torch 2.15.0). Kernels on CUDA: not measured.
+    Fused everywhere but in bf16 on the CPU. There, forward and backward for 16 images took on 2 cores of an AMD EPYC
+    (Zen 4, torch 2.14.1, medians of 15 to 20): 18.7 ms fused, 4.1 plain for 50 tokens of 12 heads of 64; 71 fused, 32
+    plain, 29 blocked for 197 tokens of 16 heads of 32. Kernels on CUDA: not measured.
     """
-    return "plain" if device.type == "cpu" and amp == "bf16" else "fused"
+    return "blocked" if device.type == "cpu" and amp == "bf16" else "fused"
+
+
+def keep_memory() -> None:
+    """For training on the CPU: let the C library keep the memory that a step frees for the next one.
+
+    Otherwise glibc maps every large tensor anew and the kernel clears its pages, which took 13 % of a ViT-B step in
+    bf16. What was once used stays with the process. Without glibc nothing happens.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
 def prepare(
@@ -21,14 +58,15 @@ def prepare(
 ) -> None:
     """Set up a model's blocks for speed, in place; parameters and their names stay.
 
-    attention: "auto", "fused" or "plain". compiled: every block by torch.compile; None: on CUDA only. Blocks are
-    compiled one by one: they share their code, so that the whole model costs two compilations. grad_checkpoint: keep
-    only the blocks' inputs for the backward pass, which computes the rest again: a third more work, far less memory.
+    attention: of ATTENTION. compiled: every block by torch.compile; None: on CUDA only. Blocks are compiled one by
+    one: they share their code, so that the whole model costs two or three compilations. grad_checkpoint: keep only
+    the blocks' inputs for the backward pass, which computes the rest again: a third more work, far less memory.
     """
     kernel = choose_attention(device, amp) if attention == "auto" else attention
     for module in model.modules():
         if isinstance(module, Attention):
             module.fused_attn = kernel == "fused"
+            module.__class__ = BlockedAttention if kernel == "blocked" else Attention
     model.set_grad_checkpointing(grad_checkpoint)
     if device.type == "cuda" if compiled is None else compiled:
         for module in model.modules():
