@@ -11,8 +11,8 @@ probe) on a batch of random images that is on the device already. The rows:
     off        what the reference does: fp16 with a scaler on a GPU, fp32 on a CPU; plain attention, an optimiser with a
                loop over the parameters, a wait for the loss after every step
     hf         ViTMAEForPreTraining (ViTForImageClassification for the other jobs) of transformers at its defaults, fp32
-    hf_best    the same under bf16 autocast, with the attention (on a GPU or with --compile: and the compilation) that was
-               fastest here
+    hf_best    the same under bf16 autocast, with the attention that was fastest here; on a GPU, or with --compile, also
+               compiled where that was faster
 hf and hf_best use our optimiser. Every row is a process of its own, every repetition runs a step of each in turn; the
 figures are medians, the spread is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the
 fraction is of what matrix products, bf16 or fp32, sustain for a second or two in the same run, likewise a median
