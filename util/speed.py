@@ -8,6 +8,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 ATTENTION = ("auto", "fused", "plain", "blocked")
 SCORES = 2_500_000  # at a time, in blocked attention: 5 MB in bf16, of 2 to 10 the fastest
@@ -29,6 +30,16 @@ class BlockedAttention(Attention):
             q, k, v = part.unbind(0)
             pieces.append(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v)
         return self.proj(torch.cat(pieces).transpose(1, 2).flatten(2))
+
+
+class LateBias(nn.Linear):
+    """A linear layer whose bias is an operation of its own, which the compiler joins with what follows: on the CPU
+    bf16 products that start from the bias take 2 to 9 % longer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., out]."""
+        x = F.linear(x, self.weight)
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
 
 def choose_attention(device: torch.device, amp: str) -> str:
@@ -71,4 +82,7 @@ def prepare(
     if device.type == "cuda" if compiled is None else compiled:
         for module in model.modules():
             if isinstance(module, Block):
+                if device.type == "cpu" and amp == "bf16":
+                    for layer in filter(lambda layer: type(layer) is nn.Linear, module.modules()):
+                        layer.__class__ = LateBias
                 module.compile(dynamic=False)
