@@ -19,9 +19,9 @@ ENCODER = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_he
 DECODER = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
-def step(model, loss_only=False, **settings):
-    """Loss and all gradients of a step, in fp32, with drop_path where the model has it."""
-    speed.prepare(model, CPU, "off", **{"attention": "plain", "compiled": False, "grad_checkpoint": False, **settings})
+def step(model, loss_only=False, amp="off", **settings):
+    """Loss and all gradients of a step, in fp32, with drop_path where the model has it; amp: prepared as for that."""
+    speed.prepare(model, CPU, amp, **{"attention": "plain", "compiled": False, "grad_checkpoint": False, **settings})
     model.loss_only = loss_only
     model.train().zero_grad()
     torch.manual_seed(1)
@@ -47,7 +47,7 @@ def classifier():
 @pytest.mark.parametrize("build", [autoencoder, classifier])
 @pytest.mark.parametrize("setting", [
     {"attention": "fused"}, {"attention": "blocked"}, {"grad_checkpoint": True}, {"compiled": True},
-    {"loss_only": True}, {"loss_only": True, "grad_checkpoint": True},
+    {"compiled": True, "amp": "bf16"}, {"loss_only": True}, {"loss_only": True, "grad_checkpoint": True},
     {"loss_only": True, "attention": "blocked", "compiled": True, "grad_checkpoint": True},
 ], ids=str)  # fmt: skip
 def test_speed_ups_leave_loss_and_gradients_alone(build, setting, monkeypatch):
@@ -63,8 +63,16 @@ def test_speed_ups_leave_loss_and_gradients_alone(build, setting, monkeypatch):
 def test_compiled_and_checkpointed_models_keep_their_parameter_names():
     names = list(autoencoder().state_dict())
     model = autoencoder()
-    speed.prepare(model, CPU, "off", "auto", True, True)
+    speed.prepare(model, CPU, "bf16", "auto", True, True)
     assert list(model.state_dict()) == names
+
+
+def test_only_compiled_bf16_on_the_cpu_adds_the_bias_late():
+    for amp, compiled, late in (("bf16", True, True), ("bf16", False, False), ("off", True, False)):
+        model = autoencoder()
+        speed.prepare(model, CPU, amp, "auto", compiled, False)
+        assert isinstance(model.blocks[0].mlp.fc1, speed.LateBias) == late
+        assert not isinstance(model.decoder_pred, speed.LateBias)  # not compiled, so nothing joins its bias
 
 
 def test_grad_checkpoint_keeps_fewer_activations():
