@@ -79,10 +79,11 @@ def prepare(
             module.fused_attn = kernel == "fused"
             module.__class__ = BlockedAttention if kernel == "blocked" else Attention
     model.set_grad_checkpointing(grad_checkpoint)
-    if device.type == "cuda" if compiled is None else compiled:
-        for module in model.modules():
-            if isinstance(module, Block):
-                if device.type == "cpu" and amp == "bf16":
-                    for layer in filter(lambda layer: type(layer) is nn.Linear, module.modules()):
-                        layer.__class__ = LateBias
-                module.compile(dynamic=False)
+    compiled = device.type == "cuda" if compiled is None else compiled
+    linear = LateBias if compiled and device.type == "cpu" and amp == "bf16" else nn.Linear
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        for layer in block.modules():
+            if type(layer) in (nn.Linear, LateBias):
+                layer.__class__ = linear
+        if compiled:
+            block.compile(dynamic=False)
