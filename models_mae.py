@@ -215,7 +215,7 @@ class MaskedAutoencoderViT(nn.Module):
         if self.loss_only and self.training:
             removed = ids_restore.argsort(dim=1)[:, visible(mask.shape[1], mask_ratio) :]  # [N, L-K]
             pred = self.forward_decoder(latent, ids_restore, removed)
-            return (pred.float() - self.target(imgs, removed)).square().mean(), pred, mask
+            return F.mse_loss(pred.float(), self.target(imgs, removed)), pred, mask
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 
