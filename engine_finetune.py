@@ -116,14 +116,17 @@ def write_confusion(file: str, table: Tensor | None, classes: list[str], shared:
     rank's counts."""
     counts = table.tolist() if table is not None else [0] * len(classes) ** 2
     counts = dist.sum_over_ranks(counts, device) if shared else counts
-    if dist.rank():
-        return
-    with Path(file).open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        writer.writerow(["class", *classes, "accuracy"])
-        for number, name in enumerate(classes):
-            row = counts[number * len(classes) : (number + 1) * len(classes)]
-            writer.writerow([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
+
+    def on_rank0() -> None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with Path(file).open("w", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out)
+            writer.writerow(["class", *classes, "accuracy"])
+            for number, name in enumerate(classes):
+                row = counts[number * len(classes) : (number + 1) * len(classes)]
+                writer.writerow([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
+
+    dist.from_rank0(on_rank0)
 
 
 def _stats(sums: list[float], images: float) -> dict[str, float]:

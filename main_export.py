@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import models_mae
 import models_vit
 from util import errors, formats
+from util.augment import default_crop_pct
 from util.errors import UserError
 from util.files import checkpoint_args, load_checkpoint
 from util.folder import unwritable
@@ -54,7 +55,7 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     return folded | {"head.weight": weight * scale, "head.bias": bias - weight @ (state["head.0.running_mean"] * scale)}
 
 
-def timm_config(config: dict, pixels: Pixels, classes: list[str] | None) -> dict:
+def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
     """config.json of a model in timm's form: an architecture of its own, and what is different here."""
     names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     size, pool = to_2tuple(config["img_size"]), "avg" if config.get("global_pool") else "token"
@@ -66,7 +67,7 @@ def timm_config(config: dict, pixels: Pixels, classes: list[str] | None) -> dict
         "model_args": {name: config[name] for name in names} | {"global_pool": pool},
         "pretrained_cfg": {
             "input_size": [config["in_chans"], *size], "fixed_input_size": True, "interpolation": "bicubic",
-            "crop_pct": 0.875 if max(size) <= 224 else 1.0, "crop_mode": "center", "mean": pixels.mean,
+            "crop_pct": crop_pct, "crop_mode": "center", "mean": pixels.mean,
             "std": pixels.std, "num_classes": len(classes or ()), "pool_size": None, "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
@@ -74,19 +75,17 @@ def timm_config(config: dict, pixels: Pixels, classes: list[str] | None) -> dict
     }  # fmt: skip
 
 
-def preprocessor_config(config: dict, pixels: Pixels) -> dict:
+def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
     """preprocessor_config.json: evaluation's resizing, cutting and normalising."""
-    side = config["img_size"]
-    short = int(side / (224 / 256 if side <= 224 else 1.0))
     return {
-        "image_processor_type": "ConvNextImageProcessor", "do_resize": True, "size": {"shortest_edge": side},
-        "crop_pct": side / short, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-        "image_mean": pixels.mean, "image_std": pixels.std,
+        "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": int(side / crop_pct)},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": pixels.mean, "image_std": pixels.std,
     }  # fmt: skip
 
 
-def to_hf(folder: Path, state: dict[str, Tensor], config: dict, pixels: Pixels, classes: list[str] | None,
-          mask_ratio: float, source: str) -> None:  # fmt: skip
+def to_hf(folder: Path, state: dict[str, Tensor], config: dict, pixels: Pixels, crop_pct: float,
+          classes: list[str] | None, mask_ratio: float, source: str) -> None:  # fmt: skip
     """Raises UserError where Hugging Face's models can't be what this one is."""
     size = to_2tuple(config["img_size"])
     why = ""
@@ -101,7 +100,7 @@ def to_hf(folder: Path, state: dict[str, Tensor], config: dict, pixels: Pixels, 
     config = config | {"img_size": size[0]}
     described = formats.hugging_face_config(config, classes, mask_ratio)
     save(folder, formats.to_hugging_face(state), described)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(config, pixels))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(size[0], pixels, crop_pct))
 
 
 def to_onnx(path: Path, model: nn.Module, size: tuple[int, int], channels: int) -> None:
@@ -214,15 +213,16 @@ def main(argv: list[str] | None = None) -> None:
         classes = sorted(names, key=names.get) if names else [f"LABEL_{number}" for number in range(width)]
     flags = checkpoint_args(checkpoint)
     pixels = Pixels.of(flags, config["in_chans"])
+    crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
     if config.get("probe") == "attentive" and args.to != "onnx":
         raise UserError(f"{args.resume} is an attentive probe, which only --to onnx can take")
     args.output.mkdir(parents=True, exist_ok=True)
     if args.to == "hf":
         folded = fold_probe(state, config)
-        to_hf(args.output, folded, config, pixels, classes, flags.get("mask_ratio", 0.75), args.resume)
+        to_hf(args.output, folded, config, pixels, crop_pct, classes, flags.get("mask_ratio", 0.75), args.resume)
     elif args.to == "timm":
         trunk = encoder(checkpoint, args.resume) if is_mae else model
-        save(args.output, fold_probe(trunk.state_dict(), config), timm_config(trunk.config, pixels, classes))
+        save(args.output, fold_probe(trunk.state_dict(), config), timm_config(trunk.config, pixels, crop_pct, classes))
     elif args.to == "encoder":
         trunk = encoder(checkpoint, args.resume)
         described = {**trunk.config, "mean": pixels.mean, "std": pixels.std}

@@ -17,7 +17,7 @@ from torch import Tensor
 import models_vit
 from util import errors, knn, views
 from util.errors import UserError
-from util.files import checkpoint_args, load_checkpoint
+from util.files import load_checkpoint
 from util.images import Pixels
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         labels, _ = labels_of(files, args.data_path, classes)
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
-    pixels = Pixels.of(checkpoint_args(checkpoint), model.config["in_chans"])
+    pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)
     features = encode(model, files, pixels, args)
     inside = [path.relative_to(args.data_path) for path in files]
     found = {"features": features.numpy(), "files": np.array([str(path) for path in inside])}

@@ -15,8 +15,7 @@ import torch
 import models_vit
 from util import errors, views
 from util.errors import UserError
-from util.files import checkpoint_args, load_checkpoint
-from util.images import Pixels
+from util.files import load_checkpoint
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
-    pixels = Pixels.of(checkpoint_args(checkpoint), model.config["in_chans"])
+    pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)
     names = sorted(names, key=names.get)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="", encoding="utf-8") as out:

@@ -15,8 +15,7 @@ from PIL import Image
 import models_mae
 from util import errors, masking, pictures, views
 from util.errors import UserError
-from util.files import checkpoint_args, load_checkpoint
-from util.images import Pixels
+from util.files import load_checkpoint
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     size, grid, patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
     if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches")
-    pixels = Pixels.of(checkpoint_args(checkpoint), model.in_chans)
+    pixels = views.pixels_as_trained(checkpoint, model.in_chans, args)
     imgs = torch.cat([imgs for _, imgs in views.batches(files, size, pixels, args)])
     noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
     rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, *views.normalisation(pixels, args.device))

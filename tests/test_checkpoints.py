@@ -11,7 +11,7 @@ import torch
 
 import models_mae
 import models_vit
-from util import misc, optim
+from util import loop, misc, optim
 from util.amp import LossScaler
 from util.errors import UserError
 from util.misc import Position
@@ -88,7 +88,58 @@ def test_resume_brings_back_model_optimiser_and_epoch(checkpoint):
     assert (position.epoch, position.images) == (5, 0)
     assert torch.equal(other.mask_token, model.mask_token)
     assert optimizer.state[other.mask_token]["step"] == 1
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.05]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.5]  # as the flags say now
+
+
+def test_a_sweep_resumed_with_other_rates_trains_with_those(tmp_path):
+    def probe(*blr):
+        model = models_vit.make_linear_probe(classifier(), heads=2)
+        return model, optim.probe_optimizer(model, list(blr), 0.0)
+
+    checkpoints(tmp_path, *probe(0.1, 0.2), "linprobe", blr=[0.1, 0.2]).save(Position(0), whole_epoch=True)
+    model, optimizer = probe(0.1, 0.8)
+    keeper = checkpoints("", model, optimizer, "linprobe", blr=[0.1, 0.8])
+    keeper.resume(str(tmp_path / "checkpoint-0.pth"), override=True)
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    assert scales == [group["lr_scale"] for group in probe(0.1, 0.8)[1].param_groups] and max(scales) == 8
+
+
+def test_a_checkpoint_that_was_moved_away_and_linked_is_still_of_its_folder(checkpoint, tmp_path):
+    path, model = checkpoint
+    (tmp_path / "log.txt").write_text("{}\n")
+    (tmp_path / "disk").mkdir()
+    Path(path).rename(tmp_path / "disk" / "big.pth")
+    Path(path).symlink_to(tmp_path / "disk" / "big.pth")
+    there = sorted(tmp_path.iterdir())
+    checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1e-3, 0.05)).prepare(path)
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_a_running_average_begins_at_the_weights_that_a_run_begins_with(tmp_path):
+    model, started = classifier(), classifier()
+    ema = classifier()
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    keeper = checkpoints("", started, optim.pretrain_optimizer(started, 1e-3, 0.05), "finetune")
+    keeper.ema = ema
+    keeper.resume(str(tmp_path / "weights.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), model.parameters(), strict=True))
+
+
+class Batches(list):
+    dataset = None
+
+
+def test_fewer_ranks_do_not_begin_in_the_midst_of_an_updates_batches(tmp_path):
+    """8 ranks x 32 x 4 have seen 195 batches of an epoch of 50,100 images, all that they can; 4 x 32 x 8 could 391."""
+    model = classifier()
+    keeper = checkpoints("", model, optim.pretrain_optimizer(model, 1e-3, 0.05), batch_size=128, accum_iter=8)
+
+    def first_step(images):
+        position = Position(0, images=images)
+        return loop.Run(Batches(range(391)), keeper, None, position, CPU, None, 1, 0.1).first_step
+
+    assert first_step(195 * 256) == 391
+    assert first_step(48 * 4 * 256) == 384
 
 
 def test_random_streams_come_back():

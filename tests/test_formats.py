@@ -149,14 +149,15 @@ def test_a_classifier_on_the_class_token_becomes_hugging_faces_and_comes_back(pr
         assert_same_weights(models_vit.from_checkpoint(back, str(folder)).state_dict(), model.state_dict())
 
 
-def test_hugging_faces_image_processor_sees_what_evaluation_sees(tmp_path):
+@pytest.mark.parametrize(("side", "flags"), [(32, {}), (32, {"crop_pct": 1.0}), (384, {})])
+def test_hugging_faces_image_processor_sees_what_evaluation_sees(side, flags, tmp_path):
     """Within what another implementation of the bicubic filter makes."""
-    model = autoencoder("small")
-    folder = export(stored(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
+    model = models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": side, "patch_size": side // 4})
+    folder = export(stored(tmp_path / "run", model, "pretrain", **flags), "hf", tmp_path / "hf")
     file = next((SAMPLES.parent.parent / "tests" / "photos").glob("*.jpg"))
     picture = Image.open(file).convert("RGB")
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
-    ours = CentreCrop(32)(np.array(picture)) / 255
+    ours = CentreCrop(side, flags.get("crop_pct"))(np.array(picture)) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (Pixels().mean, Pixels().std))
     assert theirs.shape == ours.shape and ((ours - mean) / std - theirs).abs().mean() < 0.02
 

@@ -104,6 +104,7 @@ BAD = [
     ("finetune", "--reprob 1.5", "must lie between 0 and 1"),
     ("finetune", "--cutmix_minmax 0.5", "needs two numbers"),
     ("finetune", "--crop_pct 0", "must be greater than 0"),
+    ("finetune", "--confusion /", "--confusion / can't be written to: it is a folder"),
 ]
 
 

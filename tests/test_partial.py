@@ -96,9 +96,9 @@ def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, im
 
 def test_the_confusion_matrix_counts_every_image(images, tmp_path, capsys):
     words = [*SMALL.split(), "--data_path", str(images), "--output_dir", str(tmp_path / "run")]
-    main_finetune.main([*words, "--confusion", str(tmp_path / "confusion.csv")])
+    main_finetune.main([*words, "--confusion", str(tmp_path / "tables" / "confusion.csv")])
     accuracy = json.loads((tmp_path / "run/log.txt").read_text())["test_acc1"]
-    with (tmp_path / "confusion.csv").open() as file:
+    with (tmp_path / "tables" / "confusion.csv").open() as file:
         head, *rows = csv.reader(file)
     assert head == ["class", *(row[0] for row in rows), "accuracy"] and len(rows) == 10
     assert all(sum(map(int, row[1:-1])) == 3 for row in rows)

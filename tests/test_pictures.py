@@ -1,5 +1,6 @@
 """Honest pictures and monitors: visible pixels are the input's own, masks remove what they say, figures repeat."""
 
+import argparse
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ import main_pretrain
 import main_reconstruct
 import models_mae
 import models_vit
-from util import knn, masking, pictures
+from util import knn, masking, pictures, views
 from util.errors import UserError
 
 CPU = torch.device("cpu")
@@ -228,6 +229,14 @@ def test_predictions_bear_the_checkpoints_names(images, tmp_path):
     torch.save(checkpoint, tmp_path / "classifier.pth")
     with pytest.raises(UserError, match="no class names"):
         main_predict.main(list(map(str, [*words, "--device", "cpu"])))
+
+
+def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():
+    checkpoint = {"args": {"crop_pct": 1.0, "exif": True, "mean": [0.1] * 3, "std": [0.2] * 3}}
+    for given, taken in (((None, False), (1.0, True)), ((0.5, True), (0.5, True))):
+        flags = argparse.Namespace(crop_pct=given[0], exif=given[1])
+        assert views.pixels_as_trained(checkpoint, 3, flags).mean == (0.1,) * 3
+        assert (flags.crop_pct, flags.exif) == taken
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
-from util import datasets, dist, launch, listing, optim
+from util import datasets, dist, launch, listing, loop, misc, optim, signals
 from util.amp import LossScaler
-from util.augment import CentreCrop
+from util.augment import CentreCrop, Crop
 from util.images import Pixels
+from util.log import RunLog
 from util.lr_sched import CosineSchedule
+from util.monitor import Monitor
 
 CPU = torch.device("cpu")
 
@@ -104,6 +106,62 @@ def test_two_ranks_follow_the_loss_curve_of_one(tmp_path):
     assert alone[-1] < 0.9 * alone[0]
     for curve in ranks.run(2, tmp_path, losses):
         assert curve == pytest.approx(alone, rel=1e-5)
+
+
+def own_opinions(images, folder):
+    """Three epochs whose evaluation comes out differently on each rank; returns the best accuracy, as it thinks."""
+    model = make("finetune")
+    args = {"model": "vit_demo_patch4", "batch_size": 4, "accum_iter": 1, "keep": None}
+    optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
+    keeper = misc.Checkpoints(str(folder), "finetune", model, optimizer, LossScaler("off", CPU), args)
+    keeper.prepare("")
+    loader = datasets.train_loader(str(images), Crop(28, (1.0, 1.0)), 4, 0, False, 0, Pixels(), CPU)
+    position = misc.Position(0)
+    loop.run_epochs(
+        loader, 3, keeper, RunLog("", "", 0, 0.0), position, CPU, lambda epoch, run: {"loss": 1.0},
+        save_freq=100, save_minutes=0, max_bad_steps=1, max_bad_images=1.0,
+        evaluate=lambda poll: {"acc1": 50.0 - dist.rank() * (-1) ** position.epoch},
+    )  # fmt: skip
+    return position.best
+
+
+def test_ranks_whose_accuracies_differ_agree_on_the_best(images, tmp_path):
+    """Else one of them would wait alone to write its checkpoint."""
+    assert ranks.run(2, tmp_path, own_opinions, images, tmp_path / "run") == [50.0, 50.0]
+
+
+def watched(data):
+    """What pre-training's monitor says; the masks follow from the file names."""
+    views = datasets.monitor_loaders(str(data), CentreCrop(28), 4, 0, False, Pixels(), CPU)
+    watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), 0.75, "random", 0)
+    return watch(make("pretrain"), 0, lambda: None)
+
+
+def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
+    for split in ("train", "val"):
+        for folder in sorted((images / split).iterdir())[:2]:
+            (tmp_path / split / folder.name).mkdir(parents=True)
+            file = min(folder.iterdir())
+            (tmp_path / split / folder.name / file.name).symlink_to(file)
+    alone = watched(tmp_path)
+    assert set(alone) == {"loss", "knn"}
+    for stats in ranks.run(3, tmp_path / "out", watched, tmp_path):
+        assert stats == pytest.approx(alone, rel=1e-5)
+
+
+def clock():
+    """Four polls, an hour after the last checkpoint: when to save."""
+    requests, answers = signals.Requests(save_minutes=30), []
+    requests.saved -= 3600
+    for _ in range(4):
+        answers.append(requests.poll()[1])
+        if answers[-1]:
+            requests.save_done()
+    return answers
+
+
+def test_the_clock_asks_once_for_a_checkpoint(tmp_path):
+    assert ranks.run(2, tmp_path, clock) == [[False, True, False, False]] * 2
 
 
 def exchanged(accum):

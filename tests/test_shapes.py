@@ -117,6 +117,8 @@ def test_files_become_the_channels_that_are_asked_for(tmp_path):
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
     stacked = load_array(str(tmp_path / "pages.tif"), channels=7)
     assert np.array_equal(stacked[..., 3], (np.asarray(pages[3]) / 65535).astype(np.float32))
+    np.save(tmp_path / "whole.npy", np.arange(90).reshape(5, 6, 3).astype(np.int32))
+    assert load_array(str(tmp_path / "whole.npy"), channels=3).max() == 89  # as it is, whatever its range
     np.save(tmp_path / "float.npy", np.full((3, 5, 6), 7.5))
     assert (load_array(str(tmp_path / "float.npy"), channels=3) == 7.5).all()
     with pytest.raises(WrongChannels, match=r"--in_chans 5, and this file has 7 page\(s\) of 1 channel"):

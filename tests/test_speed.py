@@ -75,6 +75,27 @@ def test_only_compiled_bf16_on_the_cpu_adds_the_bias_late():
         assert not isinstance(model.decoder_pred, speed.LateBias)  # not compiled, so nothing joins its bias
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_blocks_of_different_stochastic_depth_share_their_compiled_code():
+    """PyTorch gives up at the ninth version of a function, and runs it uncompiled from there on."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = models_vit.VisionTransformer(**ENCODER | {"depth": 10}, num_classes=3, drop_path_rate=0.3)
+    step(model, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first block's rate is 0
+
+
+def test_stochastic_depth_drops_whole_images_as_often_as_it_should():
+    torch.manual_seed(0)
+    model = classifier()
+    speed.prepare(model, CPU, "off", "plain", False, False)
+    drop = model.blocks[1].drop_path1.train()
+    found = drop(torch.ones(20_000, 2, 3))
+    assert torch.equal(found.amin(dim=(1, 2)), found.amax(dim=(1, 2)))
+    assert (found[:, 0, 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert found.mean().item() == pytest.approx(1, abs=0.02) and torch.equal(drop.eval()(found), found)
+
+
 def test_grad_checkpoint_keeps_fewer_activations():
     def kept(**settings):
         sizes = []

@@ -85,13 +85,18 @@ class Crop:
         return img.flip(2) if flip else img
 
 
+def default_crop_pct(size: int | tuple[int, int]) -> float:
+    """224/256, above 224 pixels 1 (no margin)."""
+    return 224 / 256 if max(to_2tuple(size)) <= 224 else 1.0
+
+
 class CentreCrop:
     """Evaluation's: resized, bicubic, so that size / crop_pct is just covered, then the middle; arrays to tensors as
-    above. By default crop_pct is 224/256, above 224 pixels 1 (no margin)."""
+    above."""
 
     def __init__(self, size: int | tuple[int, int], crop_pct: float | None = None) -> None:
         size = to_2tuple(size)
-        pct = crop_pct or (224 / 256 if max(size) <= 224 else 1.0)
+        pct = crop_pct or default_crop_pct(size)
         self.size, self.cover = list(size), (int(size[0] / pct), int(size[1] / pct))
 
     def __call__(self, pixels: np.ndarray) -> Tensor:

@@ -113,7 +113,7 @@ def _to_channels(img: Image.Image, channels: int) -> np.ndarray:
         return np.array(to_rgb(img))
     if channels == 1:
         if img.mode == "F" or img.mode.startswith("I"):
-            return _scaled(np.asarray(img)[..., None])
+            return _scaled(np.asarray(img)[..., None], mode_i=True)
         return np.array((to_rgb(img) if img.has_transparency_data else img).convert("L"))[..., None]
     if channels == 4:
         return np.array(img if img.mode == "CMYK" else img.convert("RGBA"))
@@ -141,13 +141,13 @@ def _from_numpy(values: np.ndarray, channels: int) -> np.ndarray:
     return _scaled(values)
 
 
-def _scaled(values: np.ndarray) -> np.ndarray:
-    """8 bits as they are; 16 bits, also as Pillow's 32-bit whole numbers, as 0 to 1; others as float32."""
+def _scaled(values: np.ndarray, mode_i: bool = False) -> np.ndarray:
+    """8 bits as they are; 16 bits, also as Pillow's 32-bit whole numbers (mode_i), as 0 to 1; others as float32."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    whole = values.dtype == np.int32 and values.min() >= 0 and values.max() <= 65535  # Pillow's mode I
+    whole = mode_i and values.dtype == np.int32 and values.min() >= 0 and values.max() <= 65535
     found = values.astype(np.float32) / (65535 if values.dtype.newbyteorder("=") == np.uint16 or whole else 1)
     if not np.isfinite(found).all():
         raise ValueError("pixels that are not finite")

@@ -38,13 +38,16 @@ class Run:
         self.checkpoints, self.log, self.position, self.requests = checkpoints, log, position, requests
         self.bad_steps = BadSteps(max_bad_steps, device, checkpoints.scaler.amp)
         self.images, self.max_bad_images, self.device = loader.dataset, max_bad_images, device
+        self.steps = len(loader)
         self.known_bad, self.epochs = 0, epochs
         self.data_wait = 0.0  # share of the last epoch's time that was spent waiting for data
 
     @property
     def first_step(self) -> int:
-        """Batches of the epoch that are done already."""
-        return self.position.images // self.checkpoints.images_per_step
+        """Batches of the epoch that are done already. An update ends in the midst of a group of batches only at an
+        epoch's end: then all are, though on another number of ranks one or two more would fit in."""
+        done = self.position.images // self.checkpoints.images_per_step
+        return self.steps if done % self.checkpoints.args["accum_iter"] else done
 
     def report(self, step: int, not_finite: list[int]) -> None:
         """At a logging step: say which updates were skipped; raise FloatingPointError, on all ranks, where they were
@@ -208,7 +211,7 @@ def run_epochs(
             last, improved = epoch + 1 == epochs, False
             if evaluate and (last or (epoch + 1) % eval_freq == 0):
                 position.images = len(loader) * checkpoints.images_per_step
-                test = evaluate(run.poll)
+                test = dist.gather(evaluate(run.poll))[0]  # or roundings part the ranks: what follows must agree
                 improved = test.get("acc1", -1) > position.best
                 if improved:
                     position.best, position.best_epoch = test["acc1"], epoch

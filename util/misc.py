@@ -185,6 +185,8 @@ class Checkpoints:
             return Position(start_epoch)
         checkpoint = load_checkpoint(source)
         load_model(source, checkpoint, self.model, self.args, self.class_to_idx)
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.get("model_ema") or self.model.state_dict())
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             what = describe(checkpoint)
             dist.say(f"weights from {source} ({what}), which holds no optimiser: starting at epoch {start_epoch}")
@@ -195,13 +197,11 @@ class Checkpoints:
         state = checkpoint["optimizer"]
         try:
             for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-                group |= {name: own[name] for name in ("fused", "foreach") if name in own}  # how, not what
+                group |= {name: value for name, value in own.items() if name != "params"}  # as today's flags say
             self.optimizer.load_state_dict(state)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})
-        if self.ema is not None:
-            self.ema.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
         self.newest = source
         position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []),
                             stats=checkpoint.get("stats", {}))  # fmt: skip
@@ -266,8 +266,10 @@ def _epoch_in(path: Path) -> int:
 
 
 def is_inside(source: str, folder: str | Path) -> bool:
-    """Whether a checkpoint lies directly in a folder."""
-    return bool(source) and not is_url(source) and Path(source).resolve().parent == Path(folder).resolve()
+    """Whether a checkpoint, or a link to it, lies directly in a folder."""
+    if not source or is_url(source):
+        return False
+    return Path(folder).resolve() in (Path(source).parent.resolve(), Path(source).resolve().parent)
 
 
 def find(source: str, output_dir: str, job: str, model: str) -> str:

@@ -40,7 +40,7 @@ class Monitor:
         training = model.training
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # shapes of its own are not worth a compilation
-            stats = self._loss_and_neighbours(model, poll) if self.val else {}
+            stats = self._loss_and_neighbours(model, poll) if self.val is not None else {}
             self._picture(model, epoch)
         model.train(training)
         if stats:
@@ -56,7 +56,8 @@ class Monitor:
         device, total, images = self.val.device, torch.zeros((), dtype=torch.float64), 0
         found = {}
         for name, feed in (("val", self.val), ("train", self.train)):
-            features, classes = [], []
+            features = [torch.empty(0, model.pos_embed.shape[2])]  # a rank may have no image of a small folder
+            classes = [torch.empty(0, dtype=torch.long)]
             order = [feed.dataset.name(index) for index in feed.sampler]
             for batch in in_step(feed, True, device):
                 poll()
@@ -80,14 +81,14 @@ class Monitor:
             shares = dist.gather(found["train"])
             neighbours = (torch.cat(parts).to(device) for parts in zip(*shares, strict=True))
             mine, targets = (x.to(device) for x in found["val"])
-            right = knn.accuracy(*neighbours, mine, targets) * len(mine)
+            right = knn.accuracy(*neighbours, mine, targets) * len(mine) if len(mine) else 0.0
             stats["knn"] = dist.sum_over_ranks([right], device)[0] / images
         return stats
 
     def _picture(self, model: nn.Module, epoch: int) -> None:
         if dist.rank() or not self.output_dir:
             return
-        feed = self.val or self.train
+        feed = self.train if self.val is None else self.val
         if self.shown is None:
             self.shown, self.names = feed.some(PICTURES)
         noise = self._noise(model, self.names, feed.device)

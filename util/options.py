@@ -327,6 +327,9 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
         known = not source or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
         if not known and not weights_in(Path(source)):
             problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
+    if table := getattr(args, "confusion", ""):
+        why = "it is a folder" if Path(table).is_dir() else folder.unwritable(Path(table).parent)
+        problems += [f"--confusion {table} can't be written to: {why}"] if why else []
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks into --output_dir, which is empty")
     return problems if getattr(args, "eval", False) else problems + _output_problems(args)

@@ -84,7 +84,7 @@ class Requests:
         if self.exchange is not None:
             self.exchange.wait()
             agreed = self.flags.tolist()
-        self.flags = torch.tensor([self.signum, int(due and dist.rank() == 0)])
+        self.flags = torch.tensor([self.signum, int(due and not agreed[1] and dist.rank() == 0)])
         self.exchange = td.all_reduce(self.flags, td.ReduceOp.MAX, group=self.group, async_op=True)
         return agreed[0], bool(agreed[1])
 

@@ -5,7 +5,7 @@ import ctypes
 import sys
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,6 +40,17 @@ class LateBias(nn.Linear):
         """x [..., D] -> [..., out]."""
         x = F.linear(x, self.weight)
         return x if self.bias is None else x + self.bias.to(x.dtype)
+
+
+class SharedDropPath(DropPath):
+    """timm's, with the share that stays in a tensor: as a number it would be a constant of the compiled code, and every
+    block, whose rate is its own, a compilation more, of which PyTorch allows eight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, L, D] -> [N, L, D]."""
+        if not self.training:
+            return x
+        return x * x.new_empty(len(x), 1, 1).bernoulli_(self.stay).div_(self.stay)
 
 
 def choose_attention(device: torch.device, amp: str) -> str:
@@ -78,6 +89,9 @@ def prepare(
         if isinstance(module, Attention):
             module.fused_attn = kernel == "fused"
             module.__class__ = BlockedAttention if kernel == "blocked" else Attention
+        elif isinstance(module, DropPath):
+            module.stay = torch.tensor(1 - module.drop_prob, device=device)  # no buffer: checkpoints don't hold it
+            module.__class__ = SharedDropPath
     model.set_grad_checkpointing(grad_checkpoint)
     compiled = device.type == "cuda" if compiled is None else compiled
     linear = LateBias if compiled and device.type == "cpu" and amp == "bf16" else nn.Linear

@@ -10,6 +10,7 @@ from torch import Tensor
 from util import datasets
 from util.augment import CentreCrop
 from util.errors import UserError
+from util.files import checkpoint_args
 from util.folder import unwritable
 from util.images import BadImage, Pixels, load_array
 from util.options import device_problems
@@ -19,8 +20,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Device, batches, and how an image is cut and turned."""
     add = parser.add_argument
     add("--batch_size", default=64, type=int)
-    add("--crop_pct", type=float, help="share of the image kept; default: 224/256, above 224 pixels 1")
-    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
+    add("--crop_pct", type=float, help="share of the image kept; default: as in the checkpoint's evaluation")
+    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says; default: likewise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -47,6 +48,14 @@ def find(places: list[Path], num: int | None = None) -> list[Path]:
     if not files:
         raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(datasets.EXTENSIONS)} wanted")
     return [files[number] for number in datasets.spread(len(files), num or len(files))]
+
+
+def pixels_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Pixels:
+    """How the checkpoint's job took images. Where the flags leave crop and EXIF open, they become that job's."""
+    flags = checkpoint_args(checkpoint)
+    args.crop_pct = args.crop_pct or flags.get("crop_pct")
+    args.exif = args.exif or bool(flags.get("exif"))
+    return Pixels.of(flags, channels)
 
 
 def normalisation(pixels: Pixels, device: str | torch.device) -> tuple[Tensor, Tensor]:
