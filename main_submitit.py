@@ -85,8 +85,7 @@ class Job:
 def job_flags(args: argparse.Namespace) -> list[str]:
     """The job's flags, with its folder and --resume auto. Raises UserError, or argparse's exit, where they are wrong:
     now rather than when the job's turn comes."""
-    flags = list(args.flags)
-    flags += [] if _has(flags, "--output_dir") else ["--output_dir", str(Path(args.job_dir).absolute())]
+    flags = ["--output_dir", str(Path(args.job_dir).absolute()), *args.flags]  # the last one counts
     script = importlib.import_module(f"main_{args.job}")
     parsed = script.get_args(flags)
     evaluation, start = getattr(parsed, "eval", False), parsed.resume
@@ -100,10 +99,6 @@ def job_flags(args: argparse.Namespace) -> list[str]:
     if problems:
         raise UserError("; ".join(problems))
     return flags if evaluation else flags + ["--resume", "auto"]
-
-
-def _has(flags: list[str], name: str) -> bool:
-    return any(flag == name or flag.startswith(f"{name}=") for flag in flags)
 
 
 def executor(args: argparse.Namespace) -> submitit.AutoExecutor:

@@ -62,12 +62,12 @@ class Pixels(NamedTuple):
         return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else None
 
     @classmethod
-    def of(cls, args: dict, channels: int, exif: bool = False) -> "Pixels":
+    def of(cls, args: dict, channels: int) -> "Pixels":
         """Those that a checkpoint's args were trained with."""
         mean, std = args.get("mean"), args.get("std")
         if not mean or not std:
             mean, std = cls.usual(channels) or ((0.0,) * channels, (1.0,) * channels)
-        return cls(channels, tuple(mean), tuple(std), exif)
+        return cls(channels, tuple(mean), tuple(std))
 
 
 def load_array(path: str, exif: bool = False, channels: int = 3) -> np.ndarray:

@@ -29,40 +29,27 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def common_parser(
-    description: str,
-    models: dict,
-    *,
-    model: str,
-    batch_size: int,
-    epochs: int,
-    warmup_epochs: int,
-    weight_decay: float,
-    blr: float | None,
-    min_lr: float,
-    crop_scale: tuple[float, float],
-    save_freq: int,
-    keep: int | None,
-    several_rates: bool = False,
+    description: str, models: dict, several_rates: bool = False, **defaults: object
 ) -> argparse.ArgumentParser:
-    """The flags of every job, with the job's own defaults."""
+    """The flags of every job; defaults: the job's own, by the flags' names."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default=model, metavar="NAME", help=f"one of {', '.join(models)}")
+    add("--model", metavar="NAME", help=f"one of {', '.join(models)}")
     add("--input_size", default=224, type=int, nargs="+", metavar="SIDE", help="pixels; or height and width")
     add("--patch_size", type=int, help="default: the model's")
     add("--in_chans", default=3, type=int, metavar="C", help="channels of the images")
 
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", default=batch_size, type=int, help="per process")
+    add("--batch_size", type=int, help="per process")
     add("--accum_iter", default=1, type=int, help="batches accumulated per update")
-    add("--epochs", default=epochs, type=int, help="length of the whole schedule")
-    add("--warmup_epochs", default=warmup_epochs, type=int, help="of linear warm-up")
+    add("--epochs", type=int, help="length of the whole schedule")
+    add("--warmup_epochs", type=int, help="of linear warm-up")
     add("--lr", type=float, help="learning rate; default: blr * effective batch size / 256")
     several = {"nargs": "+", "metavar": "BLR"} if several_rates else {}
-    by_probe = "; default: 0.1, attentive 1e-3" if blr is None else ""
-    add("--blr", default=blr, type=float, help=f"base learning rate, per 256 images{by_probe}", **several)
-    add("--min_lr", default=min_lr, type=float, help="learning rate at the end")
-    add("--weight_decay", default=weight_decay, type=float, help="1-D parameters never decay")
+    by_probe = "; default: 0.1, attentive 1e-3" if several_rates else ""
+    add("--blr", type=float, help=f"base learning rate, per 256 images{by_probe}", **several)
+    add("--min_lr", type=float, help="learning rate at the end")
+    add("--weight_decay", type=float, help="1-D parameters never decay")
     add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
     add("--max_bad_steps", default=5, type=int, help="skipped updates (gradients not finite) in a row that stop a run")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
@@ -75,7 +62,7 @@ def common_parser(
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
-    add("--crop_scale", default=crop_scale, type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
+    add("--crop_scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
     add("--mean", type=float, nargs="+", help="per channel, of pixels from 0 to 1; default: ImageNet's")
     add("--std", type=float, nargs="+", help="likewise; scripts/mean_std.py computes both")
     add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
@@ -85,13 +72,20 @@ def common_parser(
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="don't")
 
+    _add_run_flags(parser, shard=not several_rates)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, shard: bool) -> None:
+    """Where the run goes and comes from, and its processes; shard: --shard, too."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' writes none")
     add("--log_dir", help="TensorBoard events; default: output_dir")
     add("--overwrite", action="store_true", help="start afresh though output_dir holds checkpoints: they are removed")
-    add("--save_freq", default=save_freq, type=int, help="epochs between checkpoint-{epoch}.pth")
+    add("--save_freq", type=int, help="epochs between checkpoint-{epoch}.pth")
     add("--save_minutes", default=30.0, type=float, help="between checkpoint-last.pth in mid-epoch; 0: never")
-    add("--keep", default=keep, type=int, metavar="N", help="newest checkpoints kept, with the best; default: all")
+    add("--keep", type=int, metavar="N", help="newest checkpoints kept, with the best; default: all")
     add("--resume", default="", metavar="FILE_OR_URL", help="checkpoint to go on from; auto: the newest in output_dir")
     add("--resume_override", action="store_true", help="resume though the schedule's flags differ")
     add("--start_epoch", default=0, type=int, help="first epoch, where --resume gives none")
@@ -104,9 +98,8 @@ def common_parser(
     add("--dist_on_itp", action="store_true", help="read Open MPI's variables")
     add("--dist_url", default="env://", help="rendezvous address")
     add("--dist_timeout", default=30.0, type=float, metavar="MINUTES", help="longest wait for another process")
-    if not several_rates:
+    if shard:
         add("--shard", action="store_true", help="spread the optimiser's state over the ranks (ZeRO-1)")
-    return parser
 
 
 def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:
