@@ -197,7 +197,8 @@ class Checkpoints:
         state = checkpoint["optimizer"]
         try:
             for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-                group |= {name: value for name, value in own.items() if name != "params"}  # as today's flags say
+                # As today's flags say; the rate is the schedule's.
+                group |= {name: value for name, value in own.items() if name not in ("params", "lr")}
             self.optimizer.load_state_dict(state)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
