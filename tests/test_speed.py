@@ -67,11 +67,12 @@ def test_compiled_and_checkpointed_models_keep_their_parameter_names():
     assert list(model.state_dict()) == names
 
 
-def test_only_compiled_bf16_on_the_cpu_adds_the_bias_late():
+def test_only_compiled_bf16_on_the_cpu_adds_the_bias_late_and_keeps_gelu_whole():
     for amp, compiled, late in (("bf16", True, True), ("bf16", False, False), ("off", True, False)):
         model = autoencoder()
         speed.prepare(model, CPU, amp, "auto", compiled, False)
         assert isinstance(model.blocks[0].mlp.fc1, speed.LateBias) == late
+        assert isinstance(model.blocks[0].mlp.act, speed.WholeGELU) == late
         assert not isinstance(model.decoder_pred, speed.LateBias)  # not compiled, so nothing joins its bias
 
 
@@ -94,6 +95,14 @@ def test_stochastic_depth_drops_whole_images_as_often_as_it_should():
     assert torch.equal(found.amin(dim=(1, 2)), found.amax(dim=(1, 2)))
     assert (found[:, 0, 0] == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
     assert found.mean().item() == pytest.approx(1, abs=0.02) and torch.equal(drop.eval()(found), found)
+
+
+def test_the_whole_gelu_is_pytorchs():
+    x = torch.linspace(-6, 6, 200, dtype=torch.double, requires_grad=True)
+    assert torch.equal(speed.gelu(x), nn.functional.gelu(x))
+    torch.library.opcheck(speed.gelu, (x,))
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (speed.gelu, nn.functional.gelu))
+    assert torch.equal(ours, theirs)
 
 
 def test_grad_checkpoint_keeps_fewer_activations():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pre-training on full Fashion-MNIST: encoder of 1.2 M parameters, 15 epochs.
-# About 35 minutes on one CPU core. Ends near a loss of 0.298, test_knn 83 %.
+# About 35 minutes on one CPU core. Ends near a loss of 0.298 to 0.299, test_knn 83 %.
 . "$(dirname "$0")/common.sh"
 
 python main_pretrain.py $common --output_dir "$out/pretrain-seed$seed" --model mae_vit_demo_patch4 --norm_pix_loss \
