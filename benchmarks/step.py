@@ -201,9 +201,8 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
 def measure(args: argparse.Namespace, words: list[str]) -> dict:
     """The whole benchmark; returns what goes into the file."""
     device = torch.device(args.device)
-    compiled = device.type == "cuda" if args.compile is None else args.compile
     settings = {"hf_best": best_attention(words, False)}
-    settings |= {"hf_compiled": best_attention(words, True)} if compiled else {}
+    settings |= {"hf_compiled": best_attention(words, True)} if speed.compiles(device, args.compile) else {}
     rows = {row: Row(row, words, settings.get(row, {})) for row in ("ours", "off", "hf", *settings)}
     peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
     times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}

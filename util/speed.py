@@ -102,6 +102,11 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
+def compiles(device: torch.device, wanted: bool | None) -> bool:
+    """What --compile and --no_compile mean; neither (None): on CUDA only."""
+    return device.type == "cuda" if wanted is None else wanted
+
+
 def prepare(
     model: nn.Module, device: torch.device, amp: str, attention: str, compiled: bool | None, grad_checkpoint: bool
 ) -> None:
@@ -120,7 +125,7 @@ def prepare(
             module.stay = torch.tensor(1 - module.drop_prob, device=device)  # no buffer: checkpoints don't hold it
             module.__class__ = SharedDropPath
     model.set_grad_checkpointing(grad_checkpoint)
-    compiled = device.type == "cuda" if compiled is None else compiled
+    compiled = compiles(device, compiled)
     bf16_on_cpu = compiled and device.type == "cpu" and amp == "bf16"
     linear, activation = (LateBias, WholeGELU) if bf16_on_cpu else (nn.Linear, nn.GELU)
     for block in (module for module in model.modules() if isinstance(module, Block)):
