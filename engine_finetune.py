@@ -77,7 +77,7 @@ def evaluate(
     predicted class) to, of the first head.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
-    dist.share_buffers(model)
+    dist.share(model.buffers())  # a probe's BatchNorm statistics
     images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(len(names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
     table = None

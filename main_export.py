@@ -2,12 +2,13 @@
 
     python main_export.py --resume output/pretrain/checkpoint-399.pth --to timm --output exported
 
---to timm       model.safetensors, config.json: timm.create_model("local-dir:exported")
+--to timm       model.safetensors, config.json: timm.create_model("local-dir:exported", pretrained=True)
      hf         the same for Hugging Face: ViTMAEForPreTraining.from_pretrained("exported") of an autoencoder,
                 ViTForImageClassification of a classifier on the class token; preprocessor_config.json
      encoder    the encoder alone under the reference's names, as in its released files, and config.json
      onnx       model.onnx, of images [N, C, H, W], normalised: a classifier's logits, else the encoder's tokens
-A linear probe's BatchNorm becomes part of its linear layer. With --model_ema the running average is exported.
+A linear probe's BatchNorm becomes part of its linear layer; of a sweep's heads the best one goes out. With --model_ema
+the running average is exported.
 """
 
 import argparse
@@ -45,11 +46,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """A linear probe's normalisation and first head as one linear layer, under head.weight and head.bias."""
+    """A linear probe's normalisation and head as one linear layer, under head.weight and head.bias."""
     if "probe" not in config:
         return state
-    weight, bias = (state[f"head.1.{name}" if config.get("probe_heads", 1) == 1 else f"head.1.heads.0.{name}"]
-                    for name in ("weight", "bias"))  # fmt: skip
+    weight, bias = state["head.1.weight"], state["head.1.bias"]
     scale = (state["head.0.running_var"] + 1e-6).rsqrt()
     folded = {name: value for name, value in state.items() if not name.startswith("head.")}
     return folded | {"head.weight": weight * scale, "head.bias": bias - weight @ (state["head.0.running_mean"] * scale)}
@@ -57,14 +57,13 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 
 def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
     """config.json of a model in timm's form: an architecture of its own, and what is different here."""
-    names = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     size, pool = to_2tuple(config["img_size"]), "avg" if config.get("global_pool") else "token"
     return {
         "architecture": "vit_base_patch16_224",
         "num_classes": len(classes or ()),
         "num_features": config["embed_dim"],
         "global_pool": pool,
-        "model_args": {name: config[name] for name in names} | {"global_pool": pool},
+        "model_args": {name: config[name] for name in models_vit.TRUNK} | {"global_pool": pool},
         "pretrained_cfg": {
             "input_size": [config["in_chans"], *size], "fixed_input_size": True, "interpolation": "bicubic",
             "crop_pct": crop_pct, "crop_mode": "center", "mean": pixels.mean,
@@ -144,7 +143,7 @@ def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) 
     flags, stats = checkpoint_args(checkpoint), checkpoint.get("stats") or {}
     job = {"pretrain": "masked pre-training", "finetune": "fine-tuning", "linprobe": "linear probing"}
     usage = {
-        "timm": 'model = timm.create_model("local-dir:FOLDER")',
+        "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
         "hf": f'model = transformers.{"ViTForImageClassification" if classes else "ViTMAEForPreTraining"}'
               '.from_pretrained("FOLDER")',
         "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
@@ -169,11 +168,16 @@ def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) 
         "effective batch": effective_batch(flags),
         "classes": len(classes) if classes else None,
         "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved"])) if "saved" in checkpoint else None,
-        **{name: f"{value:.6g}" for name, value in stats.items() if isinstance(value, float)},
+        **{name: f"{value:.6g}" for name, value in stats.items() if isinstance(value, float) and _is_its(name, args)},
     }  # fmt: skip
     lines += [f"| {name} | {value} |" for name, value in known.items() if value is not None]
     recipe = " ".join(f"--{name} {value}" for name, value in flags.items() if name in RECIPE and value is not None)
     return "\n".join([*lines, "", *(["Recipe: `" + recipe + "`", ""] if recipe else [])])
+
+
+def _is_its(figure: str, args: argparse.Namespace) -> bool:
+    """Whether one of the last epoch's figures is of the weights that are exported, not of another average or head."""
+    return "_blr" not in figure and (not figure.startswith("test_") or args.model_ema == figure.startswith("test_ema_"))
 
 
 RECIPE = (
@@ -205,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         model = models_mae.from_checkpoint(checkpoint, args.resume)
     else:
         model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=not has_head)
+        models_vit.keep_best_head(model, checkpoint)
     config, state = model.config, model.state_dict()
     names = checkpoint.get("class_to_idx")
     classes = None
@@ -214,8 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = checkpoint_args(checkpoint)
     pixels = Pixels.of(flags, config["in_chans"])
     crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
-    if config.get("probe") == "attentive" and args.to != "onnx":
-        raise UserError(f"{args.resume} is an attentive probe, which only --to onnx can take")
+    if config.get("probe") == "attentive" and args.to in ("timm", "hf"):
+        raise UserError(f"{args.resume} is an attentive probe, which only --to onnx can take, its encoder --to encoder")
     args.output.mkdir(parents=True, exist_ok=True)
     if args.to == "hf":
         folded = fold_probe(state, config)

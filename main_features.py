@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--neighbours needs class folders in --data_path, and one feature per image (--tokens)")
     others = views.find([args.neighbours]) if args.neighbours else []
     named, classes = labels_of(others, args.neighbours) if others else (None, classes)
+    if others and named is None:
+        raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>")
     if named is not None:
         labels, _ = labels_of(files, args.data_path, classes)
     checkpoint = load_checkpoint(args.resume)

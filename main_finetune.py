@@ -121,8 +121,10 @@ def main(argv: list[str] | None = None) -> None:
         args.output_dir, "finetune", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx,
         ema.module if ema else None,
     )  # fmt: skip
-    position = checkpoints.resume(source, args.start_epoch, args.resume_override)
+    position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(train_loader.dataset))
     checkpoints.prepare(source)
+    if ema:
+        dist.share(ema.module.state_dict().values())  # as DDP does with the model
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
 

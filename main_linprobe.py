@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = misc.Checkpoints(
         args.output_dir, "linprobe", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
     )
-    position = checkpoints.resume(source, args.start_epoch, args.resume_override)
+    position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(train_loader.dataset))
     checkpoints.prepare(source)
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)

@@ -3,7 +3,7 @@
     python main_predict.py --resume output/finetune/checkpoint-99.pth --images DIR --output predictions.csv
 
 A line per image: file, class, probability, then the five most probable classes with their probabilities. The names are
-those of the checkpoint's own class_to_idx. With several heads (a probe's sweep) the first one speaks.
+those of the checkpoint's own class_to_idx. Of a sweep's heads the best one speaks.
 """
 
 import argparse
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     names = checkpoint.get("class_to_idx")
     if not names:
         raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
-    model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
+    model = models_vit.from_checkpoint(checkpoint, args.resume)
+    model = models_vit.keep_best_head(model, checkpoint).to(args.device).eval()
     pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)
     names = sorted(names, key=names.get)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         ranks = [f"{word}{number}" for number in range(1, k + 1) for word in ("top", "p")]
         writer.writerow(["file", "class", "probability", *ranks])
         for paths, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
-            logits = model(imgs).float()
-            top = (logits[:, 0] if logits.ndim == 3 else logits).softmax(dim=1).topk(k)
+            top = model(imgs).float().softmax(dim=1).topk(k)
             for path, shares, numbers in zip(paths, top.values.tolist(), top.indices.tolist(), strict=True):
                 best = [word for share, n in zip(shares, numbers, strict=True) for word in (names[n], f"{share:.4f}")]
                 writer.writerow([path, *best[:2], *best])

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     scaler = amp.LossScaler(args.amp, device)
     checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))
-    position = checkpoints.resume(source, args.start_epoch, args.resume_override)
+    position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(loader.dataset))
     checkpoints.prepare(source)
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model.loss_only = True

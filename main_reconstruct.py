@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write the pictures (argv defaults to the command line's)."""
     args = get_args(argv)
     views.check(args)
-    if not args.separate and args.output.suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(args.output.suffix.lower())
+    if not args.separate and kind not in Image.SAVE:
         raise UserError(f"--output {args.output}: a picture wanted, .png for example; or --separate and a folder")
     files = views.find(args.images, args.num)
     checkpoint = load_checkpoint(args.resume)
@@ -63,9 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     ] + [pictures.NORMALISED] * model.norm_pix_loss  # fmt: skip
     if args.separate:
         args.output.mkdir(parents=True, exist_ok=True)
-        for path, row in zip(files, rows, strict=True):
+        alike = len({path.stem for path in files}) < len(files)
+        for number, (path, row) in enumerate(zip(files, rows, strict=True)):
+            stem = f"{number:04d}-{path.stem}" if alike else path.stem
             for title, panel in zip(pictures.COLUMNS, row, strict=True):
-                pictures.to_picture(panel).save(args.output / f"{path.stem}-{title.replace(' ', '_')}.png")
+                pictures.to_picture(panel).save(args.output / f"{stem}-{title.replace(' ', '_')}.png")
     else:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         pictures.grid(rows, caption).save(args.output)

@@ -250,11 +250,14 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
 
 
 def _config_of(state: dict[str, Tensor], source: str) -> dict:
-    """The arguments of an autoencoder with weights of these shapes; its decoder's heads as in the paper, 16."""
+    """The arguments of an autoencoder with weights of these shapes; its decoder's heads, which leave no trace, as in
+    the model of MODELS with such a decoder, else as in the paper, 16."""
     trunk = models_vit.config_of(state, source)
     width = state["decoder_embed.weight"].shape[0]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
-    decoder = {"decoder_embed_dim": width, "decoder_depth": depth, "decoder_num_heads": 16}
+    decoder = {"decoder_embed_dim": width, "decoder_depth": depth}
+    alike = [known.keywords for known in MODELS.values() if decoder.items() <= known.keywords.items()]
+    decoder["decoder_num_heads"] = alike[0]["decoder_num_heads"] if alike else 16
     return {name: trunk[name] for name in models_vit.TRUNK} | decoder
 
 

@@ -13,6 +13,8 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from util.errors import UserError
+from util.files import checkpoint_args
+from util.formats import TRUNK
 
 # Width, depth and heads of the encoders; models_mae builds on the same.
 SIZES = {
@@ -110,6 +112,17 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
     return model
 
 
+def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransformer:
+    """Of a sweep's heads only the one of best accuracy in the checkpoint's last evaluation, the first where there was
+    none; in place."""
+    if model.config.get("probe_heads", 1) > 1:
+        stats = checkpoint.get("stats") or {}
+        shares = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in checkpoint_args(checkpoint).get("blr") or [0]]
+        model.head[1] = model.head[1].heads[shares.index(max(shares))]
+        model.config["probe_heads"] = 1
+    return model
+
+
 def from_config(config: dict) -> VisionTransformer:
     """Build the classifier that a checkpoint's `model_config` describes (without its weights)."""
     arguments = {name: value for name, value in config.items() if name not in ("model", "probe", "probe_heads")}
@@ -140,9 +153,6 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
     except RuntimeError as error:
         raise UserError(f"{source} is no Vision Transformer of ours: {str(error).splitlines()[1].strip()}") from error
     return model
-
-
-TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 def config_of(state: dict[str, Tensor], source: str) -> dict:

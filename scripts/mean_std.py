@@ -43,8 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--in_chans and --num must be at least 1")
     files = views.find(args.folder, args.num)
     mean, std = statistics(files, args.in_chans)
-    flags = (" ".join(f"{x:.6g}" for x in values) for values in (mean, std))
-    print(f"# {len(files)} images\n--mean {next(flags)} --std {next(flags)}")
+    # Without exponents: argparse takes -1e-05 for a flag.
+    mean, std = (
+        " ".join(np.format_float_positional(x, 6, fractional=False, trim="-") for x in values) for values in (mean, std)
+    )
+    print(f"# {len(files)} images\n--mean {mean} --std {std}")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,12 @@ from util.errors import UserError
 from util.images import Pixels
 
 
-def pixels(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def pixels(images: datasets.Images) -> tuple[np.ndarray, np.ndarray]:
     """[N, H*W*C] from 0 to 1, and classes [N]."""
-    images = datasets.Images(root / split, None, Pixels())
     try:
         values = np.stack([images[index][0].ravel() for index in range(len(images))])
     except ValueError as error:
-        raise UserError(f"{root / split} holds images of different sizes: this baseline wants one size") from error
+        raise UserError(f"{images.root} holds images of different sizes: this baseline wants one size") from error
     return values.astype(np.float32) / 255, images.targets
 
 
@@ -41,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     for split in ("train", "val"):
         if not (args.data_path / split).is_dir():
             raise UserError(f"no folder {args.data_path / split}: --data_path must hold {split}/<class>/<images>")
-    (train, targets), (val, truth) = pixels(args.data_path, "train"), pixels(args.data_path, "val")
+    sets = [datasets.EvalImages(args.data_path / split, None, Pixels()) for split in ("train", "val")]
+    datasets.check_classes(*sets, len(sets[1].classes))
+    (train, targets), (val, truth) = map(pixels, sets)
     mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
     found = LogisticRegression(max_iter=args.iterations).fit((train - mean) / std, targets)
     accuracy = 100 * found.score((val - mean) / std, truth)

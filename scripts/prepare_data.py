@@ -7,8 +7,8 @@
 They are downloaded by torchvision, checked, next to the output. Without a network give --source: for fashion_mnist the
 folder of its four idx.gz files (Debian: apt-get install dataset-fashion-mnist puts them into
 /usr/share/datasets/fashion-mnist), for the others a folder or an archive that holds train/<class>/ and val/<class>/.
-What is there already, and whole, is left alone. --per_class N keeps the first N of each class: the samples are
-`fashion_mnist --per_class 200`.
+What is there already, and whole, is left alone; where other files lie in output/train or val, nothing is done.
+--per_class N keeps the first N of each class: the samples are `fashion_mnist --per_class 200`.
 """
 
 import argparse
@@ -102,9 +102,12 @@ def counted(output: Path) -> tuple[int, int]:
     return tuple(sum(is_image(path.name) for path in (output / split).glob("*/*")) for split in IDX)
 
 
-def prepare(name: str, source: Path, output: Path, per_class: int | None, downloaded: bool) -> None:
-    """Write both splits, all or nothing."""
+def prepare(
+    name: str, source: Path, output: Path, per_class: int | None, downloaded: bool, wanted: tuple[int, int]
+) -> None:
+    """Write both splits, of so many images, all or nothing."""
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        done = Path(temporary) / "done"
         if source.is_file():
             try:
                 with tarfile.open(source) as tar:
@@ -113,17 +116,24 @@ def prepare(name: str, source: Path, output: Path, per_class: int | None, downlo
                 raise UserError(f"{source}: {error}") from error
             source = Path(temporary) / "source"
         for split in IDX:
-            folder = Path(temporary) / "done" / split
+            folder = done / split
             if name == "fashion_mnist":
                 write(clothes(source, split), folder, per_class)
             elif name == "cifar10" and downloaded:
                 write(cifar(source, split), folder, per_class)
             else:
                 copy(source, folder, split, per_class)
+        found = counted(done)
+        if found != wanted:
+            raise UserError(f"{source} holds {found[0]} and {found[1]} images, {wanted[0]} and {wanted[1]} wanted")
+        for split in IDX:
+            for path in (output / split).rglob("*"):
+                if not (done / path.relative_to(output)).exists():
+                    raise UserError(f"{path} is none of {name}'s: remove it, or choose another --output")
         output.mkdir(exist_ok=True)
         for split in IDX:
             shutil.rmtree(output / split, ignore_errors=True)
-            (Path(temporary) / "done" / split).rename(output / split)
+            (done / split).rename(output / split)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -137,14 +147,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.source and not args.source.exists():
         raise UserError(f"--source {args.source}: no such file or folder")
     wanted = COUNTS[args.name] if args.per_class is None else (10 * args.per_class,) * 2
+    if args.per_class is not None and args.per_class < 1:
+        raise UserError(f"--per_class {args.per_class} must be at least 1")
     if counted(args.output) != wanted:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         source = args.source or fetch(args.name, args.output.with_name(f"{args.output.name}_download"))
-        prepare(args.name, source, args.output, args.per_class, args.source is None)
-    found = counted(args.output)
-    if found != wanted:
-        raise UserError(f"{args.output} holds {found[0]} and {found[1]} images, {wanted[0]} and {wanted[1]} wanted")
-    print(f"{args.output}: {found[0]} training images, {found[1]} others")
+        prepare(args.name, source, args.output, args.per_class, args.source is None, wanted)
+    print(f"{args.output}: {wanted[0]} training images, {wanted[1]} others")
 
 
 if __name__ == "__main__":

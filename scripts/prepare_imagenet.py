@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare_val(args.val, read_labels(args.labels), args.output)
         if args.train:
             prepare_train(args.train, args.output)
-    except (tarfile.TarError, EOFError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, EOFError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"an archive or the labels cannot be read: {type(error).__name__} {error}") from error
     except OSError as error:
         raise UserError(f"{error}: is the disk full?") from error

@@ -125,6 +125,17 @@ def test_a_running_average_begins_at_the_weights_that_a_run_begins_with(tmp_path
     assert all(torch.equal(a, b) for a, b in zip(ema.parameters(), model.parameters(), strict=True))
 
 
+def test_a_folder_that_changed_begins_its_epoch_anew(tmp_path, capsys):
+    """Another number of images is another order."""
+    model = autoencoder()
+    keeper = checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1e-3, 0.05))
+    keeper.save(Position(3, images=64, dataset=200, totals={"loss": [1.0, 2.0]}), whole_epoch=False)
+    for dataset, images in ((200, 64), (0, 64), (209, 0)):
+        position = keeper.resume(str(tmp_path / "checkpoint-last.pth"), dataset=dataset)
+        assert (position.epoch, position.images, bool(position.totals)) == (3, images, images > 0)
+    assert "had 200 images and has 209: epoch 3 starts anew" in capsys.readouterr().out
+
+
 class Batches(list):
     dataset = None
 

@@ -136,6 +136,19 @@ def test_evaluation_stops_at_the_first_bad_file(workers, data, tmp_path):
     assert faults.ended(process) == 2
     said = (tmp_path / "said").read_text()
     assert f"error: {bad}: not an image, or empty; evaluation counts every image" in said and "Traceback" not in said
+    assert (tmp_path / "out" / "checkpoint-last.pth").is_file()  # what was trained is not lost
+
+
+def test_a_val_folder_of_junk_ends_pretraining_in_a_message_and_saved(data, tmp_path):
+    for file in (data / "val").glob("*/*"):
+        file.unlink()
+        file.write_bytes(b"junk")
+    words = argv("pretrain", data, tmp_path / "out", "--num_workers", 1, "--monitor_freq", 1)
+    process = faults.start("pretrain", words, tmp_path / "said")
+    assert faults.ended(process) == 2
+    said = (tmp_path / "said").read_text()
+    assert "100 images in a row" in said and "--monitor_freq 0" in said and "Traceback" not in said
+    assert (tmp_path / "out" / "checkpoint-last.pth").is_file()
 
 
 def test_replacements_are_the_same_for_any_number_of_workers(data):
@@ -219,6 +232,24 @@ def test_cmyk_and_animations(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_array(str(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_files_of_one_kind_have_one_scale(tmp_path):
+    """Whether whole numbers are 16 bits is the format's matter, not that of the numbers in a file."""
+    for low, high in ((0, 60000), (0, 99956)):
+        Image.fromarray(np.array([[low, high]], np.int32)).save(tmp_path / "i.tif")
+        assert load_array(str(tmp_path / "i.tif"), channels=1).ravel().tolist() == [low, high]
+    Image.fromarray(np.array([[0, 13107]], np.uint16)).save(tmp_path / "16.png")
+    assert load_array(str(tmp_path / "16.png"), channels=1).ravel() == pytest.approx([0, 0.2])
+    rgba = load_array(str(tmp_path / "16.png"), channels=4)
+    assert rgba[0].tolist() == [[0, 0, 0, 255], [51, 51, 51, 255]]
+    np.save(tmp_path / "a.npy", np.ones((2, 2, 3), np.uint8))
+    (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
+    assert load_array(str(tmp_path / "A.NPY")).shape == (2, 2, 3)
+    for wrong in (np.ones((2, 2, 3), np.complex64), np.ones((2, 0, 3), np.uint8)):
+        np.save(tmp_path / "wrong.npy", wrong)
+        with pytest.raises(BadImage, match="wrong.npy: pixels of type"):
+            load_array(str(tmp_path / "wrong.npy"))
 
 
 def test_orientation_is_applied_only_when_asked_for(tmp_path):

@@ -176,7 +176,8 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
             model.eval()
         source = stored(tmp_path / "run", model, "linprobe" if kind == "probe" else "finetune")
     folder = export(source, "timm", tmp_path / "timm")
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    usage = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("model = timm."))
+    theirs = eval(usage.replace("FOLDER", str(folder)).split(" = ", 1)[1], {"timm": timm}).eval()  # as the card says
     imgs = pictures(model)
     with torch.no_grad():
         if kind == "encoder":
@@ -234,6 +235,35 @@ def test_the_encoder_alone_goes_out_and_starts_finetuning(tmp_path, capsys):
     misc.load_pretrained(str(folder / "encoder.safetensors"), fresh, True)
     assert torch.equal(fresh.blocks[2].mlp.fc1.weight, model.blocks[2].mlp.fc1.weight)
     assert "new here: fc_norm.*, head.*; in the file but not used: norm.*" in capsys.readouterr().out
+
+
+def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
+    """A grid of 2 x 8 could be taken for one of 4 x 4, pixels for ImageNet's."""
+    model = randomised(models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (16, 64)}))
+    source = stored(tmp_path / "run", model, "pretrain", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=1.0)
+    ours = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
+    for to in ("encoder", "timm"):
+        folder = export(source, to, tmp_path / to)
+        back = load_checkpoint(str(folder))
+        trunk = models_vit.from_checkpoint(back, str(folder), trunk_only=True).eval()
+        imgs = pictures(model)
+        assert torch.equal(trunk.forward_features(imgs), ours.forward_features(imgs))
+        assert Pixels.of(back["args"], 3).mean == (0.3,) * 3
+        fresh = classifier("small", global_pool=True)
+        misc.load_pretrained(str(folder), fresh, True, {"mean": [0.485, 0.456, 0.406]})
+        said = capsys.readouterr().out
+        assert "positions resized from 2 x 8 to 4 x 4" in said and "was made with --mean [0.3, 0.3, 0.3], here" in said
+
+
+@pytest.mark.parametrize("to", ["hf", "timm"])
+def test_a_classifier_that_comes_back_takes_pixels_as_before(to, images, tmp_path):
+    model = randomised(models_vit.VisionTransformer(**SMALL, num_classes=3, global_pool=False))
+    source = stored(tmp_path / "run", model, "finetune", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=1.0)
+    tables = []
+    for resume in (source, str(export(source, to, tmp_path / to))):
+        main_predict.main(["--resume", resume, "--images", str(images / "val"), "--output", str(tmp_path / "p.csv")])
+        tables.append((tmp_path / "p.csv").read_text())
+    assert tables[0] == tables[1]
 
 
 def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):

@@ -172,6 +172,16 @@ def test_evaluation_counts_every_image_once_on_two_processes(share, images, pret
     assert [line for line in done.stdout.splitlines() if line.startswith("* Acc@1")] == [expected]
 
 
+def test_the_running_average_is_the_same_on_all_ranks(images, tmp_path, script):
+    """What two ranks say of it, each of its share, is what one says of the checkpoint's."""
+    average = "--model_ema --model_ema_decay 0.9 --dist_eval --amp off"
+    words = flags(average, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1)
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "main_finetune.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = script("main_finetune.py", *words, "--eval", "--resume", tmp_path / "checkpoint-0.pth")
+    assert f"loss {log_of(tmp_path)[-1]['test_ema_loss']:.3f}" in done.stdout.splitlines()[-1]
+
+
 def test_the_scripts_run_as_commands(images, pretrained, tmp_path, script):
     done = script(
         "main_finetune.py", *flags(SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, finetune=pretrained)

@@ -138,11 +138,32 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
         (tmp_path / name).write_bytes(b"precious")
     common = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
     for more in ([], ["--resume", str(tmp_path / "elsewhere.pth")]):
-        with pytest.raises(UserError, match="holds another run's checkpoints .checkpoint-3.pth.: --resume auto"):
+        with pytest.raises(UserError, match="holds another run .checkpoint-3.pth.: --resume auto"):
             options.check(main_pretrain.get_args([*common, *more]), models_mae.MODELS)
     for more in (["--resume", "auto"], ["--overwrite"], ["--resume", str(tmp_path / "run" / "checkpoint-3.pth")]):
         options.check(main_pretrain.get_args([*common, *more]), models_mae.MODELS)
     assert (tmp_path / "run" / "checkpoint-3.pth").read_bytes() == b"precious"
+    words = [*common, "--finetune", str(tmp_path / "run" / "checkpoint-3.pth"), "--overwrite"]
+    with pytest.raises(UserError, match="--overwrite would remove --finetune"):
+        options.check(main_finetune.get_args(words), models_vit.MODELS)
+    (tmp_path / "run" / "checkpoint-3.pth").rename(tmp_path / "run" / "log.txt")  # a log alone is another run's, too
+    with pytest.raises(UserError, match="holds another run .log.txt."):
+        options.check(main_pretrain.get_args(common), models_mae.MODELS)
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "message"),
+    [
+        ("finetune", "--crop_pct 87.5", "--crop_pct 87.5 must be greater than 0, and at most 1"),
+        ("pretrain", "--seed 4294967296", "--seed 4294967296 must not be negative, and below"),
+        ("pretrain", "--start_epoch 400", "--start_epoch 400 must be less than --epochs 400"),
+        ("linprobe", "--blr 0.1 0.2 --min_lr 0.01", "--min_lr would be another for each of several --blr"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(job, flags, message):
+    models = models_mae.MODELS if job == "pretrain" else models_vit.MODELS
+    problems = options.flag_problems(JOBS[job].get_args(flags.split()), models)
+    assert any(problem.startswith(message) for problem in problems)
 
 
 def test_all_problems_are_reported_at_once():

@@ -14,8 +14,9 @@ import main_pretrain
 import main_reconstruct
 import models_mae
 import models_vit
-from util import knn, masking, pictures, views
+from util import datasets, knn, masking, pictures, views
 from util.errors import UserError
+from util.images import Pixels
 
 CPU = torch.device("cpu")
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
@@ -38,6 +39,19 @@ def test_a_perfect_predictor_gives_back_the_original(norm_pix_loss):
     model, imgs = autoencoder(norm_pix_loss), (pixels() - MEAN) / STD
     rows = pictures.panels(model, imgs, model.target(imgs), torch.ones(3, 16), MEAN, STD)
     assert (rows[:, 2] - pixels()).abs().max() < 1e-5 and (rows[:, 3] - pixels()).abs().max() < 1e-5
+
+
+def test_values_of_other_units_are_shown_in_the_originals_range():
+    model = autoencoder()
+    raw = torch.rand(2, 3, 16, 16) * torch.tensor([3600.0, 1.0])[:, None, None, None]
+    mean, std = torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.25)
+    imgs = (raw - mean) / std
+    pred = model.patchify(imgs)
+    shown = pictures.panels(model, imgs, pred, torch.ones(pred.shape[:2]), mean, std)
+    low, high = raw[0].min(), raw[0].max()
+    for panel in (0, 2, 3):
+        torch.testing.assert_close(shown[0, panel], (raw[0] - low) / (high - low), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(shown[1, panel], raw[1], rtol=1e-4, atol=1e-5)
 
 
 def test_visible_patches_are_the_inputs_own_and_masked_ones_grey():
@@ -178,6 +192,11 @@ def test_a_grid_of_reconstructions_is_written(pretrained, images, tmp_path, caps
         assert sheet.width > 4 * 160 and sheet.height > 3 * 160
     reconstruct(pretrained / "checkpoint-5.pth", images, tmp_path / "one", "--num", "2", "--separate")
     assert len(list((tmp_path / "one").iterdir())) == 8
+    for name in ("a", "b"):  # images of the same name
+        (tmp_path / "alike" / "val" / name).mkdir(parents=True)
+        (tmp_path / "alike" / "val" / name / "1.png").symlink_to(next((images / "val" / "bag").iterdir()))
+    reconstruct(pretrained / "checkpoint-5.pth", tmp_path / "alike", tmp_path / "two", "--separate")
+    assert len(list((tmp_path / "two").iterdir())) == 8
 
 
 def test_released_style_files_are_recognised_by_their_shapes(pretrained, images, tmp_path):
@@ -187,6 +206,9 @@ def test_released_style_files_are_recognised_by_their_shapes(pretrained, images,
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
     found = models_mae.from_checkpoint(torch.load(tmp_path / "bare.pth"), "bare.pth")
     assert {**found.config, "norm_pix_loss": False, "mlp_ratio": 4.0} == {**model.config, "img_size": 32}
+    tiny = models_mae.MODELS["mae_vit_tiny_patch16"](img_size=32)
+    found = models_mae.from_checkpoint({"model": tiny.state_dict()}, "bare.pth")
+    assert found.config["decoder_num_heads"] == tiny.config["decoder_num_heads"] == 3
 
 
 @pytest.mark.parametrize(("spoil", "message"), [("encoder", "no decoder"), ("size", "no masked autoencoder")])
@@ -199,7 +221,7 @@ def test_unfit_checkpoints_are_refused(spoil, message, pretrained, images, tmp_p
     torch.save(checkpoint, tmp_path / "unfit.pth")
     with pytest.raises(UserError, match=message):
         reconstruct(tmp_path / "unfit.pth", images, tmp_path / "grid.png")
-    with pytest.raises(UserError, match="no images in"):
+    with pytest.raises(UserError, match="no such file or folder: .*nowhere"):
         reconstruct(pretrained / "checkpoint-5.pth", tmp_path / "nowhere", tmp_path / "grid.png")
 
 
@@ -211,6 +233,33 @@ def test_features_of_any_checkpoint(pretrained, images, tmp_path, capsys):
             assert found["features"].shape == shape and found["labels"].tolist() == sorted(list(range(10)) * 3)
             assert len(found["classes"]) == 10 and found["files"][0].startswith(str(found["classes"][0]))
     assert "k-NN" in capsys.readouterr().out
+
+
+def test_the_scripts_see_the_images_that_training_sees(images, tmp_path):
+    """Linked folders, too; hidden ones not."""
+    (tmp_path / "data" / ".thumbs").mkdir(parents=True)
+    hidden = (tmp_path / "data" / ".thumbs" / "1.png", tmp_path / "data" / ".2.png")
+    for file in hidden:
+        file.symlink_to(next((images / "val" / "bag").iterdir()))
+    for name in ("bag", "coat"):
+        (tmp_path / "data" / name).symlink_to(images / "val" / name)
+    found = views.find([tmp_path / "data"])
+    trained = datasets.Images(tmp_path / "data", None, Pixels())
+    assert [str(path) for path in found] == [path for path, _ in trained.samples] and len(found) == 6
+    assert views.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # asked for by name
+
+
+def test_of_a_sweeps_heads_the_best_one_speaks():
+    torch.manual_seed(0)
+    model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=3)
+    models_vit.make_linear_probe(model, heads=3)
+    torch.nn.init.normal_(model.head[1].heads[1].weight)
+    model.eval()
+    imgs = torch.randn(2, 3, 28, 28)
+    logits = model(imgs)
+    stats = {"test_acc1_blr0.1": 40.0, "test_acc1_blr0.5": 50.0, "test_acc1_blr2": 45.0}
+    models_vit.keep_best_head(model, {"args": {"blr": [0.1, 0.5, 2.0]}, "stats": stats})
+    assert torch.equal(model(imgs), logits[:, 1]) and model.config["probe_heads"] == 1
 
 
 def test_predictions_bear_the_checkpoints_names(images, tmp_path):
@@ -245,7 +294,10 @@ def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():
         (main_reconstruct, ["--device", "gpu"], "--device gpu"),
         (main_reconstruct, ["--batch_size", "0"], "--batch_size"),
         (main_reconstruct, ["--output", "grid.xyz"], "a picture wanted"),
-        (main_predict, ["--crop_pct", "-1"], "--crop_pct"),
+        (main_predict, ["--crop_pct", "-1"], "--crop_pct"), (main_predict, ["--crop_pct", "87.5"], "at most 1"),
+        (main_reconstruct, ["--output", "grid.psd"], "a picture wanted"),
+        (main_predict, ["--output", "/tmp"], "it is a folder"),
+        (main_reconstruct, ["--separate", "--output", __file__], "is a file"),
         (main_features, ["--output", "features.txt"], "must end in .npz"),
         (main_predict, ["--output", "/proc/none/p.csv"], "can't be written"),
     ],

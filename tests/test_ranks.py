@@ -326,6 +326,14 @@ def test_open_mpis_variables_need_the_flag(bare):
     assert os.environ["RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
+def test_ranks_without_an_address_to_meet_at_are_told(bare):
+    bare.setenv("RANK", "0")
+    bare.setenv("WORLD_SIZE", "2")
+    assert launch.adopt() == [launch.NO_HOST] and launch.adopt(dist_url="tcp://node1:1") == []
+    bare.setenv("MASTER_ADDR", "node1")
+    assert launch.adopt() == [] and os.environ["MASTER_PORT"] == "29500"
+
+
 def test_the_cores_of_a_node_are_shared_out_once(bare):
     bare.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     bare.setenv("LOCAL_WORLD_SIZE", "4")

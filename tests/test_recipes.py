@@ -70,15 +70,30 @@ def test_an_archive_of_folders_is_taken_and_a_wrong_one_told(images, tmp_path, m
     monkeypatch.setitem(prepare_data.COUNTS, "cifar10", (81, 30))
     with pytest.raises(UserError, match="holds 80 and 30 images, 81 and 30 wanted"):
         prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "data")])
+    assert prepare_data.counted(tmp_path / "data") == (80, 30)  # as they were
+    monkeypatch.setitem(prepare_data.COUNTS, "cifar10", (80, 30))
+    own = tmp_path / "mine" / "train" / "x" / "own.png"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"precious")
+    with pytest.raises(UserError, match="mine/train/x is none of cifar10's"):
+        prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "mine")])
+    assert own.read_bytes() == b"precious"
     (tmp_path / "broken.tar").write_bytes(b"no archive")
     with pytest.raises(UserError, match="broken.tar"):
         prepare_data.main(["cifar10", "--source", str(tmp_path / "broken.tar"), "--output", str(tmp_path / "other")])
 
 
-def test_raw_pixels_are_a_baseline(images, capsys):
+def test_raw_pixels_are_a_baseline(images, tmp_path, capsys):
     pixel_baseline.main(["--data_path", str(images), "--iterations", "50"])
     found = json.loads(capsys.readouterr().out)
     assert 20 < found["test_acc1"] < 95 and found["images"] == 80
+    (tmp_path / "train").mkdir()
+    for folder in (images / "train").iterdir():
+        (tmp_path / "train" / folder.name).symlink_to(folder)
+    (tmp_path / "train" / "aaa").symlink_to(images / "train" / "bag")
+    (tmp_path / "val").symlink_to(images / "val")
+    with pytest.raises(UserError, match="classes of train and val differ"):
+        pixel_baseline.main(["--data_path", str(tmp_path), "--iterations", "5"])
 
 
 def log(path, accuracy):

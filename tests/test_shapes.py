@@ -177,6 +177,8 @@ def test_positions_resize_as_the_references_and_alike_along_both_sides():
         grid = table[:, 1:].unflatten(1, (rows, columns)).transpose(1, 2).flatten(1, 2)
         return torch.cat([table[:, :1], grid], dim=1)
 
+    square = resize_pos_embed(torch.randn(1, 1 + 4 * 16, 8), (4, 16), (8, 8))
+    assert not torch.equal(square, resize_pos_embed(square, (4, 16), (8, 8)))  # as many patches, another shape
     resized = resize_pos_embed(table, (h, w), (9, 4))
     other = resize_pos_embed(transposed(table, h, w), (w, h), (4, 9))
     torch.testing.assert_close(transposed(resized, 9, 4), other)

@@ -28,6 +28,7 @@ from util.images import BadImage, Pixels, WrongChannels, load_array
 from util.signals import shield_worker
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
+TRIES = 100  # unreadable images in a row before the disk is suspected
 
 
 def is_image(name: str) -> bool:
@@ -91,10 +92,12 @@ class SpareImages(Images):
     """A split to look at: the next image takes the place of a bad one."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        try:
-            return super().__getitem__(index)
-        except BadImage:
-            return self[(index + 1) % len(self)]
+        for number in range(index, index + TRIES):
+            try:
+                return super().__getitem__(number % len(self))
+            except BadImage as error:
+                problem = error
+        raise LocalError(f"{problem}; so are {TRIES} images in a row: mend them, or look at none (--monitor_freq 0)")
 
 
 class TrainImages(Dataset):
@@ -104,8 +107,6 @@ class TrainImages(Dataset):
     any time. A bad file is replaced by another image of the split, named on stderr, and marked in `bad` [images],
     which the loader's processes share.
     """
-
-    TRIES = 100
 
     def __init__(self, images: Images, seed: int, fraction: float = 1.0) -> None:
         """fraction: of every class, at least one image each, chosen by the seed."""
@@ -126,7 +127,7 @@ class TrainImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         _seed(self.seed, epoch, index)
-        for _ in range(self.TRIES):
+        for _ in range(TRIES):
             try:
                 return self.images[index if self.chosen is None else int(self.chosen[index])]
             except BadImage as error:
@@ -134,7 +135,7 @@ class TrainImages(Dataset):
                     self.bad[index] = 1
                     print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
                 index = int(torch.randint(len(self), ()))
-        raise LocalError(f"{self.TRIES} images in a row in {self.images.root} cannot be read: is the disk all right?")
+        raise LocalError(f"{TRIES} images in a row in {self.images.root} cannot be read: is the disk all right?")
 
 
 def _seed(*key: int) -> None:
@@ -296,10 +297,19 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:
-    """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones."""
-    yield from loader
+    """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones. Raises
+    UserError at the end, on all ranks, where one of them met a LocalError."""
+    done, problem = 0, ""
+    try:
+        for batch in loader:
+            yield batch
+            done += 1
+    except LocalError as error:
+        problem = str(error)
     longest = int(dist.max_over_ranks(torch.tensor([len(loader)]), device)) if shared else len(loader)
-    yield from [None] * (longest - len(loader))
+    yield from [None] * (longest - done)
+    if problems := list(filter(None, dist.gather(problem))):
+        raise UserError(problems[0])
 
 
 def spread(total: int, count: int) -> list[int]:

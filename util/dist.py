@@ -5,7 +5,7 @@ import random
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -202,11 +202,11 @@ def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
         optimizer.consolidate_state_dict(to=0)
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give every rank rank 0's buffers (a probe's BatchNorm statistics), those that a checkpoint holds."""
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every rank rank 0's values, those that a checkpoint holds, in place."""
     if td.is_initialized():
-        for buffer in model.buffers():
-            td.broadcast(buffer, 0)
+        for tensor in tensors:
+            td.broadcast(tensor, 0)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -128,7 +128,7 @@ def load_checkpoint(source: str, peek: bool = False) -> dict:
             elif parts := formats.weights_in(Path(source)):
                 checkpoint = _folder(Path(source), parts)
             elif source.endswith(".safetensors"):
-                checkpoint = load_file(source)
+                checkpoint = _folder(Path(source).parent, [Path(source)])
             else:
                 if not peek:
                     _verify(Path(source))
@@ -161,11 +161,12 @@ def _folder(folder: Path, parts: list[Path]) -> dict:
     for part in parts:
         state |= load_file(part) if part.suffix == ".safetensors" else torch.load(part, "cpu", weights_only=True)
     config = formats.read_config(folder)
+    known = {"model": state, "args": formats.preprocessing(folder, config)}
     if not str(config.get("model_type", "")).startswith("vit"):
-        return {"model": state}
+        return known | formats.from_our_config(config)
     if abs(config.get("layer_norm_eps", 1e-12) - 1e-6) > 1e-7:
         dist.say(f"notice: {folder} has LayerNorms with eps {config.get('layer_norm_eps', 1e-12):g}, ours is 1e-6")
-    return {"model": state, **formats.from_hugging_face_config(config)}
+    return known | formats.from_hugging_face_config(config)
 
 
 def checkpoint_args(checkpoint: dict) -> dict:

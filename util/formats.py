@@ -43,6 +43,7 @@ RELEASED = {
     "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
 }  # fmt: skip
 QKV = ("query", "key", "value")
+TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")  # what makes an encoder
 
 
 class Found(NamedTuple):
@@ -161,21 +162,46 @@ def from_hugging_face_config(config: dict) -> dict:
     return found if made_up else found | {"class_to_idx": {name: int(number) for number, name in names.items()}}
 
 
+def from_our_config(config: dict) -> dict:
+    """The same of what main_export.py writes --to timm and encoder; {} for other descriptions."""
+    arguments = config.get("model_args") or config
+    if not all(name in arguments for name in TRUNK):
+        return {}
+    found = {name: arguments[name] for name in TRUNK} | {"num_classes": config.get("num_classes", 0)}
+    names = config.get("label_names")
+    return {"model_config": found | {"global_pool": arguments.get("global_pool") in (True, "avg")}} | (
+        {"class_to_idx": {name: number for number, name in enumerate(names)}} if names else {}
+    )
+
+
+def preprocessing(folder: Path, config: dict) -> dict:
+    """--mean, --std and --crop_pct that a folder's model was made with, as far as it says."""
+    described = read_config(folder, "preprocessor_config.json")
+    if described:
+        config = {"mean": described.get("image_mean"), "std": described.get("image_std")}
+        whole, cut = (described.get(name) for name in ("size", "crop_size"))
+        if isinstance(whole, dict) and "shortest_edge" in whole and isinstance(cut, dict) and "height" in cut:
+            config["crop_pct"] = cut["height"] / whole["shortest_edge"]
+    config = config.get("pretrained_cfg") or config
+    return {name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)}
+
+
 def weights_in(folder: Path) -> list[Path]:
     """The files of weights of a folder as Hugging Face and timm write them; none: it isn't one."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "encoder.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            return [folder / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            parts = read_config(folder, index.name).get("weight_map") or {}
+            return [folder / part for part in sorted(set(parts.values()))]
     return []
 
 
-def read_config(folder: Path) -> dict:
-    """The folder's config.json; {} where there is none, or none that can be read."""
+def read_config(folder: Path, name: str = "config.json") -> dict:
+    """A folder's description; {} where there is none, or none that can be read."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,8 +8,9 @@ Three channels (--in_chans) are 8-bit RGB:
     palette, 1-bit, grey, CMYK and others    Pillow's conversion to RGB
     animated           the first frame
     EXIF orientation   applied where asked for (--exif); published figures were made without
-One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; float files as they are.
-Four are RGBA, or a file's own CMYK. Any number comes from
+One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; float files and TIFFs of 32-bit whole numbers
+as they are.
+Four are RGBA of 8 bits, or a file's own CMYK. Any number comes from
     .npy               [H, W, C], [C, H, W] or, of one channel, [H, W]; 8 bits, float32 from 0 to 1 where the file has
                        16 unsigned bits, else the values as they are, as float32
     TIFF               of as many pages, each of one channel; likewise
@@ -87,7 +88,7 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
     everything else, and what simplejpeg refuses, goes through Pillow, which has the last word.
     """
     try:
-        if path.endswith(".npy"):
+        if path.lower().endswith(".npy"):
             return _from_numpy(np.load(io.BytesIO(data), allow_pickle=False), channels)
         if channels == 3 and simplejpeg and jpeg_size(data, exif):
             with suppress(ValueError):
@@ -96,7 +97,7 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
             if img.format == "TIFF" and img.n_frames == channels > 1 and len(img.getbands()) == 1:
                 return _pages(img, channels)
             img.load()
-            return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels)
+            return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, img.format != "TIFF")
     except (MemoryError, BadImage) as error:
         if isinstance(error, BadImage):
             raise type(error)(f"{path}: {error}") from error
@@ -108,15 +109,17 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
         raise BadImage(f"{path}: {reason}") from error
 
 
-def _to_channels(img: Image.Image, channels: int) -> np.ndarray:
+def _to_channels(img: Image.Image, channels: int, whole_is_16_bits: bool) -> np.ndarray:
+    """whole_is_16_bits: Pillow's 32-bit whole numbers, in which it gives some formats' 16 bits, are such."""
     if channels == 3:
         return np.array(to_rgb(img))
     if channels == 1:
         if img.mode == "F" or img.mode.startswith("I"):
-            return _scaled(np.asarray(img)[..., None], mode_i=True)
+            return _scaled(np.asarray(img)[..., None], whole_is_16_bits)
         return np.array((to_rgb(img) if img.has_transparency_data else img).convert("L"))[..., None]
-    if channels == 4:
-        return np.array(img if img.mode == "CMYK" else img.convert("RGBA"))
+    if channels == 4 and getattr(img, "n_frames", 1) == 1:
+        deep = img.mode == "F" or img.mode.startswith("I")
+        return np.array(img if img.mode == "CMYK" else (to_rgb(img) if deep else img).convert("RGBA"))
     raise WrongChannels(
         f"--in_chans {channels}, and this file has {getattr(img, 'n_frames', 1)} page(s) of {len(img.getbands())} "
         "channel(s): take .npy, or TIFF with a page for each"
@@ -141,13 +144,15 @@ def _from_numpy(values: np.ndarray, channels: int) -> np.ndarray:
     return _scaled(values)
 
 
-def _scaled(values: np.ndarray, mode_i: bool = False) -> np.ndarray:
-    """8 bits as they are; 16 bits, also as Pillow's 32-bit whole numbers (mode_i), as 0 to 1; others as float32."""
+def _scaled(values: np.ndarray, whole_is_16_bits: bool = False) -> np.ndarray:
+    """8 bits as they are; 16 bits as 0 to 1; others as float32."""
+    if not values.size or np.iscomplexobj(values):
+        raise ValueError(f"pixels of type {values.dtype} and shape {list(values.shape)}")
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    whole = mode_i and values.dtype == np.int32 and values.min() >= 0 and values.max() <= 65535
+    whole = whole_is_16_bits and values.dtype == np.int32
     found = values.astype(np.float32) / (65535 if values.dtype.newbyteorder("=") == np.uint16 or whole else 1)
     if not np.isfinite(found).all():
         raise ValueError("pixels that are not finite")

@@ -16,8 +16,10 @@ SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RAN
 SUBMITIT = {"RANK": "SUBMITIT_LOCAL_GLOBALID", "WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
             "LOCAL_RANK": "SUBMITIT_LOCAL_LOCALID", "LOCAL_WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS"}  # fmt: skip
 
+NO_HOST = "no host to meet at: export MASTER_ADDR, the first node's name (mpirun -x)"
 
-def adopt(dist_on_itp: bool = False) -> list[str]:
+
+def adopt(dist_on_itp: bool = False, dist_url: str = "env://") -> list[str]:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from what the launcher says.
 
     What is set already stays. Returns what keeps the processes from finding each other, as messages.
@@ -28,7 +30,8 @@ def adopt(dist_on_itp: bool = False) -> list[str]:
             return ["--dist_on_itp reads Open MPI's variables, and OMPI_COMM_WORLD_RANK is not set: use mpirun"]
         _take(OPEN_MPI)
     elif {"RANK", "WORLD_SIZE"} <= env.keys():
-        return []
+        env.setdefault("MASTER_PORT", "29500")
+        return [] if env["WORLD_SIZE"] == "1" or "MASTER_ADDR" in env or dist_url != "env://" else [NO_HOST]
     elif env.keys() >= set(SRUN.values()):
         _take(SRUN)
         env["LOCAL_WORLD_SIZE"] = str(_tasks_here())
@@ -43,7 +46,7 @@ def adopt(dist_on_itp: bool = False) -> list[str]:
     # Jobs on one node get ports of their own, below those that the system hands out.
     env.setdefault("MASTER_PORT", str(15000 + (job[0] * 101 + job[1]) % 17000))
     env["MASTER_ADDR"] = "127.0.0.1" if env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"] else _first_host()
-    return [] if env["MASTER_ADDR"] else ["no host to meet at: export MASTER_ADDR, the first node's name (mpirun -x)"]
+    return [] if env["MASTER_ADDR"] else [NO_HOST]
 
 
 def _take(names: dict[str, str]) -> None:

@@ -64,16 +64,23 @@ def of(root: str, class_to_idx: dict[str, int], wanted: Callable[[str], bool]) -
     return listing
 
 
+def walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, its files' names), the folder relative to root ("": root itself), in order. Links are followed, hidden
+    folders left out."""
+    for folder, _, files in sorted(os.walk(root, followlinks=True)):
+        relative = os.path.relpath(folder, root) if os.path.normpath(folder) != os.path.normpath(root) else ""
+        if f"{os.sep}." not in f"{os.sep}{relative}":
+            yield relative, sorted(files)
+
+
 def _walk(root: str, class_to_idx: dict[str, int], wanted: Callable[[str], bool]) -> Listing:
     names, targets, folders, changed = [], [], [], []
     for name, target in class_to_idx.items():
-        for folder, _, files in sorted(os.walk(os.path.join(root, name), followlinks=True)):
-            relative = os.path.relpath(folder, root) if os.path.normpath(folder) != root else ""
-            if f"{os.sep}." in f"{os.sep}{relative}":
-                continue
+        for inside, files in walk(os.path.join(root, name)):
+            relative = os.path.join(name, inside) if inside else name
             folders.append(os.fsencode(relative))
-            changed.append(os.stat(folder).st_mtime_ns)
-            found = [os.fsencode(os.path.join(relative, file)) for file in sorted(files) if wanted(file)]
+            changed.append(os.stat(os.path.join(root, relative)).st_mtime_ns)
+            found = [os.fsencode(os.path.join(relative, file)) for file in files if wanted(file)]
             names += found
             targets += [target] * len(found)
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)

@@ -90,21 +90,23 @@ class Run:
         if signum or due:
             self.position.images = (step + 1) * self.checkpoints.images_per_step
             self.position.totals = meters.totals_so_far()
-            self._save_in_epoch(signum)
+            self.save_in_epoch(signum)
 
     def poll(self) -> None:
         """Between an epoch's training and its end, while evaluating: raises Stopped on a request, after saving."""
         signum, _ = self.requests.poll()
         if signum:
-            self._save_in_epoch(signum)
+            self.save_in_epoch(signum)
 
-    def _save_in_epoch(self, signum: int) -> None:
+    def save_in_epoch(self, signum: int = 0) -> None:
+        """Save where the epoch stands; raises Stopped if a signal asked for it."""
         self.checkpoints.save(self.position, whole_epoch=False)
         self.saved()
         if signum:
             what = f"{Signals(signum).name} in epoch {self.position.epoch} after {self.position.images} images"
-            kept = self.checkpoints.newest or "nothing, since there is no --output_dir"
-            raise Stopped(signum, f"stopped by {what}; saved {kept}. --resume auto goes on from there")
+            kept = f"saved {self.checkpoints.newest}. --resume auto goes on from there"
+            kept = kept if self.checkpoints.folder else "saved nothing, since there is no --output_dir"
+            raise Stopped(signum, f"stopped by {what}; {kept}")
 
     def saved(self) -> None:
         """A checkpoint was written."""
@@ -211,7 +213,11 @@ def run_epochs(
             last, improved = epoch + 1 == epochs, False
             if evaluate and (last or (epoch + 1) % eval_freq == 0):
                 position.images = len(loader) * checkpoints.images_per_step
-                test = dist.gather(evaluate(run.poll))[0]  # or roundings part the ranks: what follows must agree
+                try:
+                    test = dist.gather(evaluate(run.poll))[0]  # or roundings part the ranks: what follows must agree
+                except (UserError, OSError):
+                    run.save_in_epoch()  # what was trained is not lost
+                    raise
                 improved = test.get("acc1", -1) > position.best
                 if improved:
                     position.best, position.best_epoch = test["acc1"], epoch

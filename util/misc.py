@@ -11,7 +11,8 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
     optimizer, scaler, epoch (the last one completed; -1: none), args (a dict)
     class_to_idx  classifiers only
     model_ema     the running average of the weights, with --model_ema
-    position      of the epoch under way: images used, sums of what is averaged; the best accuracy and its epoch
+    position      of the epoch under way: images used, of how many, sums of what is averaged; the best accuracy and its
+                  epoch
     stats         log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
     job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
@@ -54,8 +55,9 @@ class Position:
 
     epoch: int = 0
     images: int = 0
+    dataset: int = 0  # images in the training set
     totals: dict[str, list[float]] = field(default_factory=dict)
-    best: float = 0.0
+    best: float = -1.0
     best_epoch: int = -1
     rng: list[dict] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)  # log.txt's line of the last epoch
@@ -120,7 +122,10 @@ class Checkpoints:
             if not digest.with_suffix("").exists():
                 digest.unlink()
         if not is_inside(source, self.folder):
-            for pattern in ("checkpoint-*.pth", "checkpoint-*.pth.sha256", "log.txt", "events.out.tfevents.*"):
+            for pattern in (
+                "checkpoint-*.pth", "checkpoint-*.pth.sha256", "log.txt", "events.out.tfevents.*",
+                "reconstructions/epoch-*.png",
+            ):  # fmt: skip
                 for file in self.folder.glob(pattern):
                     file.unlink()
 
@@ -135,8 +140,9 @@ class Checkpoints:
         if whole_epoch:
             names = [str(position.epoch), "last"]
             position = Position(
-                position.epoch + 1, best=position.best, best_epoch=position.best_epoch, stats=position.stats
-            )
+                position.epoch + 1, dataset=position.dataset, best=position.best, best_epoch=position.best_epoch,
+                stats=position.stats,
+            )  # fmt: skip
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
 
         def on_rank0() -> None:
@@ -177,12 +183,13 @@ class Checkpoints:
                 numbered[epoch].unlink()
                 digest_file(numbered[epoch]).unlink(missing_ok=True)
 
-    def resume(self, source: str, start_epoch: int = 0, override: bool = False) -> Position:
+    def resume(self, source: str, start_epoch: int = 0, override: bool = False, dataset: int = 0) -> Position:
         """Load model, optimiser and scaler, and say where to go on: at start_epoch without a source ("") and for a
-        file of weights alone. Raises UserError where the file does not fit the model, the optimiser, the classes or,
-        without override, the schedule."""
+        file of weights alone; dataset: images in the training set, whose order hangs on their number (0: unknown).
+        Raises UserError where the file does not fit the model, the optimiser, the classes or, without override, the
+        schedule."""
         if not source:
-            return Position(start_epoch)
+            return Position(start_epoch, dataset=dataset)
         checkpoint = load_checkpoint(source)
         load_model(source, checkpoint, self.model, self.args, self.class_to_idx)
         if self.ema is not None:
@@ -190,7 +197,7 @@ class Checkpoints:
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             what = describe(checkpoint)
             dist.say(f"weights from {source} ({what}), which holds no optimiser: starting at epoch {start_epoch}")
-            return Position(start_epoch)
+            return Position(start_epoch, dataset=dataset)
         if checkpoint.get("job", self.job) != self.job:
             raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
         batch_changed = self._compare(source, checkpoint.get("args"), override)
@@ -214,6 +221,10 @@ class Checkpoints:
         if left:
             position.images -= left
             dist.say(f"the batches don't line up: {left} images of epoch {position.epoch} are used a second time")
+        if dataset and position.dataset not in (0, dataset) and position.images:
+            dist.say(f"--data_path had {position.dataset} images and has {dataset}: epoch {position.epoch} starts anew")
+            position.images, position.totals = 0, {}
+        position.dataset = dataset
         where = f"in epoch {position.epoch} after {position.images} images" if position.images else "after epoch "
         dist.say(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
         return position
@@ -331,6 +342,8 @@ def _likely(checkpoint: dict, model: nn.Module, args: dict) -> str:
         return "its head is that of main_linprobe.py"
     if "head.1.weight" in own and "head.weight" in state:
         return "its head is that of main_finetune.py"
+    if any(name.startswith("head.1.heads.") for name in {*own, *state}):
+        return "a probe has a head for each --blr: pass those it was made with"
     for head in ("head.weight", "head.1.weight"):
         if head in own and head in state and len(own[head]) != len(state[head]):
             return f"its head has {len(state[head])} classes, --nb_classes is {len(own[head])}"
@@ -380,7 +393,16 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
             raise UserError(f"{source} holds no running average: leave out --model_ema")
         checkpoint["model"] = checkpoint["model_ema"]
     load_model(source, checkpoint, model, args, class_to_idx)
+    _compare_pixels(source, checkpoint, args, ("mean", "std", "crop_pct", "exif"))
     dist.say(f"weights from {source}")
+
+
+def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
+    """Say where images are taken otherwise than the checkpoint's job took them."""
+    stored = checkpoint_args(checkpoint)
+    for name in names:
+        if name in stored and name in args and _plain(stored[name]) != _plain(args[name]):
+            dist.say(f"notice: {source} was made with --{name} {stored[name]}, here it is {args[name]}")
 
 
 def load_pretrained(
@@ -414,10 +436,7 @@ def load_pretrained(
     resize_positions(state, checkpoint, model)
     missing, surplus = own - set(state), set(state) - own
     _complain(source, _pretrained_hint(checkpoint, model, args), model, state, missing - head, surplus - left_out)
-    stored = checkpoint_args(checkpoint)
-    for name in ("mean", "std"):
-        if stored.get(name) and args.get(name) and list(stored[name]) != list(args[name]):
-            dist.say(f"notice: {source} was trained with --{name} {stored[name]}, here it is {args[name]}")
+    _compare_pixels(source, checkpoint, args, ("mean", "std"))
     model.load_state_dict(state, strict=False)
     surplus |= unused
     new, dropped = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))

@@ -41,7 +41,7 @@ class Monitor:
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # shapes of its own are not worth a compilation
             stats = self._loss_and_neighbours(model, poll) if self.val is not None else {}
-            self._picture(model, epoch)
+            dist.from_rank0(lambda: self._picture(model, epoch))
         model.train(training)
         if stats:
             words = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
@@ -86,7 +86,7 @@ class Monitor:
         return stats
 
     def _picture(self, model: nn.Module, epoch: int) -> None:
-        if dist.rank() or not self.output_dir:
+        if not self.output_dir:
             return
         feed = self.train if self.val is None else self.val
         if self.shown is None:

@@ -47,8 +47,7 @@ def probe_optimizer(model: nn.Module, lrs: list[float], weight_decay: float) -> 
     """LARS over the head, the only part of a probe that is trained; each of several heads has a rate of its own, as
     a multiple (lr_scale) of the first's. AdamW where there is an attentive pooling, which LARS is not made for."""
     if model.attn_pool is not None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=lrs[0], weight_decay=weight_decay, fused=True)
+        return adamw(param_groups_weight_decay(model, weight_decay), lrs[0], shard=False)
     if len(lrs) == 1:
         return LARS([p for p in model.parameters() if p.requires_grad], lr=lrs[0], weight_decay=weight_decay)
     groups = [

@@ -49,7 +49,7 @@ def common_parser(
     by_probe = "; default: 0.1, attentive 1e-3" if several_rates else ""
     add("--blr", type=float, help=f"base learning rate, per 256 images{by_probe}", **several)
     add("--min_lr", type=float, help="learning rate at the end")
-    add("--weight_decay", type=float, help="1-D parameters never decay")
+    add("--weight_decay", type=float, help="1-D parameters don't decay")
     add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
     add("--max_bad_steps", default=5, type=int, help="skipped updates (gradients not finite) in a row that stop a run")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
@@ -168,9 +168,11 @@ RANGES = {
     ),
     **dict.fromkeys(
         ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "monitor_freq",
-         "mixup", "cutmix", "color_jitter", "lr", "blr", "seed"), NOT_NEGATIVE,
+         "mixup", "cutmix", "color_jitter", "lr", "blr"), NOT_NEGATIVE,
     ),
-    **dict.fromkeys(("clip_grad", "crop_pct", "layer_decay", "dist_timeout"), POSITIVE),
+    **dict.fromkeys(("clip_grad", "layer_decay", "dist_timeout"), POSITIVE),
+    "crop_pct": (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1"),
+    "seed": (lambda x: 0 <= x < 2**31, "must not be negative, and below 2147483648"),
     **dict.fromkeys(("train_fraction", "max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
     **dict.fromkeys(("drop_path", "smoothing", "model_ema_decay"), BELOW_1),
     "mask_ratio": BETWEEN,
@@ -180,7 +182,7 @@ RANGES = {
 def check(args: argparse.Namespace, models: dict) -> None:
     """Raise UserError with every problem of the arguments at once, before any data is read. If there is none, the run
     has output_dir for itself from here on."""
-    problems = launch.adopt(args.dist_on_itp) + flag_problems(args, models) + _place_problems(args)
+    problems = launch.adopt(args.dist_on_itp, args.dist_url) + flag_problems(args, models) + _place_problems(args)
     if not problems and args.output_dir and not getattr(args, "eval", False) and int(os.environ.get("RANK", 0)) == 0:
         holder = folder.hold(args.output_dir)
         problems += [f"--output_dir {args.output_dir} is in use by another run, {holder}"] if holder else []
@@ -252,6 +254,8 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--crop_scale {low} {high}: needs 0 < MIN <= MAX <= 1")
     if not getattr(args, "eval", False) and args.warmup_epochs >= args.epochs:
         problems.append(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
+    if not getattr(args, "eval", False) and args.start_epoch >= args.epochs:
+        problems.append(f"--start_epoch {args.start_epoch} must be less than --epochs {args.epochs}, where a run ends")
     if hasattr(args, "mixup"):
         if mixes(args) and args.batch_size % 2:
             problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")
@@ -267,6 +271,8 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
             problems.append("--lr gives one learning rate, --blr several: leave one out")
         if args.clip_grad is not None:
             problems.append("--clip_grad would make the heads of several --blr depend on each other: leave it out")
+        if args.min_lr:
+            problems.append("--min_lr would be another for each of several --blr: leave it out")
         if 0 in args.blr:
             problems.append("--blr 0 among several trains nothing: leave it out")
     if getattr(args, "train_fraction", 1) == 0:
@@ -334,12 +340,15 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
         path = getattr(args, name)
         if path and (why := folder.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
             problems.append(f"--{name} {path} can't be written to: {why}")
+    if args.output_dir and args.overwrite and is_inside(getattr(args, "finetune", ""), args.output_dir):
+        problems.append(f"--overwrite would remove --finetune {args.finetune} itself: choose another --output_dir")
     if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):
         return problems
-    there = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*.pth"))
+    patterns = "log.txt", "checkpoint-*.pth"
+    there = sorted(path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern))
     if there:
         problems.append(
-            f"--output_dir {args.output_dir} holds another run's checkpoints ({there[-1]}): --resume auto goes on with "
-            "it, --overwrite removes it, or choose another folder"
+            f"--output_dir {args.output_dir} holds another run ({there[0]}): --resume auto goes on with it, "
+            "--overwrite removes it, or choose another folder"
         )
     return problems

@@ -26,7 +26,12 @@ def panels(model, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Tensor, std: T
         pred = pred * (var + 1e-6).sqrt() + centre
     removed = mask[..., None].bool()
     shown = [model.unpatchify(x) for x in (patches, pred, torch.where(removed, pred, patches))]
-    original, reconstruction, mixed = ((x * std + mean).clamp(0, 1) for x in shown)
+    shown = [x * std + mean for x in shown]
+    # Values of other units than 0 to 1: the original's own range is shown.
+    low, high = shown[0].amin((1, 2, 3), keepdim=True), shown[0].amax((1, 2, 3), keepdim=True)
+    other = (low < -0.01) | (high > 1.01)
+    low, width = torch.where(other, low, 0.0), torch.where(other, high - low, 1.0)
+    original, reconstruction, mixed = (((x - low) / width).clamp(0, 1) for x in shown)
     hidden = model.unpatchify(removed.to(imgs.dtype).expand_as(patches)).bool()
     return torch.stack([original, original.masked_fill(hidden, 0.5), reconstruction, mixed], dim=1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from util import datasets
+from util import datasets, listing
 from util.augment import CentreCrop
 from util.errors import UserError
 from util.files import checkpoint_args
@@ -30,21 +30,27 @@ def check(args: argparse.Namespace) -> None:
     problems = device_problems(args.device)
     if args.batch_size < 1:
         problems.append(f"--batch_size {args.batch_size} must be at least 1")
-    if args.crop_pct is not None and args.crop_pct <= 0:
-        problems.append(f"--crop_pct {args.crop_pct} must be greater than 0")
-    if why := unwritable(args.output.parent):
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        problems.append(f"--crop_pct {args.crop_pct} must be greater than 0, and at most 1")
+    into = args.output if getattr(args, "separate", False) else args.output.parent
+    why = "it is a folder" if into != args.output and args.output.is_dir() else unwritable(into)
+    if why:
         problems.append(f"--output {args.output} can't be written to: {why}")
     if problems:
         raise UserError("; ".join(problems))
 
 
 def find(places: list[Path], num: int | None = None) -> list[Path]:
-    """The image files, those in folders included; num: evenly thinned. Raises UserError where there are none."""
+    """The image files, those in folders included as in training; num: evenly thinned. Raises UserError where there are
+    none."""
+    if missing := [str(place) for place in places if not place.exists()]:
+        raise UserError(f"no such file or folder: {', '.join(missing)}")
     files = []
     for place in places:
-        if place.is_file():
-            files.append(place)
-        files += [path for path in sorted(place.rglob("*")) if path.is_file() and datasets.is_image(path.name)]
+        inside = [(".", [place.name])] if place.is_file() else listing.walk(str(place))
+        root = place.parent if place.is_file() else place
+        files += [root / folder / name for folder, names in inside for name in names
+                  if place.is_file() or datasets.is_image(name)]  # fmt: skip
     if not files:
         raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(datasets.EXTENSIONS)} wanted")
     return [files[number] for number in datasets.spread(len(files), num or len(files))]
