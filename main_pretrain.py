@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     options.check(args, models_mae.MODELS)
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
+    options.take_output_dir(args)
 
     pixels = options.pixels(args)
     transform = Crop(args.input_size, args.crop_scale)

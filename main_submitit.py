@@ -94,8 +94,6 @@ def job_flags(args: argparse.Namespace) -> list[str]:
             f"--resume {start}: a job goes on from its own folder (--resume auto), and begins with --finetune or anew"
         )
     problems = options.flag_problems(parsed, MODELS[args.job])
-    if parsed.data_path is None:
-        problems.append("--data_path is missing: give it after --")
     if not parsed.output_dir and not evaluation:
         problems.append("--output_dir '': a job that is queued again goes on from its checkpoints")
     if problems:

@@ -18,7 +18,6 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
     job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
 """
 
-import argparse
 import random
 import re
 import time
@@ -200,7 +199,7 @@ class Checkpoints:
             return Position(start_epoch, dataset=dataset)
         if checkpoint.get("job", self.job) != self.job:
             raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
-        batch_changed = self._compare(source, checkpoint.get("args"), override)
+        batch_changed = self._compare(source, checkpoint_args(checkpoint), override)
         state = checkpoint["optimizer"]
         try:
             for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
@@ -214,7 +213,7 @@ class Checkpoints:
         position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []),
                             stats=checkpoint.get("stats", {}))  # fmt: skip
         # A sum of an epoch's beginning counts batches: of the size that they had, not of today's.
-        weight = _batch_size(checkpoint) / self.args["batch_size"] if position.totals else 1
+        weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"] if position.totals else 1
         position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
         # With another effective batch (--resume_override) the run goes on at the update before.
         left = position.images % (self.images_per_step * self.args["accum_iter"]) if batch_changed else 0
@@ -229,11 +228,10 @@ class Checkpoints:
         dist.say(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
         return position
 
-    def _compare(self, source: str, stored: object, override: bool) -> bool:
+    def _compare(self, source: str, stored: dict, override: bool) -> bool:
         """List the flags that differ from the checkpoint's; refuse those that change the schedule. Returns whether the
         effective batch is another one."""
-        stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
-        if not isinstance(stored, dict):
+        if not stored:
             return True
         differing = [
             f"--{name} {stored[name]} -> {value}"
@@ -250,10 +248,6 @@ class Checkpoints:
         if differing:
             dist.say(f"flags that differ from the checkpoint's: {', '.join(differing)}")
         return before.get("effective batch") != now.get("effective batch")
-
-
-def _batch_size(checkpoint: dict) -> int:
-    return checkpoint_args(checkpoint)["batch_size"]
 
 
 def _plain(value: object) -> object:

@@ -180,14 +180,18 @@ RANGES = {
 
 
 def check(args: argparse.Namespace, models: dict) -> None:
-    """Raise UserError with every problem of the arguments at once, before any data is read. If there is none, the run
-    has output_dir for itself from here on."""
+    """Raise UserError with every problem of the arguments at once, before any data is read."""
     problems = launch.adopt(args.dist_on_itp, args.dist_url) + flag_problems(args, models) + _place_problems(args)
-    if not problems and args.output_dir and not getattr(args, "eval", False) and int(os.environ.get("RANK", 0)) == 0:
-        holder = folder.hold(args.output_dir)
-        problems += [f"--output_dir {args.output_dir} is in use by another run, {holder}"] if holder else []
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def take_output_dir(args: argparse.Namespace) -> None:
+    """From here to its end the run has output_dir for itself. Raises UserError, on all ranks, where another has it."""
+    if args.output_dir and not getattr(args, "eval", False):
+        holder = dist.from_rank0(lambda: folder.hold(args.output_dir))
+        if holder:
+            raise UserError(f"--output_dir {args.output_dir} is in use by another run, {holder}")
 
 
 def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
@@ -198,7 +202,8 @@ def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
         for value in _values(getattr(args, name, None))
         if not good(value)
     ]
-    return ranges + _model_problems(args, models) + _training_problems(args)
+    missing = "--data_path is missing: the folder that holds train/<class>/ and val/<class>/"
+    return ranges + _model_problems(args, models) + _training_problems(args) + ([] if args.data_path else [missing])
 
 
 def _values(value: object) -> list | tuple:
@@ -317,9 +322,7 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
             problems.append("--gpu_decode needs a CUDA GPU: leave it out")
         elif args.gpu_decode and hasattr(args, "mixup"):
             problems.append("--gpu_decode: fine-tuning's augmentations work on the CPU; leave it out")
-    if args.data_path is None:
-        problems.append("--data_path is missing: the folder that holds train/<class>/ and val/<class>/")
-    elif not Path(args.data_path).is_dir():
+    if args.data_path and not Path(args.data_path).is_dir():
         problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
     for name in ("resume", "finetune"):
         source = getattr(args, name, "")
