@@ -22,6 +22,7 @@ import models_vit
 from util import datasets, dist, launch, listing, loop, misc, optim, signals
 from util.amp import LossScaler
 from util.augment import CentreCrop, Crop
+from util.errors import UserError
 from util.images import Pixels
 from util.log import RunLog
 from util.lr_sched import CosineSchedule
@@ -147,6 +148,29 @@ def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
     assert set(alone) == {"loss", "knn"}
     for stats in ranks.run(3, tmp_path / "out", watched, tmp_path):
         assert stats == pytest.approx(alone, rel=1e-5)
+
+
+def evaluated_with_a_bad_image(root):
+    images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
+    loader = datasets.eval_loader(images, 2, 0, False, CPU, share=True)
+    poll = signals.Requests(save_minutes=0).poll
+    try:
+        engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), shared=True, poll=poll)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_bad_image_that_one_rank_meets_is_every_ranks_error(images, tmp_path):
+    """And none waits for the others' polls: 8 and 7 images, the first of them bad."""
+    for folder in sorted((images / "val").iterdir())[:5]:  # as many classes as make() has
+        (tmp_path / "val" / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            (tmp_path / "val" / folder.name / file.name).symlink_to(file)
+    bad = sorted((tmp_path / "val").glob("*/*"))[0]
+    bad.unlink()
+    bad.write_bytes(b"")
+    said = ranks.run(2, tmp_path / "out", evaluated_with_a_bad_image, tmp_path / "val")
+    assert said[0] == said[1] and str(bad) in said[0]
 
 
 def clock():

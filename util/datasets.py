@@ -299,6 +299,7 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:
     """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones. Raises
     UserError at the end, on all ranks, where one of them met a LocalError."""
+    longest = int(dist.max_over_ranks(torch.tensor([len(loader)]), device)) if shared else len(loader)
     done, problem = 0, ""
     try:
         for batch in loader:
@@ -306,7 +307,6 @@ def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple
             done += 1
     except LocalError as error:
         problem = str(error)
-    longest = int(dist.max_over_ranks(torch.tensor([len(loader)]), device)) if shared else len(loader)
     yield from [None] * (longest - done)
     if problems := list(filter(None, dist.gather(problem))):
         raise UserError(problems[0])
