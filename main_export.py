@@ -129,7 +129,9 @@ class Tokens(nn.Module):
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
-    """Weights and config.json."""
+    """Weights and config.json; what another --to left in the folder goes."""
+    for other in ("model.safetensors", "encoder.safetensors", "preprocessor_config.json"):
+        (folder / other).unlink(missing_ok=True)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
     write_json(folder / "config.json", config)
 
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         save(args.output, fold_probe(trunk.state_dict(), config), timm_config(trunk.config, pixels, crop_pct, classes))
     elif args.to == "encoder":
         trunk = encoder(checkpoint, args.resume)
-        described = {**trunk.config, "mean": pixels.mean, "std": pixels.std}
+        described = {**trunk.config, "mean": pixels.mean, "std": pixels.std, "crop_pct": crop_pct}
         save(args.output, trunk.state_dict(), described, "encoder.safetensors")
     else:
         whole = model if has_head else Tokens(encoder(checkpoint, args.resume))

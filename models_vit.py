@@ -12,6 +12,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
+from util import dist
 from util.errors import UserError
 from util.files import checkpoint_args
 from util.formats import TRUNK
@@ -117,8 +118,12 @@ def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransfor
     none; in place."""
     if model.config.get("probe_heads", 1) > 1:
         stats = checkpoint.get("stats") or {}
-        shares = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in checkpoint_args(checkpoint).get("blr") or [0]]
-        model.head[1] = model.head[1].heads[shares.index(max(shares))]
+        rates = checkpoint_args(checkpoint).get("blr") or [0.0]
+        shares = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in rates]
+        best = shares.index(max(shares))
+        why = f"of best accuracy, {shares[best]:.2f} %" if shares[best] >= 0 else "the first: none was evaluated"
+        dist.say(f"the head of --blr {rates[best]:g} is taken, {why}")
+        model.head[1] = model.head[1].heads[best]
         model.config["probe_heads"] = 1
     return model
 

@@ -106,6 +106,7 @@ def prepare(
     name: str, source: Path, output: Path, per_class: int | None, downloaded: bool, wanted: tuple[int, int]
 ) -> None:
     """Write both splits, of so many images, all or nothing."""
+    given = source
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
         done = Path(temporary) / "done"
         if source.is_file():
@@ -125,11 +126,11 @@ def prepare(
                 copy(source, folder, split, per_class)
         found = counted(done)
         if found != wanted:
-            raise UserError(f"{source} holds {found[0]} and {found[1]} images, {wanted[0]} and {wanted[1]} wanted")
+            raise UserError(f"{given} holds {found[0]} and {found[1]} images, {wanted[0]} and {wanted[1]} wanted")
         for split in IDX:
             for path in (output / split).rglob("*"):
                 if not (done / path.relative_to(output)).exists():
-                    raise UserError(f"{path} is none of {name}'s: remove it, or choose another --output")
+                    raise UserError(f"{path} is not among what would be written: remove it, or choose another --output")
         output.mkdir(exist_ok=True)
         for split in IDX:
             shutil.rmtree(output / split, ignore_errors=True)

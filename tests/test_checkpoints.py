@@ -133,7 +133,7 @@ def test_a_folder_that_changed_begins_its_epoch_anew(tmp_path, capsys):
     for dataset, images in ((200, 64), (0, 64), (209, 0)):
         position = keeper.resume(str(tmp_path / "checkpoint-last.pth"), dataset=dataset)
         assert (position.epoch, position.images, bool(position.totals)) == (3, images, images > 0)
-    assert "had 200 images and has 209: epoch 3 starts anew" in capsys.readouterr().out
+    assert "200 training images then, 209 now: epoch 3 starts anew" in capsys.readouterr().out
 
 
 class Batches(list):

@@ -232,6 +232,7 @@ def test_cmyk_and_animations(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_array(str(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
+    assert load_array(str(tmp_path / "a.gif"), channels=4)[0, 0].tolist() == [255, 0, 0, 255]
 
 
 def test_files_of_one_kind_have_one_scale(tmp_path):

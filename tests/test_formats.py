@@ -255,15 +255,30 @@ def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
         assert "positions resized from 2 x 8 to 4 x 4" in said and "was made with --mean [0.3, 0.3, 0.3], here" in said
 
 
-@pytest.mark.parametrize("to", ["hf", "timm"])
-def test_a_classifier_that_comes_back_takes_pixels_as_before(to, images, tmp_path):
+@pytest.mark.parametrize(("to", "crop_pct"), [("hf", 1.0), ("hf", 0.85), ("timm", 0.85)])
+def test_a_classifier_that_comes_back_takes_pixels_as_before(to, crop_pct, images, tmp_path):
     model = randomised(models_vit.VisionTransformer(**SMALL, num_classes=3, global_pool=False))
-    source = stored(tmp_path / "run", model, "finetune", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=1.0)
+    source = stored(tmp_path / "run", model, "finetune", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=crop_pct)
     tables = []
     for resume in (source, str(export(source, to, tmp_path / to))):
         main_predict.main(["--resume", resume, "--images", str(images / "val"), "--output", str(tmp_path / "p.csv")])
         tables.append((tmp_path / "p.csv").read_text())
     assert tables[0] == tables[1]
+
+
+def test_an_export_takes_the_place_of_another_in_the_same_folder(tmp_path):
+    first = stored(tmp_path / "a", classifier("small", global_pool=False), "finetune", mean=[0.1] * 3, std=[0.2] * 3)
+    second = stored(tmp_path / "b", autoencoder("small"), "pretrain", mean=[0.9] * 3, std=[0.2] * 3)
+    for to in ("timm", "encoder"):
+        export(first, "hf", tmp_path / "out")
+        back = load_checkpoint(str(export(second, to, tmp_path / "out")))
+        assert Pixels.of(back["args"], 3).mean == (0.9,) * 3 and "head.weight" not in back["model"]
+
+
+def test_weights_do_not_take_the_config_of_others_for_their_own(tmp_path):
+    folder = export(stored(tmp_path / "run", autoencoder("small"), "pretrain"), "encoder", tmp_path / "out")
+    save_file(autoencoder("small").state_dict(), folder / "mine.safetensors")
+    assert "model_config" not in load_checkpoint(str(folder / "mine.safetensors"))
 
 
 def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):

@@ -128,7 +128,8 @@ def load_checkpoint(source: str, peek: bool = False) -> dict:
             elif parts := formats.weights_in(Path(source)):
                 checkpoint = _folder(Path(source), parts)
             elif source.endswith(".safetensors"):
-                checkpoint = _folder(Path(source).parent, [Path(source)])
+                described = Path(source) in formats.weights_in(Path(source).parent)  # or the config may be another's
+                checkpoint = _folder(Path(source).parent, [Path(source)]) if described else load_file(source)
             else:
                 if not peek:
                     _verify(Path(source))

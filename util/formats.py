@@ -177,11 +177,12 @@ def from_our_config(config: dict) -> dict:
 def preprocessing(folder: Path, config: dict) -> dict:
     """--mean, --std and --crop_pct that a folder's model was made with, as far as it says."""
     described = read_config(folder, "preprocessor_config.json")
-    if described:
+    if described and "model_type" in config:
         config = {"mean": described.get("image_mean"), "std": described.get("image_std")}
         whole, cut = (described.get(name) for name in ("size", "crop_size"))
         if isinstance(whole, dict) and "shortest_edge" in whole and isinstance(cut, dict) and "height" in cut:
-            config["crop_pct"] = cut["height"] / whole["shortest_edge"]
+            side, kept = whole["shortest_edge"], cut["height"]
+            config["crop_pct"] = kept / (side + 0.5) if side > kept else 1.0  # so that int(kept / crop_pct) is side
     config = config.get("pretrained_cfg") or config
     return {name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)}
 

@@ -97,7 +97,8 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
             if img.format == "TIFF" and img.n_frames == channels > 1 and len(img.getbands()) == 1:
                 return _pages(img, channels)
             img.load()
-            return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, img.format != "TIFF")
+            pages = img.n_frames if img.format == "TIFF" else 0
+            return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, pages)
     except (MemoryError, BadImage) as error:
         if isinstance(error, BadImage):
             raise type(error)(f"{path}: {error}") from error
@@ -109,19 +110,19 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
         raise BadImage(f"{path}: {reason}") from error
 
 
-def _to_channels(img: Image.Image, channels: int, whole_is_16_bits: bool) -> np.ndarray:
-    """whole_is_16_bits: Pillow's 32-bit whole numbers, in which it gives some formats' 16 bits, are such."""
+def _to_channels(img: Image.Image, channels: int, pages: int) -> np.ndarray:
+    """pages: of a TIFF; 0: another format, of which Pillow gives 16 bits as 32-bit whole numbers."""
     if channels == 3:
         return np.array(to_rgb(img))
     if channels == 1:
         if img.mode == "F" or img.mode.startswith("I"):
-            return _scaled(np.asarray(img)[..., None], whole_is_16_bits)
+            return _scaled(np.asarray(img)[..., None], whole_is_16_bits=not pages)
         return np.array((to_rgb(img) if img.has_transparency_data else img).convert("L"))[..., None]
-    if channels == 4 and getattr(img, "n_frames", 1) == 1:
+    if channels == 4 and pages < 2:
         deep = img.mode == "F" or img.mode.startswith("I")
         return np.array(img if img.mode == "CMYK" else (to_rgb(img) if deep else img).convert("RGBA"))
     raise WrongChannels(
-        f"--in_chans {channels}, and this file has {getattr(img, 'n_frames', 1)} page(s) of {len(img.getbands())} "
+        f"--in_chans {channels}, and this file has {pages or 1} page(s) of {len(img.getbands())} "
         "channel(s): take .npy, or TIFF with a page for each"
     )
 

@@ -215,8 +215,9 @@ def run_epochs(
                 position.images = len(loader) * checkpoints.images_per_step
                 try:
                     test = dist.gather(evaluate(run.poll))[0]  # or roundings part the ranks: what follows must agree
-                except (UserError, OSError):
-                    run.save_in_epoch()  # what was trained is not lost
+                except (UserError, OSError) as error:
+                    if isinstance(error, UserError) or dist.world_size() == 1:  # every rank's error
+                        run.save_in_epoch()  # what was trained is not lost
                     raise
                 improved = test.get("acc1", -1) > position.best
                 if improved:

@@ -31,6 +31,7 @@ from torch import nn
 
 from util import dist
 from util.amp import LossScaler
+from util.augment import CentreCrop
 from util.datasets import class_differences
 from util.errors import UserError
 from util.files import checkpoint_args, digest_file, is_url, load_checkpoint, write, wrong_digest
@@ -221,7 +222,7 @@ class Checkpoints:
             position.images -= left
             dist.say(f"the batches don't line up: {left} images of epoch {position.epoch} are used a second time")
         if dataset and position.dataset not in (0, dataset) and position.images:
-            dist.say(f"--data_path had {position.dataset} images and has {dataset}: epoch {position.epoch} starts anew")
+            dist.say(f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts anew")
             position.images, position.totals = 0, {}
         position.dataset = dataset
         where = f"in epoch {position.epoch} after {position.images} images" if position.images else "after epoch "
@@ -394,9 +395,14 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
 def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
     """Say where images are taken otherwise than the checkpoint's job took them."""
     stored = checkpoint_args(checkpoint)
-    for name in names:
-        if name in stored and name in args and _plain(stored[name]) != _plain(args[name]):
-            dist.say(f"notice: {source} was made with --{name} {stored[name]}, here it is {args[name]}")
+    for name in (name for name in names if name in stored and name in args):
+        theirs, ours = stored[name], args[name]
+        if name == "crop_pct":  # by default it follows the size
+            theirs, ours = (CentreCrop(args["input_size"], share).cover for share in (theirs, ours))
+        if _plain(theirs) != _plain(ours):
+            default = "at its default"
+            dist.say(f"notice: {source} was made with --{name} {stored[name] or default}, here it is "
+                     f"{args[name] or default}")  # fmt: skip
 
 
 def load_pretrained(

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -343,15 +344,17 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
         path = getattr(args, name)
         if path and (why := folder.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
             problems.append(f"--{name} {path} can't be written to: {why}")
-    if args.output_dir and args.overwrite and is_inside(getattr(args, "finetune", ""), args.output_dir):
+    start = Path(getattr(args, "finetune", ""))
+    if args.overwrite and fnmatch(start.name, "checkpoint-*.pth") and is_inside(str(start), args.output_dir):
         problems.append(f"--overwrite would remove --finetune {args.finetune} itself: choose another --output_dir")
     if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):
         return problems
     patterns = "log.txt", "checkpoint-*.pth"
     there = sorted(path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern))
     if there:
+        what = "--resume auto goes on with it, " if there != ["log.txt"] else ""
         problems.append(
-            f"--output_dir {args.output_dir} holds another run ({there[0]}): --resume auto goes on with it, "
-            "--overwrite removes it, or choose another folder"
+            f"--output_dir {args.output_dir} holds another run ({there[0]}): {what}--overwrite removes it, or choose "
+            "another folder"
         )
     return problems
