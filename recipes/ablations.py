@@ -1,6 +1,6 @@
 """The paper's ablations as trends, at the samples' scale: 2,000 training images, 2,000 others, three seeds.
 
-    python recipes/ablations.py                        everything, two at a time, a thread each: about 2.5 hours
+    python recipes/ablations.py                        everything, two at a time, a thread each: about 3 hours
     python recipes/ablations.py --only mask_ratio      or decoder_depth, targets, sampling, length, partial
 
 Every variant is demo.py's recipe but for what it names; it is pre-trained, linearly probed and fine-tuned. What is done
