@@ -68,7 +68,8 @@ def walk(root: str) -> Iterator[tuple[str, list[str]]]:
     """(folder, its files' names), the folder relative to root ("": root itself), in order. Links are followed, hidden
     folders left out."""
     for folder, _, files in sorted(os.walk(root, followlinks=True)):
-        relative = os.path.relpath(folder, root) if os.path.normpath(folder) != os.path.normpath(root) else ""
+        relative = os.path.relpath(folder, root)
+        relative = "" if relative == "." else relative
         if f"{os.sep}." not in f"{os.sep}{relative}":
             yield relative, sorted(files)
 

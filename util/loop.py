@@ -104,8 +104,9 @@ class Run:
         self.saved()
         if signum:
             what = f"{Signals(signum).name} in epoch {self.position.epoch} after {self.position.images} images"
-            kept = f"saved {self.checkpoints.newest}. --resume auto goes on from there"
-            kept = kept if self.checkpoints.folder else "saved nothing, since there is no --output_dir"
+            kept = "saved nothing, since there is no --output_dir"
+            if self.checkpoints.folder:
+                kept = f"saved {self.checkpoints.newest}. --resume auto goes on from there"
             raise Stopped(signum, f"stopped by {what}; {kept}")
 
     def saved(self) -> None:

@@ -395,7 +395,9 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
 def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
     """Say where images are taken otherwise than the checkpoint's job took them."""
     stored = checkpoint_args(checkpoint)
-    for name in (name for name in names if name in stored and name in args):
+    for name in names:
+        if name not in stored or name not in args:
+            continue
         theirs, ours = stored[name], args[name]
         if name == "crop_pct":  # by default it follows the size
             theirs, ours = (CentreCrop(args["input_size"], share).cover for share in (theirs, ours))

@@ -258,10 +258,11 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
     low, high = args.crop_scale
     if not 0 < low <= high <= 1:
         problems.append(f"--crop_scale {low} {high}: needs 0 < MIN <= MAX <= 1")
-    if not getattr(args, "eval", False) and args.warmup_epochs >= args.epochs:
-        problems.append(f"--warmup_epochs {args.warmup_epochs} must be less than --epochs {args.epochs}")
-    if not getattr(args, "eval", False) and args.start_epoch >= args.epochs:
-        problems.append(f"--start_epoch {args.start_epoch} must be less than --epochs {args.epochs}, where a run ends")
+    if not getattr(args, "eval", False):
+        problems += [
+            f"--{name} {getattr(args, name)} must be less than --epochs {args.epochs}"
+            for name in ("warmup_epochs", "start_epoch") if getattr(args, name) >= args.epochs
+        ]  # fmt: skip
     if hasattr(args, "mixup"):
         if mixes(args) and args.batch_size % 2:
             problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")

@@ -47,10 +47,11 @@ def find(places: list[Path], num: int | None = None) -> list[Path]:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
     files = []
     for place in places:
-        inside = [(".", [place.name])] if place.is_file() else listing.walk(str(place))
-        root = place.parent if place.is_file() else place
-        files += [root / folder / name for folder, names in inside for name in names
-                  if place.is_file() or datasets.is_image(name)]  # fmt: skip
+        if place.is_file():
+            files.append(place)
+        else:
+            found = ((folder, name) for folder, names in listing.walk(str(place)) for name in names)
+            files += [place / folder / name for folder, name in found if datasets.is_image(name)]
     if not files:
         raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(datasets.EXTENSIONS)} wanted")
     return [files[number] for number in datasets.spread(len(files), num or len(files))]
