@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.amp import LossScaler
-from util.datasets import in_step
+from util.loaders import in_step
 from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
 

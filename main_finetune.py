@@ -23,7 +23,7 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import amp, datasets, dist, errors, misc, optim, options, speed
+from util import amp, dist, errors, loaders, misc, optim, options, speed, weights
 from util.augment import CentreCrop, FinetuneTransform
 from util.log import RunLog
 from util.loop import run_epochs
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount,
         args.resplit, pixels,
     )  # fmt: skip
-    train_loader, val_loader = datasets.classifier_loaders(
+    train_loader, val_loader = loaders.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
         args.dist_eval, pixels, device, args.train_fraction,
@@ -101,12 +101,12 @@ def main(argv: list[str] | None = None) -> None:
         drop_path_rate=args.drop_path,
     )  # fmt: skip
     if args.finetune and not source:
-        misc.load_pretrained(args.finetune, model, args.global_pool, vars(args))
+        weights.load_pretrained(args.finetune, model, args.global_pool, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
     scaler = amp.LossScaler(args.amp, device)
     if args.eval:
-        misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
+        weights.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
         evaluate(model, val_loader, device, scaler, args.dist_eval, confusion=args.confusion)
         return

@@ -16,7 +16,7 @@ import argparse
 
 import models_vit
 from engine_finetune import evaluate, head_losses, train_one_epoch
-from util import amp, datasets, dist, errors, misc, optim, options, speed
+from util import amp, dist, errors, loaders, misc, optim, options, speed, weights
 from util.augment import CentreCrop, Crop
 from util.gpu_decode import LaterCrop
 from util.log import RunLog
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     pixels = options.pixels(args)
     augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
     augmentation = LaterCrop(augmentation) if args.gpu_decode else augmentation
-    train_loader, val_loader = datasets.classifier_loaders(
+    train_loader, val_loader = loaders.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
         args.dist_eval, pixels, device, args.train_fraction,
@@ -60,13 +60,13 @@ def main(argv: list[str] | None = None) -> None:
         **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
     )
     if args.finetune and not source:
-        misc.load_pretrained(args.finetune, model, args.global_pool, vars(args))
+        weights.load_pretrained(args.finetune, model, args.global_pool, vars(args))
     names = [f"blr{blr:g}" for blr in args.blr] if isinstance(args.blr, list) else None
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
     model = models_vit.make_linear_probe(model, len(rates), args.probe == "attentive").to(device)
     scaler = amp.LossScaler(args.amp, device)
     if args.eval:
-        misc.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
+        weights.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
         evaluate(model, val_loader, device, scaler, args.dist_eval, names=names, confusion=args.confusion)
         return

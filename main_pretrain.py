@@ -19,7 +19,7 @@ import argparse
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import amp, datasets, dist, errors, masking, misc, optim, options, speed
+from util import amp, dist, errors, loaders, masking, misc, optim, options, speed
 from util.augment import CentreCrop, Crop
 from util.gpu_decode import LaterCrop
 from util.log import RunLog
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     pixels = options.pixels(args)
     transform = Crop(args.input_size, args.crop_scale)
     transform = LaterCrop(transform) if args.gpu_decode else transform
-    loader = datasets.train_loader(
+    loader = loaders.train_loader(
         args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, pixels, device,
         flat=True,
     )  # fmt: skip
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     look = None
     if args.monitor_freq:
-        views = datasets.monitor_loaders(
+        views = loaders.monitor_loaders(
             args.data_path, CentreCrop(args.input_size), args.batch_size, args.num_workers, args.pin_mem, pixels,
             device,
         )  # fmt: skip

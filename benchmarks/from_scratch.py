@@ -20,7 +20,7 @@ import models_mae
 from benchmarks.step import hf_model
 from benchmarks.timing import device_name
 from engine_pretrain import train_one_epoch
-from util import datasets, optim
+from util import datasets, loaders, optim
 from util.amp import LossScaler
 from util.augment import CentreCrop, Crop
 from util.images import Pixels
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device, pixels, rows = torch.device("cpu"), Pixels(), []
-    val = datasets._open(datasets.EvalImages, args.data_path, "val", CentreCrop(SIZE, 1.0), pixels)
-    imgs, _ = next(iter(datasets.eval_loader(val, 256, 0, False, device, False)))
+    val = datasets.open_split(datasets.EvalImages, args.data_path, "val", CentreCrop(SIZE, 1.0), pixels)
+    imgs, _ = next(iter(loaders.eval_loader(val, 256, 0, False, device, False)))
     for name in ("ours", "hf"):
         model = build(name)
         start = largest_position(model)
         torch.manual_seed(1)  # the masks
-        loader = datasets.train_loader(args.data_path, Crop(SIZE, (0.8, 1.0)), 64, 2, False, 0, pixels, device)
+        loader = loaders.train_loader(args.data_path, Crop(SIZE, (0.8, 1.0)), 64, 2, False, 0, pixels, device)
         lr = 1e-3
         optimizer = optim.pretrain_optimizer(model, lr, 0.05)
         schedule, scaler = CosineSchedule(lr, 0.0, 2, args.epochs), LossScaler("off", device)

@@ -30,8 +30,10 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_name
-from util import augment, datasets
+from util import augment
+from util.datasets import Images
 from util.images import Pixels, load_array
+from util.loaders import Feed, train_loader
 
 CPU = torch.device("cpu")
 SCALE = (0.2, 1.0)
@@ -40,7 +42,7 @@ SCALE = (0.2, 1.0)
 class Decoded(Dataset):
     """Decodes and forgets."""
 
-    def __init__(self, images: datasets.Images) -> None:
+    def __init__(self, images: Images) -> None:
         self.samples = images.samples
 
     def __len__(self) -> int:
@@ -52,11 +54,11 @@ class Decoded(Dataset):
 
 def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
     """The rows' loaders."""
-    ours = datasets.train_loader(folder, augment.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
+    ours = train_loader(folder, augment.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
     classic = transforms.Compose([
         transforms.RandomResizedCrop(224, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize(datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD),
+        transforms.Normalize(Pixels().mean, Pixels().std),
     ])  # fmt: skip
     common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0, "shuffle": True}
     return {
@@ -116,8 +118,8 @@ def listing_costs(files: int) -> dict[str, float]:
         time.sleep(2.1)  # a folder that changed just now is not remembered
         os.environ["XDG_CACHE_HOME"] = f"{temporary}/cache"
 
-        def build() -> datasets.Feed:
-            return datasets.train_loader(f"{temporary}/data", augment.Crop(8, SCALE), 500, 1, False, 0, Pixels(), CPU)
+        def build() -> Feed:
+            return train_loader(f"{temporary}/data", augment.Crop(8, SCALE), 500, 1, False, 0, Pixels(), CPU)
 
         start = time.perf_counter()
         build()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("runs")  # so that its asserts say as much as a test's
+
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples" / "fashion_mnist"
 
@@ -20,16 +22,33 @@ def _own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+def link(source: Path, target: Path, classes: int | None = None, count: int | None = None) -> None:
+    """A split of links to another's images: of the first classes the first count each."""
+    for folder in sorted(source.iterdir())[:classes]:
+        (target / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:count]:
+            (target / folder.name / file.name).symlink_to(file.resolve())
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """An ImageFolder of 8 training and 3 validation images of each of the 10 classes, linked from the samples."""
     root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 8), ("val", 3)):
-        for folder in sorted((SAMPLES / split).iterdir()):
-            target = root / split / folder.name
-            target.mkdir(parents=True)
-            for file in sorted(folder.iterdir())[:count]:
-                (target / file.name).symlink_to(file)
+    link(SAMPLES / "train", root / "train", count=8)
+    link(SAMPLES / "val", root / "val", count=3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed(images, tmp_path_factory) -> Path:
+    """One folder per job, of runs that nothing happened to."""
+    from runs import FLAGS, finish, log  # starts the server of processes: only where it is needed
+
+    root = tmp_path_factory.mktemp("undisturbed")
+    for job in FLAGS:
+        (root / job).mkdir()
+        finish(images, root / job, "--num_workers", 0, job=job)
+    assert log(root / "pretrain")[2]["train_loss"] < log(root / "pretrain")[0]["train_loss"]
     return root
 
 

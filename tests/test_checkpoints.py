@@ -11,7 +11,7 @@ import torch
 
 import models_mae
 import models_vit
-from util import loop, misc, optim
+from util import loop, misc, optim, weights
 from util.amp import LossScaler
 from util.errors import UserError
 from util.misc import Position
@@ -176,7 +176,7 @@ def test_an_unfused_optimisers_state_steps_fused_here(checkpoint, tmp_path):
 def test_the_encoder_goes_into_a_classifier_of_another_grid(checkpoint, capsys):
     path, model = checkpoint
     vit = classifier(img_size=24)
-    missing, surplus = misc.load_pretrained(path, vit, global_pool=True)
+    missing, surplus = weights.load_pretrained(path, vit, global_pool=True)
     assert missing == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
     assert "mask_token" in surplus and "norm.weight" in surplus
     assert torch.equal(vit.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
@@ -192,7 +192,7 @@ def test_encoder_only_files_and_bare_state_dicts_start_finetuning(checkpoint, tm
     encoder = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
     for content in (encoder, {"model": encoder}):
         torch.save(content, tmp_path / "encoder.pth")
-        _, surplus = misc.load_pretrained(str(tmp_path / "encoder.pth"), classifier(), global_pool=True)
+        _, surplus = weights.load_pretrained(str(tmp_path / "encoder.pth"), classifier(), global_pool=True)
         assert surplus == {"norm.weight", "norm.bias"}
 
 
@@ -210,7 +210,7 @@ def test_anything_unexpected_in_a_pretrained_file_is_an_error_that_names_it(chec
     spoil(state["model"])
     torch.save(state, tmp_path / "bad.pth")
     with pytest.raises(UserError, match=named):
-        misc.load_pretrained(str(tmp_path / "bad.pth"), classifier(), global_pool=True)
+        weights.load_pretrained(str(tmp_path / "bad.pth"), classifier(), global_pool=True)
 
 
 def test_resuming_another_architecture_names_both_sides(checkpoint):
@@ -255,11 +255,11 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         (autoencoder(), "has no decoder"),
     ):
         with pytest.raises(UserError, match=message):
-            misc.load_for_eval(file, model, args, {})
+            weights.load_for_eval(file, model, args, {})
     with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a; only in --data_path: b"):
-        misc.load_for_eval(file, classifier(), args, {"b": 0})
+        weights.load_for_eval(file, classifier(), args, {"b": 0})
     fresh = classifier()
-    _, unused = misc.load_pretrained(file, fresh, global_pool=True)
+    _, unused = weights.load_pretrained(file, fresh, global_pool=True)
     assert unused == {"head.weight", "head.bias"} and not torch.equal(fresh.head.weight, vit.head.weight)
 
 

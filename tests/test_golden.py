@@ -20,7 +20,7 @@ import engine_finetune
 import engine_pretrain
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, make_linear_probe
-from util import misc, optim, speed
+from util import misc, optim, speed, weights
 from util.amp import LossScaler
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
@@ -300,7 +300,7 @@ def test_reference_checkpoint_starts_finetuning(name, over_http, server, tmp_pat
     if over_http:
         shutil.copy(source, tmp_path / "pretrained.pth")
         source = f"{server}/pretrained.pth"
-    missing, surplus = misc.load_pretrained(source, model, run["global_pool"])
+    missing, surplus = weights.load_pretrained(source, model, run["global_pool"])
     assert sorted(missing) == sorted(run["missing_keys_on_load"])
     assert sorted(surplus) == sorted(run["unexpected_keys_on_load"])
 

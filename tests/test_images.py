@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from util import augment, datasets, gpu_decode, images, listing
+from util import augment, datasets, gpu_decode, images, listing, loaders
 from util.images import Pixels, load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
@@ -110,7 +110,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
         num_workers = 0
 
     statistics = Pixels().mean, Pixels().std
-    feed = datasets.Feed(Loader([batch]), torch.device("cpu"), *statistics)
+    feed = loaders.Feed(Loader([batch]), torch.device("cpu"), *statistics)
     (imgs, _), = feed
     assert torch.equal(imgs[0], usual(picture))
 
@@ -157,7 +157,7 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
             (tmp_path / "train" / str(number) / file.name).symlink_to(file)
 
     def epoch(workers):
-        loader = datasets.train_loader(
+        loader = loaders.train_loader(
             str(tmp_path), augment.Crop(32, (0.2, 1.0)), 5, workers, True, 7, Pixels(), torch.device("cpu")
         )
         loader.sampler.set_epoch(3)

@@ -9,7 +9,7 @@ import sys
 import faults
 import pytest
 from conftest import ROOT
-from test_interruptions import assert_same_end, wait_for, words
+from runs import assert_same_end, wait_for, words
 
 pytestmark = pytest.mark.net
 FLAGS = ["--batch_size", 4, "--num_workers", 0, "--epochs", 40, "--dist_timeout", 0.15, "--resume", "auto"]

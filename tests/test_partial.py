@@ -9,7 +9,7 @@ import torch
 import main_finetune
 import main_linprobe
 import models_vit
-from util import augment, datasets
+from util import augment, loaders
 from util.images import Pixels
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -83,7 +83,7 @@ def test_an_attentive_probe_runs_and_resumes(images, tmp_path):
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.5, 4), (0.25, 2), (0.01, 1)])
 def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, images):
     def chosen(seed):
-        loader = datasets.train_loader(
+        loader = loaders.train_loader(
             str(images), augment.Crop(28, (1.0, 1.0)), 5, 0, False, seed, Pixels(), torch.device("cpu"), fraction
         )
         dataset = loader.dataset

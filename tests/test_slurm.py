@@ -13,7 +13,7 @@ import time
 import faults
 import pytest
 from conftest import ROOT
-from test_interruptions import FLAGS, assert_same_end, wait_for, words
+from runs import FLAGS, assert_same_end, wait_for, words
 
 pytestmark = pytest.mark.slurm
 PAIR = ["--batch_size", 4, "--num_workers", 0]

@@ -8,7 +8,7 @@ import re
 
 import faults
 import pytest
-from test_interruptions import EVERY_STEP, assert_same_end, words
+from runs import EVERY_STEP, assert_same_end, words
 
 EPOCHS, KEEP = 200, 3
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from util import dist
 from util.amp import BadSteps, LossScaler, micro_step
-from util.datasets import Feed
 from util.errors import Stopped, UserError
+from util.loaders import Feed
 from util.log import RunLog
 from util.lr_sched import CosineSchedule
 from util.meters import Meters

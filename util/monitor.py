@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util import dist, knn, masking, pictures
 from util.amp import LossScaler
-from util.datasets import Feed, in_step
+from util.loaders import Feed, in_step
 from util.log import RunLog
 
 PICTURES = 8

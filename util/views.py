@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from util import datasets, listing
+from util import datasets, listing, loaders
 from util.augment import CentreCrop
 from util.errors import UserError
 from util.files import checkpoint_args
@@ -54,7 +54,7 @@ def find(places: list[Path], num: int | None = None) -> list[Path]:
             files += [place / folder / name for folder, name in found if datasets.is_image(name)]
     if not files:
         raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(datasets.EXTENSIONS)} wanted")
-    return [files[number] for number in datasets.spread(len(files), num or len(files))]
+    return [files[number] for number in loaders.spread(len(files), num or len(files))]
 
 
 def pixels_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Pixels:
@@ -79,7 +79,7 @@ def batches(
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
         try:
-            imgs, _ = datasets.collate([(crop(load_array(str(path), args.exif, pixels.channels)), 0) for path in part])
+            imgs, _ = loaders.collate([(crop(load_array(str(path), args.exif, pixels.channels)), 0) for path in part])
         except BadImage as error:
             raise UserError(f"{error}; mend or remove the file") from error
         imgs = imgs.to(args.device)

@@ -1,0 +1,135 @@
+"""Who started the processes, and submitit's jobs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import faults
+import pytest
+from conftest import ROOT
+from runs import assert_same_end, words
+
+from util import launch
+
+SRUN = {
+    "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "MASTER_ADDR": "node1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """No launcher; what a test sets goes again."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "SUBMITIT_", "MASTER_")) or "RANK" in name or "WORLD_SIZE" in name:
+            monkeypatch.delenv(name)
+    before = dict(os.environ)
+    yield monkeypatch
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+def test_sruns_variables_make_the_group(bare):
+    for name, value in SRUN.items():
+        bare.setenv(name, value)
+    assert launch.adopt() == []
+    found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")]
+    assert found == ["9", "11", "1", "3", "node1"]
+
+
+def test_a_batch_script_without_srun_is_one_process(bare):
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
+        bare.setenv(name, SRUN[name])
+    bare.setenv("SLURM_NTASKS", "8")
+    assert launch.adopt() == [] and "WORLD_SIZE" not in os.environ
+
+
+def test_torchrun_within_srun_decides(bare):
+    for name, value in {**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        bare.setenv(name, value)
+    assert launch.adopt() == [] and os.environ["RANK"] == "3"
+
+
+def test_open_mpis_variables_need_the_flag(bare):
+    for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")):
+        bare.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert launch.adopt() == [] and "RANK" not in os.environ
+    assert launch.adopt(dist_on_itp=True) == []
+    assert os.environ["RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_ranks_without_an_address_to_meet_at_are_told(bare):
+    bare.setenv("RANK", "0")
+    bare.setenv("WORLD_SIZE", "2")
+    assert launch.adopt() == [launch.NO_HOST] and launch.adopt(dist_url="tcp://node1:1") == []
+    bare.setenv("MASTER_ADDR", "node1")
+    assert launch.adopt() == [] and os.environ["MASTER_PORT"] == "29500"
+
+
+def test_the_cores_of_a_node_are_shared_out_once(bare):
+    bare.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    bare.setenv("LOCAL_WORLD_SIZE", "4")
+    assert launch.cores() == 4  # torchrun: all see all
+    bare.setenv("SLURM_CPUS_ON_NODE", "64")
+    assert launch.cores() == 16  # srun has bound each task to its own
+    bare.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert launch.cores() == 2  # not bound, and only half of the node is the job's
+
+
+def submit(images, folder, *more, job="pretrain", executor="local", tasks=2):
+    own = [sys.executable, "main_submitit.py", job, "--job_dir", folder, "--executor", executor, "--ngpus", 0]
+    argv = [*own, "--tasks", tasks, "--timeout", 60, "--", *words(images, folder, *more, job=job)]
+    return subprocess.Popen(
+        list(map(str, argv)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, tmp_path):
+    """The signal that ends SLURM's time: saved, queued again, and at the end the bits of an undisturbed run."""
+    pair = ["--batch_size", 4, "--num_workers", 0, "--epochs", 6]
+    for process in faults.start_ranks("pretrain", words(images, tmp_path / "whole", *pair), tmp_path / "out"):
+        assert faults.ended(process) == 0
+    job = submit(images, tmp_path / "job", *pair)
+    log = tmp_path / "job" / "log.txt"
+    end = time.time() + 120
+    while not log.exists() and time.time() < end and job.poll() is None:
+        time.sleep(0.05)
+    for pid in subprocess.run(["pgrep", "-f", f"_submit {tmp_path}"], capture_output=True, text=True).stdout.split():
+        os.kill(int(pid), signal.SIGUSR2)
+    said = job.communicate(timeout=180)[0]
+    logs = "\n".join(path.read_text() for path in (tmp_path / "job" / "submitit").glob("*_log.*"))
+    assert job.returncode == 0, said + logs[-3000:]
+    assert "stopped by SIGUSR2" in logs and "going on from" in logs
+    assert_same_end(tmp_path / "job", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--epochs", 0], "--epochs 0 must be at least 1"),
+        (["--no_such_flag"], "unrecognized arguments"),
+        (["--resume", "x.pth"], "begins with --finetune or anew"),
+    ],
+)
+def test_submitit_says_at_once_what_is_wrong_with_the_jobs_flags(flags, expected, images, tmp_path):
+    job = submit(images, tmp_path / "job", *flags)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and expected in said and "Traceback" not in said
+    assert not (tmp_path / "job").exists()
+
+
+def test_submitits_debug_runs_in_this_process(images, tmp_path):
+    job = submit(images, tmp_path, "--epochs", 2, executor="debug", tasks=1)
+    assert "trained 2 epochs" in job.communicate(timeout=120)[0] and job.returncode == 0
+    assert len([json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]) == 2
+
+
+def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    job = submit(images, tmp_path / "job", executor="slurm")
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and "--executor local" in said and "Traceback" not in said
