@@ -34,4 +34,4 @@ $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output/demo

@@ -15,6 +15,7 @@ output_dir/
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ def run(step: str, command: str, output_dir: Path, seed: int) -> dict[str, float
     """Run one script; returns the last line of its log.txt. Ends the demo with the step's output if it fails."""
     folder = output_dir / step
     folder.mkdir(parents=True, exist_ok=True)
-    words = [*command.split(), "--seed", str(seed), "--output_dir", str(folder)]
+    words = [*shlex.split(command), "--seed", str(seed), "--output_dir", str(folder)]
     print(f"\n{step}: python {' '.join(words)}", flush=True)
     start = time.time()
     with (folder / "out.txt").open("w") as out:
@@ -81,12 +82,13 @@ def main() -> None:
         args.output_dir = args.output_dir.resolve()
     os.chdir(ROOT)
     start, epochs = time.time(), PRETRAIN.split("--epochs ")[1].split()[0]
-    encoder = f"--finetune {args.output_dir / 'pretrain' / f'checkpoint-{int(epochs) - 1}.pth'}"
+    checkpoint = str(args.output_dir / "pretrain" / f"checkpoint-{int(epochs) - 1}.pth")
+    encoder = f"--finetune {shlex.quote(checkpoint)}"
 
     loss = run("pretrain", PRETRAIN, args.output_dir, args.seed)["train_loss"]
     picture = args.output_dir / "reconstruction.png"
-    words = f"main_reconstruct.py --images {DATA}/val --output {picture} --num 6 --crop_pct 1 --device cpu".split()
-    subprocess.run([sys.executable, *words, "--resume", encoder.split()[1]], check=True)
+    words = f"main_reconstruct.py --images {DATA}/val --num 6 --crop_pct 1 --device cpu --output".split()
+    subprocess.run([sys.executable, *words, str(picture), "--resume", checkpoint], check=True)
     results = {
         step: run(step, command, args.output_dir, args.seed)["test_acc1"]
         for step, command in (

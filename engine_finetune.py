@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.amp import LossScaler
+from util.folder import writing
 from util.loaders import in_step
 from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
@@ -74,14 +75,15 @@ def evaluate(
     whose counts are then added up. `poll` is called once per batch, on all ranks equally often. Prints the line
     `* Acc@1 83.664 Acc@5 96.530 loss 0.731`. Of several heads, whose names are given, every one is printed and
     returned (acc1_NAME), and the one of best top-1 stands for all. confusion: CSV file to write the counts of (class,
-    predicted class) to, of the first head.
+    predicted class) to, of that head.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
     dist.share(model.buffers())  # a probe's BatchNorm statistics
     images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
     sums = torch.zeros(len(names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
-    table = None
-    for batch in in_step(loader, shared, device):
+    C = len(loader.dataset.classes) if confusion else 0
+    tables = torch.zeros(len(sums), C * C, dtype=torch.long, device=device)
+    for batch in in_step(loader):
         if poll:
             poll()
         if batch is None:
@@ -93,17 +95,16 @@ def evaluate(
             ranked = one.topk(min(5, one.shape[1]), dim=1).indices == targets[:, None]  # [N, k]
             loss = F.cross_entropy(one, targets, reduction="sum")
             sums[head] += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
+            if confusion:
+                tables[head] += torch.bincount(targets * C + one.argmax(dim=1), minlength=C * C)
         images += len(imgs)
-        if confusion:
-            first = logits.unbind(1)[0] if names else logits
-            seen = torch.bincount(targets * first.shape[1] + first.argmax(dim=1), minlength=first.shape[1] ** 2)
-            table = seen if table is None else table + seen
     counts = [images, *sums.flatten().tolist()]  # the first wait for the device
     images, *counts = dist.sum_over_ranks(counts, device) if shared else counts
-    if confusion:
-        write_confusion(confusion, table, loader.dataset.classes, shared, device)
     heads = [_stats(counts[i : i + 3], images) for i in range(0, len(counts), 3)]
-    stats = dict(max(heads, key=lambda head: head["acc1"]))
+    best = max(range(len(heads)), key=lambda head: heads[head]["acc1"])
+    stats = dict(heads[best])
+    if confusion:
+        write_confusion(confusion, tables[best], loader.dataset.classes, shared, device)
     for name, head in zip(names, heads, strict=True) if names else ():
         dist.say(f"{name}: {_line(head)}")
         stats |= {f"{key}_{name}": value for key, value in head.items()}
@@ -111,20 +112,20 @@ def evaluate(
     return stats
 
 
-def write_confusion(file: str, table: Tensor | None, classes: list[str], shared: bool, device: torch.device) -> None:
+def write_confusion(file: str, table: Tensor, classes: list[str], shared: bool, device: torch.device) -> None:
     """A row per class: how many were taken for each class, and the share that was right (percent). table [C * C], this
     rank's counts."""
-    counts = table.tolist() if table is not None else [0] * len(classes) ** 2
-    counts = dist.sum_over_ranks(counts, device) if shared else counts
+    counts = dist.sum_over_ranks(table.tolist(), device) if shared else table.tolist()
 
     def on_rank0() -> None:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        with Path(file).open("w", newline="", encoding="utf-8") as out:
-            writer = csv.writer(out)
-            writer.writerow(["class", *classes, "accuracy"])
-            for number, name in enumerate(classes):
-                row = counts[number * len(classes) : (number + 1) * len(classes)]
-                writer.writerow([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
+        rows = [["class", *classes, "accuracy"]]
+        for number, name in enumerate(classes):
+            row = counts[number * len(classes) : (number + 1) * len(classes)]
+            rows.append([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
+        with writing(Path(file)):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            with Path(file).open("w", newline="", encoding="utf-8") as out:
+                csv.writer(out).writerows(rows)
 
     dist.from_rank0(on_rank0)
 

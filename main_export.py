@@ -30,15 +30,13 @@ from util.files import checkpoint_args, load_checkpoint
 from util.folder import unwritable
 from util.images import Pixels
 
-TARGETS = ("timm", "hf", "encoder", "onnx")
-
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, from argv or the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="checkpoint of any of the jobs, or anything --finetune reads")
-    add("--to", required=True, choices=TARGETS)
+    add("--to", required=True, choices=("timm", "hf", "encoder", "onnx"))
     add("--output", required=True, type=Path, metavar="DIR")
     add("--model_ema", action="store_true", help="the running average of the weights")
     add("--license", default="unknown", help="of the weights, for the model card")
@@ -117,17 +115,6 @@ def to_onnx(path: Path, model: nn.Module, size: tuple[int, int], channels: int) 
     program.save(path)
 
 
-class Tokens(nn.Module):
-    """The encoder's output, [N, 1+L, D], class token first."""
-
-    def __init__(self, model: models_vit.VisionTransformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, imgs: Tensor) -> Tensor:
-        return self.model.forward_features(imgs)
-
-
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
     """Weights and config.json; what another --to left in the folder goes."""
     for other in ("model.safetensors", "encoder.safetensors", "preprocessor_config.json"):
@@ -200,18 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     if why := unwritable(str(args.output)):
         raise UserError(f"--output {args.output} can't be written to: {why}")
-    checkpoint = load_checkpoint(args.resume)
-    if args.model_ema:
-        if "model_ema" not in checkpoint:
-            raise UserError(f"{args.resume} holds no running average: leave out --model_ema")
-        checkpoint["model"] = checkpoint["model_ema"]
+    checkpoint = load_checkpoint(args.resume, ema=args.model_ema)
     is_mae = "decoder_pred.weight" in checkpoint["model"]
     has_head = any(name.startswith("head.") for name in checkpoint["model"])
     if is_mae:
         model = models_mae.from_checkpoint(checkpoint, args.resume)
     else:
         model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=not has_head)
-        models_vit.keep_best_head(model, checkpoint)
     config, state = model.config, model.state_dict()
     names = checkpoint.get("class_to_idx")
     classes = None
@@ -235,7 +217,9 @@ def main(argv: list[str] | None = None) -> None:
         described = {**trunk.config, "mean": pixels.mean, "std": pixels.std, "crop_pct": crop_pct}
         save(args.output, trunk.state_dict(), described, "encoder.safetensors")
     else:
-        whole = model if has_head else Tokens(encoder(checkpoint, args.resume))
+        whole = model if has_head else encoder(checkpoint, args.resume)
+        if not has_head:
+            whole.global_pool, whole.fc_norm = "", nn.Identity()  # so that it gives the tokens, [N, 1+L, D]
         to_onnx(args.output / "model.onnx", whole, to_2tuple(config["img_size"]), config["in_chans"])
     (args.output / "README.md").write_text(card(checkpoint, args, classes), encoding="utf-8")
     print(f"{args.resume} as {args.to} in {args.output}")

@@ -62,16 +62,15 @@ def main(argv: list[str] | None = None) -> None:
     views.check(args)
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output} must end in .npz")
-    files = views.find([args.data_path])
-    labels, classes = labels_of(files, args.data_path)
+    files, others, classes = views.find([args.data_path]), [], None
+    if args.neighbours:
+        others = views.find([args.neighbours])
+        named, classes = labels_of(others, args.neighbours)
+        if named is None:
+            raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>")
+    labels, classes = labels_of(files, args.data_path, classes)
     if args.neighbours and (labels is None or args.tokens == "all"):
         raise UserError("--neighbours needs class folders in --data_path, and one feature per image (--tokens)")
-    others = views.find([args.neighbours]) if args.neighbours else []
-    named, classes = labels_of(others, args.neighbours) if others else (None, classes)
-    if others and named is None:
-        raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>")
-    if named is not None:
-        labels, _ = labels_of(files, args.data_path, classes)
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
     pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)

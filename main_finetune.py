@@ -49,7 +49,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--reprob", default=0.25, type=float, help="random erasing: probability")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: filling")
     add("--recount", default=1, type=int, help="random erasing: areas")
-    add("--resplit", action="store_true", help="passed to timm; acts on split batches only, which we don't make")
+    add("--resplit", action="store_true", help="accepted; acts on split batches only, which we don't make")
     add("--mixup", default=0.0, type=float, help="mixup's alpha; 0: off")
     add("--cutmix", default=0.0, type=float, help="cutmix's alpha; 0: off")
     add("--cutmix_minmax", type=float, nargs="+", help="bounds of cutmix's area; replaces alpha")
@@ -71,6 +71,14 @@ def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
 
+def running_average(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
+    """Of the model's weights. Says where a run of so many updates is too short for it."""
+    if (start := decay**updates) > 0.01:
+        dist.say(f"warning: {start:.0%} of the running average is still the untrained start after all {updates} "
+                 f"updates: pass --model_ema_decay {max(0.0, 1 - 10 / updates):.4g}")  # fmt: skip
+    return ModelEmaV3(model, decay)
+
+
 def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, *common, **more) -> dict[str, float]:
     """evaluate() of the model, and where a running average is kept of that, too, as ema_*."""
     stats = evaluate(model, *common, **more)
@@ -87,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pixels = options.pixels(args)
     augmentation = FinetuneTransform(
-        args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount,
-        args.resplit, pixels,
+        args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount, pixels
     )  # fmt: skip
     train_loader, val_loader = loaders.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
@@ -101,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         drop_path_rate=args.drop_path,
     )  # fmt: skip
     if args.finetune and not source:
-        weights.load_pretrained(args.finetune, model, args.global_pool, vars(args))
+        weights.load_pretrained(args.finetune, model, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     model.to(device)
     scaler = amp.LossScaler(args.amp, device)
@@ -117,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     mixup_fn, criterion = mixing(args)
-    ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
+    updates = args.epochs * -(-len(train_loader) // args.accum_iter)
+    ema = running_average(model, args.model_ema_decay, updates) if args.model_ema else None
     checkpoints = misc.Checkpoints(
         args.output_dir, "finetune", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx,
         ema.module if ema else None,

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
     )
     if args.finetune and not source:
-        weights.load_pretrained(args.finetune, model, args.global_pool, vars(args))
+        weights.load_pretrained(args.finetune, model, vars(args))
     names = [f"blr{blr:g}" for blr in args.blr] if isinstance(args.blr, list) else None
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
     model = models_vit.make_linear_probe(model, len(rates), args.probe == "attentive").to(device)

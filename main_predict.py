@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     names = checkpoint.get("class_to_idx")
     if not names:
         raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
-    model = models_vit.from_checkpoint(checkpoint, args.resume)
-    model = models_vit.keep_best_head(model, checkpoint).to(args.device).eval()
+    model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
     pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)
     names = sorted(names, key=names.get)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,8 @@ def job_flags(args: argparse.Namespace) -> list[str]:
             f"--resume {start}: a job goes on from its own folder (--resume auto), and begins with --finetune or anew"
         )
     problems = options.flag_problems(parsed, MODELS[args.job])
+    if parsed.overwrite:
+        problems.append("--overwrite: a job goes on from what its folder holds; choose another --job_dir")
     if not parsed.output_dir and not evaluation:
         problems.append("--output_dir '': a job that is queued again goes on from its checkpoints")
     if problems:
@@ -116,6 +118,9 @@ def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
         found = submitit.AutoExecutor(Path(args.job_dir) / "submitit", cluster=args.executor, slurm_max_num_timeout=999)
     except RuntimeError as error:  # no sbatch
         raise UserError(f"--executor {args.executor}: {error}. On a machine without SLURM: --executor local") from error
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if args.executor == "local" and all(number.isdigit() for number in shown):  # or submitit would take the first ones
+        found.update_parameters(local_visible_gpus=tuple(map(int, shown)))
     found.update_parameters(
         name=f"mae_{args.job}", nodes=args.nodes, gpus_per_node=args.ngpus or None, cpus_per_task=args.cpus,
         tasks_per_node=args.tasks or args.ngpus or 1, timeout_min=args.timeout, slurm_partition=args.partition,
@@ -133,7 +138,10 @@ def main(argv: list[str] | None = None) -> None:
     # The job's processes import the scripts, wherever they are started from.
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    job = runner.submit(Job(args.job, flags))
+    try:
+        job = runner.submit(Job(args.job, flags))
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"SLURM refuses the job: {str(error).strip()}") from error
     if args.executor == "debug":
         job.results()
         return

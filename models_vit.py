@@ -138,13 +138,14 @@ def from_config(config: dict) -> VisionTransformer:
 
 
 def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> VisionTransformer:
-    """The classifier that a checkpoint of ours holds, weights included; with trunk_only the encoder of any of our jobs
-    or of a released file, without head, whose class token passes through `norm` where the file has one.
+    """The classifier that a checkpoint of ours holds, weights included, of a sweep's heads the best one; with
+    trunk_only the encoder of any of our jobs or of a released file, without head, whose class token passes through
+    `norm` where the file has one.
 
     Raises UserError, naming the source, for a file that holds no such thing.
     """
     state, config = checkpoint["model"], dict(checkpoint.get("model_config") or {})
-    if not trunk_only and not ("head.weight" in state or "head.1.heads.0.weight" in state or "head.1.weight" in state):
+    if not trunk_only and not any(name.startswith("head.") for name in state):
         raise UserError(f"{source} has no head, so it names no classes: fine-tune or probe it first")
     if not config:
         config = config_of(state, source)
@@ -157,7 +158,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{source} is no Vision Transformer of ours: {str(error).splitlines()[1].strip()}") from error
-    return model
+    return keep_best_head(model, checkpoint)
 
 
 def config_of(state: dict[str, Tensor], source: str) -> dict:

@@ -12,6 +12,7 @@ results/ablations/<variant>/seed<S>/{pretrain,probe,finetune}.jsonl      the run
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def run(step: str, command: str, output: Path, kept: Path) -> None:
     if kept.exists():
         return
     output.mkdir(parents=True, exist_ok=True)
-    words = [*command.split(), "--num_workers", "0", "--resume", "auto", "--output_dir", str(output)]
+    words = [*shlex.split(command), "--num_workers", "0", "--resume", "auto", "--output_dir", str(output)]
     with (output / "out.txt").open("a") as out:
         code = subprocess.run(
             [sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
@@ -63,7 +64,7 @@ def chain(variant: str, flags: str, seed: int, output: Path, results: Path, part
     """Pre-train a variant, probe and fine-tune its encoder; partial: also with only the last blocks trained."""
     folder, kept = output / variant / f"seed{seed}", results / variant / f"seed{seed}"
     epochs = int(flags.split("--epochs ")[1].split()[0]) if "--epochs" in flags else EPOCHS
-    encoder = f"--finetune {folder / 'pretrain' / f'checkpoint-{epochs - 1}.pth'} --seed {seed}"
+    encoder = f"--finetune {shlex.quote(str(folder / 'pretrain' / f'checkpoint-{epochs - 1}.pth'))} --seed {seed}"
     steps = {
         "pretrain": f"{demo.PRETRAIN} {flags} --seed {seed}",
         "probe": f"{demo.PROBE} {encoder}", "finetune": f"{demo.FINETUNE} {encoder}",

@@ -46,14 +46,14 @@ def test_the_strongest_draws_of_randaugment_do_not_stop_a_run():
     pixels = np.asarray(image)
     assert strongest(image).getextrema() == ((0, 0),) * 3
     random.seed(0)
-    transform = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1, False)
+    transform = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1)
     assert all(transform(pixels).isfinite().all() for _ in range(300))
 
 
 def test_finetuning_augments_as_timm_does():
-    on = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd0.5-inc1", 1.0, "pixel", 1, False)
+    on = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd0.5-inc1", 1.0, "pixel", 1)
     names = [type(t).__name__ for t in on.steps.transforms]
     assert "RandAugment" in names and names[-1] == "RandomErasing"
-    off = FinetuneTransform(32, (0.08, 1.0), None, "none", 0.0, "pixel", 1, False)
+    off = FinetuneTransform(32, (0.08, 1.0), None, "none", 0.0, "pixel", 1)
     assert not {"RandAugment", "RandomErasing", "ColorJitter"} & {type(t).__name__ for t in off.steps.transforms}
     assert on(np.zeros((40, 50, 3), np.uint8)).shape == (3, 32, 32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import models_mae
 import models_vit
@@ -176,7 +177,7 @@ def test_an_unfused_optimisers_state_steps_fused_here(checkpoint, tmp_path):
 def test_the_encoder_goes_into_a_classifier_of_another_grid(checkpoint, capsys):
     path, model = checkpoint
     vit = classifier(img_size=24)
-    missing, surplus = weights.load_pretrained(path, vit, global_pool=True)
+    missing, surplus = weights.load_pretrained(path, vit)
     assert missing == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
     assert "mask_token" in surplus and "norm.weight" in surplus
     assert torch.equal(vit.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
@@ -192,7 +193,7 @@ def test_encoder_only_files_and_bare_state_dicts_start_finetuning(checkpoint, tm
     encoder = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
     for content in (encoder, {"model": encoder}):
         torch.save(content, tmp_path / "encoder.pth")
-        _, surplus = weights.load_pretrained(str(tmp_path / "encoder.pth"), classifier(), global_pool=True)
+        _, surplus = weights.load_pretrained(str(tmp_path / "encoder.pth"), classifier())
         assert surplus == {"norm.weight", "norm.bias"}
 
 
@@ -210,7 +211,7 @@ def test_anything_unexpected_in_a_pretrained_file_is_an_error_that_names_it(chec
     spoil(state["model"])
     torch.save(state, tmp_path / "bad.pth")
     with pytest.raises(UserError, match=named):
-        weights.load_pretrained(str(tmp_path / "bad.pth"), classifier(), global_pool=True)
+        weights.load_pretrained(str(tmp_path / "bad.pth"), classifier())
 
 
 def test_resuming_another_architecture_names_both_sides(checkpoint):
@@ -256,10 +257,12 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
     ):
         with pytest.raises(UserError, match=message):
             weights.load_for_eval(file, model, args, {})
+    with pytest.raises(UserError, match="it is an autoencoder, of pre-training: pass it as --finetune"):
+        weights.load_for_eval(path, classifier(), args, {})
     with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a; only in --data_path: b"):
         weights.load_for_eval(file, classifier(), args, {"b": 0})
     fresh = classifier()
-    _, unused = weights.load_pretrained(file, fresh, global_pool=True)
+    _, unused = weights.load_pretrained(file, fresh)
     assert unused == {"head.weight", "head.bias"} and not torch.equal(fresh.head.weight, vit.head.weight)
 
 
@@ -351,11 +354,16 @@ def test_two_addresses_that_end_alike_are_not_mixed_up(tmp_path, server):
         assert stored["model"]["weight"].item() == number
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip file"])
+def test_an_address_of_safetensors_is_read(tmp_path, server):
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert misc.load_checkpoint(f"{server}/model.safetensors")["model"]["weight"].item() == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 half a zip file"])
 def test_files_that_are_no_checkpoints_say_so(tmp_path, content):
     file = tmp_path / "file.pth"
     file.write_bytes(content)
-    with pytest.raises(UserError, match="file.pth"):
+    with pytest.raises(UserError, match="file.pth is not a (whole PyTorch )?checkpoint"):
         misc.load_checkpoint(str(file))
 
 

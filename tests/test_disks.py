@@ -1,13 +1,19 @@
 """What a run leaves on the disk is whole, and each thing there once, whatever stops it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 
 import faults
 import pytest
+from conftest import ROOT
 from runs import EVERY_STEP, assert_same_end, finish, log, state, wait_for, words
+
+from util import folder
 
 WRITING = [("half_written", 1), ("half_written", 4), *(("after_rename", n) for n in range(3, 8))]
 
@@ -35,21 +41,21 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, undisturbed, tmp_path)
 @pytest.mark.tmpfs
 def test_a_disk_that_fills_up(images, undisturbed, tmp_path):
     """On a file system of its own that holds two checkpoints of 16 MB and not four."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", folder], capture_output=True).returncode:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("may not mount here")
     try:
-        process = faults.start("pretrain", words(images, folder, "--num_workers", 0), tmp_path / "out")
+        process = faults.start("pretrain", words(images, small, "--num_workers", 0), tmp_path / "out")
         assert faults.ended(process) == 2
         said = (tmp_path / "out").read_text()
         assert "cannot write" in said and "No space left on device" in said and "Traceback" not in said, said
-        assert state(folder, "0")["epoch"] == 0 and not list(folder.glob("*.tmp"))
-        subprocess.run(["mount", "-o", "remount,size=500m", folder], check=True)
-        finish(images, folder, "--num_workers", 0)
-        assert_same_end(folder, undisturbed / "pretrain")
+        assert state(small, "0")["epoch"] == 0 and not list(small.glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=500m", small], check=True)
+        finish(images, small, "--num_workers", 0)
+        assert_same_end(small, undisturbed / "pretrain")
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", small], check=True)
 
 
 def truncate(path):
@@ -68,19 +74,19 @@ def flip(path):
 
 @pytest.mark.parametrize("spoil", [truncate, empty, flip])
 def test_auto_passes_over_a_spoilt_checkpoint_and_a_path_does_not(spoil, images, undisturbed, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(undisturbed / "pretrain", folder)
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "pretrain", run)
     for name in ("2", "last"):
-        spoil(folder / f"checkpoint-{name}.pth")
+        spoil(run / f"checkpoint-{name}.pth")
     for name in ("2", "last"):
-        argv = words(images, folder, "--num_workers", 0, "--resume", folder / f"checkpoint-{name}.pth")
+        argv = words(images, run, "--num_workers", 0, "--resume", run / f"checkpoint-{name}.pth")
         process = faults.start("pretrain", argv, tmp_path / "out")
         assert faults.ended(process) == 2
         said = (tmp_path / "out").read_text()
         assert f"checkpoint-{name}.pth is " in said and "--resume auto" in said and "Traceback" not in said
-    said = finish(images, folder, "--num_workers", 0)
+    said = finish(images, run, "--num_workers", 0)
     assert said.count("warning: passed over") == 2 and "checkpoint-1.pth is the newest checkpoint that is whole" in said
-    assert_same_end(folder, undisturbed / "pretrain")
+    assert_same_end(run, undisturbed / "pretrain")
 
 
 def test_tensorboard_shows_no_step_twice(images, tmp_path):
@@ -123,3 +129,47 @@ def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
     wait_for(tmp_path / "third", "going on from")
     third.kill()
     third.join()
+
+
+HOLDER = "import sys; from util import folder; folder.hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+
+def test_the_lock_of_a_machine_that_is_down_is_waited_for(tmp_path):
+    """A file server keeps it for a while; where it stays, the message says how to go on."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        assert re.fullmatch(rf"process {holder.pid} on \S+", folder.hold(tmp_path, patience=60)), "here: not waited for"
+        (tmp_path / ".lock").write_text("process 1 on elsewhere")
+        assert folder.hold(tmp_path, patience=0.3) == (
+            f"process 1 on elsewhere; if that machine is down, remove {tmp_path / '.lock'}"
+        )
+        threading.Timer(1, holder.kill).start()
+        assert folder.hold(tmp_path, patience=60) == ""
+
+
+def test_a_run_that_goes_back_goes_on_from_there(images, undisturbed, tmp_path):
+    """Killed before its own first checkpoint, it is not the later ones of the folder that count."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed / "pretrain", run)
+    argv = words(images, run, "--num_workers", 0, "--resume", run / "checkpoint-0.pth")
+    process = faults.start("pretrain", argv, tmp_path / "out", ("slow_steps", 3))
+    wait_for(run / "checkpoint-last.pth.sha256", "")
+    wait_for(tmp_path / "out", "of them trained")
+    process.join(1.5)
+    process.kill()
+    assert faults.ended(process) == -signal.SIGKILL
+    assert "checkpoint-last.pth is the newest" in finish(images, run, "--num_workers", 0)
+    assert_same_end(run, undisturbed / "pretrain")
+
+
+def test_a_fresh_start_puts_an_old_log_aside_and_only_overwrite_removes_it(images, tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
+    (tmp_path / "events.out.tfevents.1").write_text("kept")
+    finish(images, tmp_path, "--num_workers", 0, "--epochs", 2)
+    (aside,) = tmp_path.glob("log-*.txt")
+    assert aside.read_text() == '{"epoch": 0}\n' and (tmp_path / "events.out.tfevents.1").exists()
+    process = faults.start("pretrain", words(images, tmp_path, "--num_workers", 0, "--epochs", 2, "--overwrite"),
+                           tmp_path / "out")  # fmt: skip
+    assert faults.ended(process) == 0 and not (tmp_path / "events.out.tfevents.1").exists() and len(log(tmp_path)) == 2

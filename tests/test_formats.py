@@ -196,7 +196,7 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
         assert_same_weights(back, own)
     save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
     fresh = classifier(size, global_pool=kind == "pooled")
-    weights.load_pretrained(str(tmp_path / "timm.safetensors"), fresh, kind == "pooled")
+    weights.load_pretrained(str(tmp_path / "timm.safetensors"), fresh)
     assert torch.equal(fresh.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
 
 
@@ -232,7 +232,7 @@ def test_the_encoder_alone_goes_out_and_starts_finetuning(tmp_path, capsys):
     state = load_file(folder / "encoder.safetensors")
     assert not any(name.startswith(("decoder", "mask_token", "head")) for name in state)
     fresh = classifier("small", global_pool=True)
-    weights.load_pretrained(str(folder / "encoder.safetensors"), fresh, True)
+    weights.load_pretrained(str(folder / "encoder.safetensors"), fresh)
     assert torch.equal(fresh.blocks[2].mlp.fc1.weight, model.blocks[2].mlp.fc1.weight)
     assert "new here: fc_norm.*, head.*; in the file but not used: norm.*" in capsys.readouterr().out
 
@@ -250,7 +250,7 @@ def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
         assert torch.equal(trunk.forward_features(imgs), ours.forward_features(imgs))
         assert Pixels.of(back["args"], 3).mean == (0.3,) * 3
         fresh = classifier("small", global_pool=True)
-        weights.load_pretrained(str(folder), fresh, True, {"mean": [0.485, 0.456, 0.406]})
+        weights.load_pretrained(str(folder), fresh, {"mean": [0.485, 0.456, 0.406]})
         said = capsys.readouterr().out
         assert "positions resized from 2 x 8 to 4 x 4" in said and "was made with --mean [0.3, 0.3, 0.3], here" in said
 
@@ -323,13 +323,13 @@ def test_an_encoder_that_does_not_fit_is_told_with_both_sides(theirs, message, t
     other = models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, **theirs})
     source = stored(tmp_path / "run", other, "pretrain")
     with pytest.raises(UserError, match=message):
-        weights.load_pretrained(source, classifier("small", global_pool=True), True, {"model": "small"})
+        weights.load_pretrained(source, classifier("small", global_pool=True), {"model": "small"})
 
 
 def test_files_that_are_no_vision_transformer_are_told(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
     with pytest.raises(UserError, match="names that are known here: the reference's, timm's, Hugging Face's"):
-        weights.load_pretrained(str(tmp_path / "resnet.safetensors"), classifier("small"), True)
+        weights.load_pretrained(str(tmp_path / "resnet.safetensors"), classifier("small"))
     (tmp_path / "broken.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(UserError, match="broken.safetensors is not a whole"):
         load_checkpoint(str(tmp_path / "broken.safetensors"))
@@ -346,7 +346,7 @@ def test_all_zero_positions_are_warned_of(tmp_path, capsys):
     with torch.no_grad():
         theirs.vit.embeddings.position_embeddings.zero_()
     theirs.save_pretrained(tmp_path / "hf")
-    weights.load_pretrained(str(tmp_path / "hf"), classifier("small", global_pool=True), True)
+    weights.load_pretrained(str(tmp_path / "hf"), classifier("small", global_pool=True))
     said = capsys.readouterr().out
     assert "positions are all zero" in said and "eps 1e-12, ours is 1e-6" in said
     assert "(Hugging Face's ViTMAE, encoder and decoder)" in said

@@ -300,7 +300,7 @@ def test_reference_checkpoint_starts_finetuning(name, over_http, server, tmp_pat
     if over_http:
         shutil.copy(source, tmp_path / "pretrained.pth")
         source = f"{server}/pretrained.pth"
-    missing, surplus = weights.load_pretrained(source, model, run["global_pool"])
+    missing, surplus = weights.load_pretrained(source, model)
     assert sorted(missing) == sorted(run["missing_keys_on_load"])
     assert sorted(surplus) == sorted(run["unexpected_keys_on_load"])
 

@@ -9,10 +9,11 @@ import time
 
 import faults
 import pytest
+import torch
 from conftest import ROOT
 from runs import assert_same_end, words
 
-from util import launch
+from util import launch, options
 
 SRUN = {
     "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
@@ -45,6 +46,27 @@ def test_a_batch_script_without_srun_is_one_process(bare):
         bare.setenv(name, SRUN[name])
     bare.setenv("SLURM_NTASKS", "8")
     assert launch.adopt() == [] and "WORLD_SIZE" not in os.environ
+
+
+def test_submitits_own_processes_within_srun_are_a_group(bare):
+    mine = {"GLOBALID": "1", "NTASKS": "2", "LOCALID": "1", "JOB_ID": "5"}
+    for name, value in {**SRUN, **{f"SUBMITIT_LOCAL_{name}": value for name, value in mine.items()}}.items():
+        bare.setenv(name, value)
+    assert launch.adopt() == [] and os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
+
+
+def test_every_process_says_that_the_machine_has_too_few_gpus(bare):
+    bare.setattr(torch.cuda, "is_available", lambda: True)
+    bare.setattr(torch.cuda, "device_count", lambda: 2)
+    bare.setenv("LOCAL_WORLD_SIZE", "4")
+    for rank in range(4):
+        bare.setenv("LOCAL_RANK", str(rank))
+        assert "need 4 GPU(s), one each, and it has 2" in options.device_problems("cuda")[0]
+    bare.setattr(torch.cuda, "device_count", lambda: 4)
+    assert options.device_problems("cuda") == []
+    bare.setattr(torch.cuda, "device_count", lambda: 1)
+    bare.setenv("SLURM_STEP_NUM_TASKS", "4")  # which shows each its own
+    assert options.device_problems("cuda") == [] and launch.gpu_index(1) == 0
 
 
 def test_torchrun_within_srun_decides(bare):
@@ -113,6 +135,7 @@ def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, t
         (["--epochs", 0], "--epochs 0 must be at least 1"),
         (["--no_such_flag"], "unrecognized arguments"),
         (["--resume", "x.pth"], "begins with --finetune or anew"),
+        (["--overwrite"], "choose another --job_dir"),
     ],
 )
 def test_submitit_says_at_once_what_is_wrong_with_the_jobs_flags(flags, expected, images, tmp_path):
@@ -133,3 +156,14 @@ def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, m
     job = submit(images, tmp_path / "job", executor="slurm")
     said = job.communicate(timeout=60)[0]
     assert job.returncode == 2 and "--executor local" in said and "Traceback" not in said
+
+
+def test_sbatchs_refusal_is_a_message(images, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "sbatch"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\necho invalid partition specified: typo >&2\nexit 1\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    job = submit(images, tmp_path / "job", executor="slurm")
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 2 and "invalid partition specified: typo" in said and "Traceback" not in said, said

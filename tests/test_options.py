@@ -1,16 +1,18 @@
 """Flags: the reference's names and defaults; every problem reported at once, before anything is read."""
 
 import re
+import shutil
 import time
 
 import pytest
+import torch
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import options
+from util import errors, options, speed
 from util.errors import UserError
 
 JOBS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
@@ -179,3 +181,28 @@ def test_a_mistake_ends_in_one_message_and_exit_code_2(script, images, tmp_path)
     done = script("main_pretrain.py", "--data_path", tmp_path / "none", "--device", "cpu")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: --data_path") and "train/<class>/<images>" in done.stderr
+
+
+def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert speed.compiles(torch.device("cuda"), None) and not speed.compiles(torch.device("cpu"), None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert not speed.compiles(torch.device("cuda"), None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not speed.compiles(torch.device("cuda"), None)
+    with pytest.raises(UserError, match="--compile on a cpu device needs a C.. compiler"):
+        options.check(main_pretrain.get_args(["--data_path", "x", "--compile", "--device", "cpu"]), models_mae.MODELS)
+
+
+def test_a_full_gpu_is_a_message_that_says_what_to_lower(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: rank 0: CUDA out of memory. Halve --batch_size and double --accum_iter, or add --grad_checkpoint\n"
+    )

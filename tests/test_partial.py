@@ -2,14 +2,18 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import engine_finetune
 import main_finetune
 import main_linprobe
 import models_vit
 from util import augment, loaders
+from util.amp import LossScaler
+from util.errors import UserError
 from util.images import Pixels
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -123,3 +127,40 @@ def test_a_running_average_of_the_weights_is_kept_resumed_and_evaluated(images, 
     line = json.loads((tmp_path / "whole/log.txt").read_text().splitlines()[-1])
     assert 0 <= line["test_ema_acc1"] <= 100
     main_finetune.main([*words, "--eval", "--resume", str(tmp_path / "whole/checkpoint-1.pth")])
+
+
+class TwoHeads(torch.nn.Module):
+    """The first head is always wrong, the second always right: an image's pixels are its class."""
+
+    def forward(self, imgs):
+        right = torch.nn.functional.one_hot(imgs[:, 0, 0, 0].long(), 3).float()
+        return torch.stack([right.roll(1, dims=1), right], dim=1)
+
+
+def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
+    class Loader(list):
+        dataset = SimpleNamespace(classes=["a", "b", "c"])
+
+    targets = torch.tensor([0, 1, 2, 2])
+    batches = Loader([(targets.float()[:, None, None, None], targets)])
+    stats = engine_finetune.evaluate(
+        TwoHeads(), batches, torch.device("cpu"), LossScaler("off", torch.device("cpu")), names=["low", "high"],
+        confusion=str(tmp_path / "confusion.csv"),
+    )  # fmt: skip
+    assert stats["acc1"] == 100 and stats["acc1_low"] == 0
+    assert (tmp_path / "confusion.csv").read_text().split() == [
+        "class,a,b,c,accuracy", "a,1,0,0,100.00", "b,0,1,0,100.00", "c,0,0,2,100.00",
+    ]  # fmt: skip
+
+
+def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_was_trained():
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
+        engine_finetune.write_confusion("/dev/full", torch.zeros(4), ["a", "b"], False, torch.device("cpu"))
+
+
+def test_a_run_too_short_for_its_running_average_is_told(capsys):
+    model = torch.nn.Linear(2, 2)
+    main_finetune.running_average(model, 0.9999, 1950)
+    assert "82% of the running average is still the untrained start after all 1950" in capsys.readouterr().out
+    main_finetune.running_average(model, 1 - 10 / 1950, 1950)
+    assert capsys.readouterr().out == ""

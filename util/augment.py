@@ -121,14 +121,11 @@ class FinetuneTransform:
         reprob: float,
         remode: str,
         recount: int,
-        resplit: bool,
         pixels: Pixels = Pixels(),  # noqa: B008 (it never changes)
     ) -> None:
         self.pictures = pixels.channels in (1, 3)
         self.crop, self.normalise = Crop(input_size, crop_scale), transforms.Normalize(pixels.mean, pixels.std)
-        self.erase = RandomErasing(
-            reprob, mode=remode, max_count=recount, num_splits=2 if resplit else 0, device="cpu"
-        )
+        self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device="cpu")
         self.steps = create_transform(
             to_2tuple(input_size),
             is_training=True,
@@ -139,7 +136,6 @@ class FinetuneTransform:
             re_prob=reprob,
             re_mode=remode,
             re_count=recount,
-            re_num_splits=2 if resplit else 0,
             mean=pixels.mean,
             std=pixels.std,
         )

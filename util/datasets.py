@@ -157,7 +157,7 @@ def open_split(
     empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
     if empty:
         raise UserError(
-            f"no images in {_some(str(folder / name) for name in empty)}: add some or remove the folder. Images end in "
+            f"no images in {some(str(folder / name) for name in empty)}: add some or remove the folder. Images end in "
             f"{', '.join(EXTENSIONS)}"
         )
     try:
@@ -169,7 +169,7 @@ def open_split(
     return dataset
 
 
-def _some(names: Iterator[str] | list[str], shown: int = 10) -> str:
+def some(names: Iterator[str] | list[str], shown: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
@@ -177,7 +177,7 @@ def _some(names: Iterator[str] | list[str], shown: int = 10) -> str:
 def class_differences(here: list[str], there: list[str], here_name: str, there_name: str) -> str:
     """What only one of two lists of classes has, in words; empty where they are alike."""
     parts = [
-        f"only in {name}: {_some(sorted(set(mine) - set(other)))}"
+        f"only in {name}: {some(sorted(set(mine) - set(other)))}"
         for name, mine, other in ((here_name, here, there), (there_name, there, here))
         if set(mine) - set(other)
     ]

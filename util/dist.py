@@ -26,11 +26,6 @@ class LostError(RuntimeError):
     """The processes of a run don't find each other."""
 
 
-def local_rank() -> int:
-    """This process's rank on its machine as its launcher says it, also before the process group exists."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def default_device() -> str:
     """"cuda", "mps" or "cpu", whichever is there."""
     if torch.cuda.is_available():
@@ -183,12 +178,6 @@ def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Mod
         return model
     places = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True, static_graph=static)
-
-
-def sharded(optimizer_class: type[torch.optim.Optimizer], groups: list, **defaults: object) -> torch.optim.Optimizer:
-    """The optimiser with its state spread over the ranks (ZeRO-1, Rajbhandari et al. 2020): each updates a share of the
-    parameters and sends them to the others, so that the numbers stay the same. gather_optimizer before state_dict."""
-    return ZeroRedundancyOptimizer(groups, optimizer_class, **defaults)
 
 
 def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -1,16 +1,18 @@
 """How a script ends when something is wrong: one message and an exit code, not a traceback.
 
-    2    the user can put it right: flags, data, checkpoint, a full disk
+    2    the user can put it right: flags, data, checkpoint, a full disk or GPU
     1    the run failed: gradients that are not finite, a loader or another rank that died or does not answer
     143  stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 130 by SIGINT
 """
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable
 from signal import SIGINT
 
+import torch
 import torch.distributed
 
 from util import dist
@@ -50,11 +52,14 @@ def _complain(error: Exception) -> int:
     """Say what happened, on stderr; returns the exit code. Raises the error again if it is a bug of ours."""
     text, code, speaks = f"error: {error}", 1, True
     if isinstance(error, UserError):
-        code, speaks = 2, isinstance(error, LocalError) or dist.local_rank() == 0
+        code, speaks = 2, isinstance(error, LocalError) or os.environ.get("LOCAL_RANK", "0") == "0"
     elif isinstance(error, Stopped):
         text, code, speaks = str(error), 130 if error.signum == SIGINT else 143, dist.rank() == 0
     elif isinstance(error, FloatingPointError):
         text = f"rank {dist.rank()} stops: {error}"
+    elif isinstance(error, torch.OutOfMemoryError):
+        text, code = f"error: rank {dist.rank()}: {str(error).split('. ')[0]}. Halve --batch_size and double " \
+                     "--accum_iter, or add --grad_checkpoint", 2  # fmt: skip
     elif isinstance(error, OSError) and error.errno in DISK:
         text, code = f"error: cannot write {error.filename or 'to the output folder'}: {error.strerror}", 2
     elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):

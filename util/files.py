@@ -112,14 +112,15 @@ def wrong_digest(path: Path) -> str:
     return ""
 
 
-def load_checkpoint(source: str, peek: bool = False) -> dict:
+def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
     """Read a checkpoint from a file or an http(s) address, on the CPU, without running any code that is in it.
 
     The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict, a .safetensors
     file or a folder of Hugging Face's or timm's comes back as {"model": ...}, with what its config.json says, and under
     our names ("format" then says what it was, "left_out" what has no place here). A file's digest is checked where
-    there is one. With peek tensors stay on the disk, and neither digest nor weights are looked at. Raises UserError,
-    naming the source, for a file that is missing, damaged, refused or not a checkpoint.
+    there is one. With peek tensors stay on the disk, and neither digest nor weights are looked at. With ema the running
+    average of the weights stands as "model". Raises UserError, naming the source, for a file that is missing, damaged,
+    refused or not a checkpoint.
     """
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -136,8 +137,10 @@ def load_checkpoint(source: str, peek: bool = False) -> dict:
                 checkpoint = torch.load(source, "cpu", weights_only=True, mmap=True if peek else None)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"it holds {found[1]}" if found else "it is not made of plain types and tensors"
-            raise UserError(f"{source} is refused: {what}, and loading it could run code. Nothing was run.") from error
+            what = "is not a checkpoint of plain types and tensors: was it saved by torch.save, and downloaded whole?"
+            if found:
+                what = f"is refused: it holds {found[1]}, and loading it could run code."
+            raise UserError(f"{source} {what} Nothing in it was run.") from error
         except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
             raise UserError(f"cannot download {source}: {error}") from error
         except OSError as error:
@@ -153,6 +156,10 @@ def load_checkpoint(source: str, peek: bool = False) -> dict:
         raise UserError(f"{source} is not a checkpoint: it has no 'model' with named tensors")
     if (found := formats.recognise(checkpoint["model"])).kind:
         checkpoint |= {"model": found.state, "format": found.kind, "left_out": found.left_out}
+    if ema:
+        if "model_ema" not in checkpoint:
+            raise UserError(f"{source} holds no running average: leave out --model_ema")
+        checkpoint["model"] = checkpoint["model_ema"]
     return checkpoint
 
 
@@ -191,11 +198,13 @@ def _is_state_dict(value: object) -> bool:
 def _download(url: str) -> dict:
     """torch.hub's cache goes by file name alone; a digest of the whole address keeps two that end alike apart."""
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
 
     def load() -> dict:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=dist.rank() == 0, file_name=name, weights_only=True
-        )
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=dist.rank() == 0)
+        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
 
     # One download for all ranks; its failure is every rank's, so the barrier comes in any case.
     try:

@@ -1,7 +1,7 @@
 """--gpu_decode: loader processes only read the files and draw the crops; JPEGs are decoded on the GPU, by the batch.
 
 Through torchvision's binding of nvJPEG. Its pixels are not libjpeg's (another transform, another interpolation of the
-colours), so it is off by default.
+colours), so it is off by default. What can't be decoded is replaced and named, but doesn't count for --max_bad_images.
 """
 
 import sys

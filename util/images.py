@@ -32,8 +32,6 @@ try:
 except ImportError:  # no wheel for the platform: Pillow does it all
     simplejpeg = None
 
-ORIENTATION = Base.Orientation
-
 # Between one and two times Pillow's limit it only warns, image by image; beyond that it refuses, as a bad image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -99,10 +97,10 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
             img.load()
             pages = img.n_frames if img.format == "TIFF" else 0
             return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, pages)
-    except (MemoryError, BadImage) as error:
-        if isinstance(error, BadImage):
-            raise type(error)(f"{path}: {error}") from error
+    except MemoryError:
         raise
+    except BadImage as error:
+        raise type(error)(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"{path}: not an image, or empty") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken header leads them to
@@ -172,7 +170,7 @@ def jpeg_size(data: bytes, exif: bool) -> tuple[int, int] | None:
     if colorspace not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
         return None
     try:
-        turned = exif and Image.open(io.BytesIO(data)).getexif().get(ORIENTATION, 1) != 1
+        turned = exif and Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1) != 1
     except Exception:  # as above
         return None
     return None if turned else (height, width)

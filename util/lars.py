@@ -22,12 +22,8 @@ class LARS(torch.optim.Optimizer):
         self._step_supports_amp_scaling = True
 
     @torch.no_grad()
-    def step(self, closure=None) -> torch.Tensor | None:
+    def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -47,4 +43,3 @@ class LARS(torch.optim.Optimizer):
                     after, moved = torch.where(skip > 0, buffer, after), torch.where(skip > 0, parameter, moved)
                 buffer.copy_(after)
                 parameter.copy_(moved)
-        return loss

@@ -1,7 +1,7 @@
 """Who started this process, and among how many: other launchers' variables become torchrun's.
 
-torchrun (any program that sets RANK and WORLD_SIZE) comes first, then mpirun (with --dist_on_itp), srun, and submitit
-on this machine. Where none speaks, the process is alone.
+torchrun (any program that sets RANK and WORLD_SIZE) comes first, then mpirun (with --dist_on_itp), submitit on this
+machine, within srun, too, and srun. Where none speaks, the process is alone.
 """
 
 import os
@@ -32,11 +32,11 @@ def adopt(dist_on_itp: bool = False, dist_url: str = "env://") -> list[str]:
     elif {"RANK", "WORLD_SIZE"} <= env.keys():
         env.setdefault("MASTER_PORT", "29500")
         return [] if env["WORLD_SIZE"] == "1" or "MASTER_ADDR" in env or dist_url != "env://" else [NO_HOST]
+    elif env.keys() >= set(SUBMITIT.values()):
+        _take(SUBMITIT)
     elif env.keys() >= set(SRUN.values()):
         _take(SRUN)
         env["LOCAL_WORLD_SIZE"] = str(_tasks_here())
-    elif env.keys() >= set(SUBMITIT.values()):
-        _take(SUBMITIT)
     if int(env.get("WORLD_SIZE", 1)) == 1:
         return []
     if "MASTER_ADDR" in env:
@@ -82,5 +82,13 @@ def cores() -> int:
 
 def gpu_index(gpus: int) -> int:
     """Which of the visible GPUs is this process's: the first where SLURM shows each task its own."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return 0 if gpus == 1 and "SLURM_STEP_NUM_TASKS" in os.environ else local_rank
+    return 0 if _sees_its_own(gpus) else int(os.environ.get("LOCAL_RANK", 0))
+
+
+def gpus_needed(gpus: int) -> int:
+    """How many of them the processes of this machine take together, the same in each."""
+    return 1 if _sees_its_own(gpus) else int(os.environ.get("LOCAL_WORLD_SIZE", 1 + gpu_index(gpus)))
+
+
+def _sees_its_own(gpus: int) -> bool:
+    return gpus == 1 and "SLURM_STEP_NUM_TASKS" in os.environ

@@ -102,7 +102,7 @@ class Feed:
         return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
 
     def some(self, count: int) -> tuple[Tensor, list[str]]:
-        """A few of an ordered loader's images, evenly spread over all ranks' shares, and their names."""
+        """A few of the images, evenly spread over all there are, and their names."""
         chosen = spread(len(self.dataset), count)
         imgs, _ = collate([self.dataset[index] for index in chosen])
         return self.normalised(imgs), [self.dataset.name(index) for index in chosen]
@@ -116,11 +116,10 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return default_collate(imgs), torch.tensor([target for _, target in samples])
 
 
-def in_step(loader: Sized, shared: bool, device: torch.device) -> Iterator[tuple[Tensor, Tensor] | None]:
+def in_step(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
     """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones. Raises
     UserError at the end, on all ranks, where one of them met a LocalError."""
-    longest = int(dist.max_over_ranks(torch.tensor([len(loader)]), device)) if shared else len(loader)
-    done, problem = 0, ""
+    longest, done, problem = max(dist.gather(len(loader))), 0, ""
     try:
         for batch in loader:
             yield batch

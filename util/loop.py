@@ -204,6 +204,8 @@ def run_epochs(
     start = time.time()
     if len(position.rng) > dist.rank():
         set_rng_state(position.rng[dist.rank()])
+    if checkpoints.goes_back:
+        checkpoints.save(position, whole_epoch=False)  # or --resume auto, were this run killed, would take a later one
     first_epoch = position.epoch
     with Requests(save_minutes) as requests:
         run = Run(loader, checkpoints, log, position, device, requests, max_bad_steps, max_bad_images, epochs)

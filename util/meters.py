@@ -1,13 +1,15 @@
 """Running means of what a step computes, and the lines printed while an epoch goes on."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sized
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from util import dist, progress
+from util import dist
 
 
 class Meters:
@@ -84,11 +86,16 @@ class Meters:
         """
         steps, header = len(loader), f"{epoch}/{epochs}" if epochs else str(epoch)
         start = window_start = time.perf_counter()
-        bar = progress.bar(steps, first_step, header)
-        in_window, waited = 0, 0.0
-        for step, batch, wait in self._timed(loader, first_step):
+        bar = None
+        if dist.rank() == 0 and sys.stdout.isatty():
+            bar = tqdm(
+                total=steps, initial=first_step, desc=header, file=sys.stdout, dynamic_ncols=True,
+                bar_format="{desc} {n_fmt}/{total_fmt} {bar:4}{postfix}",
+            )  # fmt: skip
+        in_window, waited_before = 0, 0.0
+        for step, batch in enumerate(self._timed(loader), first_step):
             yield step, batch
-            in_window, waited = in_window + 1, waited + wait
+            in_window += 1
             if step % print_freq and step != steps - 1:
                 continue
             means, not_finite = self.window()
@@ -97,11 +104,15 @@ class Meters:
             left, run_left = per_step * (steps - step - 1), per_step * (steps * (epochs - epoch) - step - 1)
             took = now - window_start
             words = [f"{name} {_short(value)}" for name, value in means.items()]
-            speed = {"images_per_s": in_window * images_per_step / took, "data_wait": waited / took}
+            speed = {
+                "images_per_s": in_window * images_per_step / took, "data_wait": (self.waited - waited_before) / took,
+            }  # fmt: skip
             words += [f"{speed['images_per_s']:.0f} img/s"] * (images_per_step > 0)
-            words += [f"data {speed['data_wait']:.0%}", *self._memory()]
+            words += [f"data {speed['data_wait']:.0%}"]
+            if self.device.type == "cuda":
+                words += [f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G"]
             clocks = _clock(left), _clock(run_left)
-            window_start, in_window, waited = now, 0, 0.0
+            window_start, in_window, waited_before = now, 0, self.waited
             if bar is not None:
                 short = " ".join(words).replace(" img/s", "/s")  # 80 columns are soon full
                 bar.set_postfix_str(" ".join([short, *clocks[: 1 + (epochs > 0)]]), refresh=False)
@@ -113,26 +124,17 @@ class Meters:
         if bar is not None:
             bar.close()
 
-    def _timed(self, loader: Sized, first_step: int) -> Iterator[tuple[int, object, float]]:
-        """(step, batch, seconds waited for it)."""
-        batches, step, begun = iter(loader), first_step, time.perf_counter()
+    def _timed(self, loader: Sized) -> Iterator[object]:
+        """The batches; takes note of the seconds waited for them, and in all."""
+        batches, begun = iter(loader), time.perf_counter()
         while True:
             start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            if batch is None:
                 return
-            wait = time.perf_counter() - start
-            self.waited += wait
+            self.waited += time.perf_counter() - start
+            yield batch
             self.elapsed = time.perf_counter() - begun
-            yield step, batch, wait
-            self.elapsed = time.perf_counter() - begun
-            step += 1
-
-    def _memory(self) -> list[str]:
-        if self.device.type != "cuda":
-            return []
-        return [f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G"]
 
 
 def _short(value: float) -> str:

@@ -21,7 +21,7 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
 import random
 import re
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,26 +105,31 @@ class Checkpoints:
         """Images in a batch of all ranks."""
         return self.args["batch_size"] * dist.world_size()
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether the run was told to go on from a checkpoint of this folder, which may not be its newest."""
+        return self.folder is not None and is_inside(self.args.get("resume", ""), self.folder)
+
     def prepare(self, source: str) -> None:
         """Make the folder ready for a run that starts (source "") or goes on from source: unfinished files of a run
-        that was killed go, and where a run starts or comes from elsewhere, another run's checkpoints and log, too
-        (util.options.check has asked for --overwrite before)."""
+        that was killed go, with --overwrite another run's checkpoints and log, too; without, its log gets another
+        name."""
         if self.folder is None or dist.rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("checkpoint-*.tmp", "log.txt.tmp"):
+        unwanted, log = ["checkpoint-*.tmp", "log.txt.tmp"], self.folder / "log.txt"
+        if is_inside(source, self.folder):
+            pass
+        elif self.args.get("overwrite"):
+            unwanted += ["checkpoint-*.pth", "log.txt", "events.out.tfevents.*", "reconstructions/epoch-*.png"]
+        elif log.exists():
+            log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
+        for pattern in unwanted:
             for file in self.folder.glob(pattern):
                 file.unlink()
         for digest in self.folder.glob("checkpoint-*.pth.sha256"):
             if not digest.with_suffix("").exists():
                 digest.unlink()
-        if not is_inside(source, self.folder):
-            for pattern in (
-                "checkpoint-*.pth", "checkpoint-*.pth.sha256", "log.txt", "events.out.tfevents.*",
-                "reconstructions/epoch-*.png",
-            ):  # fmt: skip
-                for file in self.folder.glob(pattern):
-                    file.unlink()
 
     def save(self, position: Position, whole_epoch: bool) -> None:
         """Write checkpoint-last.pth, and after a whole epoch (position.epoch) checkpoint-{epoch}.pth, too; then remove
@@ -136,10 +141,7 @@ class Checkpoints:
         names = ["last"]
         if whole_epoch:
             names = [str(position.epoch), "last"]
-            position = Position(
-                position.epoch + 1, dataset=position.dataset, best=position.best, best_epoch=position.best_epoch,
-                stats=position.stats,
-            )  # fmt: skip
+            position = replace(position, epoch=position.epoch + 1, images=0, totals={})
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
 
         def on_rank0() -> None:
@@ -172,9 +174,10 @@ class Checkpoints:
     def _prune(self, position: Position) -> None:
         if self.args.get("keep") is None:
             return
-        numbered = {_epoch_in(path): path for path in self.folder.glob("checkpoint-*.pth")}
+        names = ((re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in self.folder.iterdir())
+        numbered = {int(found[1]): path for found, path in names if found}
         # A run that went back leaves later ones behind: they are not newer than its own.
-        passed = sorted(epoch for epoch in numbered if 0 <= epoch < position.epoch)
+        passed = sorted(epoch for epoch in numbered if epoch < position.epoch)
         for epoch in passed[: -self.args["keep"]]:
             if epoch != position.best_epoch:
                 numbered[epoch].unlink()
@@ -258,11 +261,6 @@ def _schedule(args: dict) -> dict[str, object]:
             lrs = [blr * batch / 256 for blr in rates] if args.get("lr") is None else [args["lr"]]
             found["learning rate"] = ", ".join(f"{lr:.9g}" for lr in lrs)
     return found
-
-
-def _epoch_in(path: Path) -> int:
-    found = re.fullmatch(r"checkpoint-(\d+)\.pth", path.name)
-    return int(found[1]) if found else -1
 
 
 def is_inside(source: str, folder: str | Path) -> bool:

@@ -14,6 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util import dist, knn, masking, pictures
 from util.amp import LossScaler
+from util.folder import writing
 from util.loaders import Feed, in_step
 from util.log import RunLog
 
@@ -36,13 +37,10 @@ class Monitor:
     def __call__(self, model: nn.Module, epoch: int, poll: Callable[[], None]) -> dict[str, float]:
         """Save the picture; returns the loss on val, and k-NN's accuracy (percent) where there are several classes.
         poll is called once per batch, on all ranks equally often."""
-        model = dist.unwrap(model)
-        training = model.training
-        model.eval()
+        model = dist.unwrap(model).eval()
         with torch.compiler.set_stance("force_eager"):  # shapes of its own are not worth a compilation
             stats = self._loss_and_neighbours(model, poll) if self.val is not None else {}
             dist.from_rank0(lambda: self._picture(model, epoch))
-        model.train(training)
         if stats:
             words = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
             dist.say(f"monitor after epoch {epoch}: {words}")
@@ -59,7 +57,7 @@ class Monitor:
             features = [torch.empty(0, model.pos_embed.shape[2])]  # a rank may have no image of a small folder
             classes = [torch.empty(0, dtype=torch.long)]
             order = [feed.dataset.name(index) for index in feed.sampler]
-            for batch in in_step(feed, True, device):
+            for batch in in_step(feed):
                 poll()
                 if batch is None:
                     continue
@@ -95,7 +93,8 @@ class Monitor:
         rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, feed.mean, feed.std)
         caption = [f"epoch {epoch}, {self.mask_ratio:.0%} masked ({self.mask_sampling})"]
         sheet = pictures.grid(rows, caption + [pictures.NORMALISED] * model.norm_pix_loss)
-        folder = Path(self.output_dir) / "reconstructions"
-        folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"epoch-{epoch:04d}.png")
+        file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+            sheet.save(file)
         self.log.picture(epoch, "reconstructions", pil_to_tensor(sheet))

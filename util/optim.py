@@ -3,6 +3,7 @@
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from util import dist
 from util.lars import LARS
@@ -18,9 +19,10 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
 
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:
-    """Fused AdamW; with shard and several ranks its state is spread over them."""
+    """Fused AdamW; with shard and several ranks its state is spread over them (ZeRO-1, Rajbhandari et al. 2020): each
+    updates a share of the parameters and sends them to the others. dist.gather_optimizer before its state_dict."""
     if shard and dist.world_size() > 1:
-        return dist.sharded(torch.optim.AdamW, groups, lr=lr, fused=True, **more)
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, fused=True, **more)
     return torch.optim.AdamW(groups, lr=lr, fused=True, **more)
 
 

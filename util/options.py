@@ -2,8 +2,6 @@
 
 import argparse
 import math
-import os
-import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -73,20 +71,21 @@ def common_parser(
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="don't")
 
-    _add_run_flags(parser, shard=not several_rates)
+    _add_run_flags(parser, shard=not several_rates, keep=defaults["keep"])
     parser.set_defaults(**defaults)
     return parser
 
 
-def _add_run_flags(parser: argparse.ArgumentParser, shard: bool) -> None:
-    """Where the run goes and comes from, and its processes; shard: --shard, too."""
+def _add_run_flags(parser: argparse.ArgumentParser, shard: bool, keep: int | None) -> None:
+    """Where the run goes and comes from, and its processes; shard: --shard, too; keep: its default."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' writes none")
     add("--log_dir", help="TensorBoard events; default: output_dir")
-    add("--overwrite", action="store_true", help="start afresh though output_dir holds checkpoints: they are removed")
+    add("--overwrite", action="store_true", help="start afresh where output_dir holds a run: it is removed")
     add("--save_freq", type=int, help="epochs between checkpoint-{epoch}.pth")
     add("--save_minutes", default=30.0, type=float, help="between checkpoint-last.pth in mid-epoch; 0: never")
-    add("--keep", type=int, metavar="N", help="newest checkpoints kept, with the best; default: all")
+    all_kept = "" if keep else "; default: all"
+    add("--keep", type=int, metavar="N", help=f"newest checkpoints kept, with the best{all_kept}")
     add("--resume", default="", metavar="FILE_OR_URL", help="checkpoint to go on from; auto: the newest in output_dir")
     add("--resume_override", action="store_true", help="resume though the schedule's flags differ")
     add("--start_epoch", default=0, type=int, help="first epoch, where --resume gives none")
@@ -270,7 +269,7 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
         if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
             problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
         try:
-            FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1, False)
+            FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1)
         except Exception:  # timm asserts, and parses with float()
             problems.append(f"--aa {args.aa} is no policy of timm's: for example rand-m9-mstd0.5-inc1, augmix-m3, none")
     if isinstance(args.blr, list):
@@ -304,9 +303,9 @@ def device_problems(name: str) -> list[str]:
         return [f"--device {name}: no CUDA GPU was found; leave the flag out to take what is there"]
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
-        index = launch.gpu_index(gpus) if device.index is None else device.index
-        if index >= gpus:
-            return [f"--device {name}: process {index} of this machine needs a GPU of its own, and it has {gpus}"]
+        needed = launch.gpus_needed(gpus) if device.index is None else device.index + 1
+        if needed > gpus:
+            return [f"--device {name}: the processes of this machine need {needed} GPU(s), one each, and it has {gpus}"]
     if device.type == "mps" and not torch.backends.mps.is_available():
         return ["--device mps: not available on this machine"]
     return [] if device.type in ("cuda", "mps", "cpu") else [f"--device {name}: choose cuda, mps or cpu"]
@@ -314,12 +313,11 @@ def device_problems(name: str) -> list[str]:
 
 def _place_problems(args: argparse.Namespace) -> list[str]:
     """Device, launcher, files and folders."""
-    problems = []
-    problems += device_problems(args.device)
+    problems = device_problems(args.device)
     if not problems:
         kind = torch.device(args.device).type
-        if kind == "cpu" and args.compile and not shutil.which(os.environ.get("CXX", "g++")):
-            problems.append("--compile on a CPU needs a C++ compiler (g++, or the one that CXX names): leave it out")
+        if args.compile and not speed.can_compile(kind):
+            problems.append(f"--compile on a {kind} device needs {speed.COMPILERS[kind]}: leave it out")
         if args.gpu_decode and kind != "cuda":
             problems.append("--gpu_decode needs a CUDA GPU: leave it out")
         elif args.gpu_decode and hasattr(args, "mixup"):

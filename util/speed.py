@@ -2,6 +2,8 @@
 memory that stays with the process."""
 
 import ctypes
+import os
+import shutil
 import sys
 
 import torch
@@ -102,9 +104,23 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
+COMPILERS = {
+    "cpu": "a C++ compiler (g++, or the one that CXX names)",
+    "cuda": "a C compiler (gcc, clang, or the one that CC names) and a GPU of compute capability 7.0 or newer",
+}  # fmt: skip
+
+
+def can_compile(kind: str) -> bool:
+    """Whether what torch.compile wants for this kind of device (of COMPILERS; others: unknown, True) is there."""
+    if kind == "cuda":
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        return any(map(shutil.which, names)) and torch.cuda.get_device_capability() >= (7, 0)
+    return kind != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
+
+
 def compiles(device: torch.device, wanted: bool | None) -> bool:
-    """What --compile and --no_compile mean; neither (None): on CUDA only."""
-    return device.type == "cuda" if wanted is None else wanted
+    """What --compile and --no_compile mean; neither (None): on CUDA only, where it is possible."""
+    return device.type == "cuda" and can_compile("cuda") if wanted is None else wanted
 
 
 def prepare(

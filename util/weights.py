@@ -7,7 +7,7 @@ from torch import nn
 
 from util import dist
 from util.augment import CentreCrop
-from util.datasets import class_differences
+from util.datasets import class_differences, some
 from util.errors import UserError
 from util.files import checkpoint_args, load_checkpoint
 from util.formats import describe
@@ -32,19 +32,13 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
     the model or the folders' classes."""
     if not source:
         raise UserError(f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate")
-    checkpoint = load_checkpoint(source)
-    if args.get("model_ema"):
-        if "model_ema" not in checkpoint:
-            raise UserError(f"{source} holds no running average: leave out --model_ema")
-        checkpoint["model"] = checkpoint["model_ema"]
+    checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
     load_model(source, checkpoint, model, args, class_to_idx)
     _compare_pixels(source, checkpoint, args, ("mean", "std", "crop_pct", "exif"))
     dist.say(f"weights from {source}")
 
 
-def load_pretrained(
-    source: str, model: nn.Module, global_pool: bool, args: dict | None = None
-) -> tuple[set[str], set[str]]:
+def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
     """Put a pre-trained encoder into a classifier, before its head is made ready for training (paper, A.1).
 
     What the classifier has and the file lacks must be the head (and fc_norm when pooling); what the file has beyond
@@ -56,13 +50,12 @@ def load_pretrained(
     checkpoint, own = load_checkpoint(source), set(model.state_dict())
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
-    head = {name for name in own if name.startswith(("head.", "attn_pool."))}
-    head |= {name for name in own if global_pool and name.startswith("fc_norm.")}
+    head = {name for name in own if name.startswith(("head.", "attn_pool.", "fc_norm."))}
     left_out = {
         name
         for name in set(state) - own
-        if name.startswith("decoder_") or name == "mask_token" or (global_pool and name in ("norm.weight", "norm.bias"))
-        or (not global_pool and name.startswith("fc_norm.") and "norm.weight" in state)
+        if name.startswith("decoder_") or name in ("mask_token", "norm.weight", "norm.bias")
+        or (name.startswith("fc_norm.") and "norm.weight" in state)
     }
     heads = (checkpoint.get("model_config") or {}).get("num_heads", model.config["num_heads"])
     if heads != model.config["num_heads"]:  # they leave no trace in the weights
@@ -126,8 +119,8 @@ def _complain(source: str, hint: str, model: nn.Module, state: dict, missing: se
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    problems = [f"the file lacks {_names(missing)}"] if missing else []
-    problems += [f"the model has no {_names(surplus)}"] if surplus else []
+    problems = [f"the file lacks {some(sorted(missing), 6)}"] if missing else []
+    problems += [f"the model has no {some(sorted(surplus), 6)}"] if surplus else []
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
     if problems:
         raise UserError("\n  ".join([f"{source} does not fit: {hint}", *problems]))
@@ -137,6 +130,8 @@ def _likely(checkpoint: dict, model: nn.Module, args: dict) -> str:
     """What the mismatch most likely comes from, and what to do about it."""
     state, own = checkpoint["model"], model.state_dict()
     name = (checkpoint.get("model_config") or {}).get("model", args.get("model"))
+    if "decoder_pred.weight" in state and "decoder_pred.weight" not in own:
+        return "it is an autoencoder, of pre-training: pass it as --finetune to start from its encoder"
     if name != args.get("model"):
         return f"it holds {name}, --model is {args.get('model')}: pass --model {name}"
     if "decoder_pred.weight" in own and "decoder_pred.weight" not in state:
@@ -177,11 +172,6 @@ def _pretrained_hint(checkpoint: dict, model: nn.Module, args: dict) -> str:
         differ.append("it pools the patches: pass --global_pool")
     made_with = config.get("model")
     return "; ".join(differ) or (f"it holds {made_with}" if made_with else "--model must be the one it was made with")
-
-
-def _names(keys: set[str]) -> str:
-    shown = sorted(keys)
-    return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
 
 
 def _modules(keys: set[str]) -> list[str]:
