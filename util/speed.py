@@ -13,6 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ATTENTION = ("auto", "fused", "plain", "blocked")
+# What torch.compile wants, by the kind of device.
+COMPILERS = {
+    "cpu": "a C++ compiler (g++, or the one that CXX names)",
+    "cuda": "a C compiler (gcc, clang, or the one that CC names) and a GPU of compute capability 7.0 or newer",
+}  # fmt: skip
 SCORES = 2_500_000  # at a time, in blocked attention: 5 MB in bf16, of 2 to 10 the fastest
 
 
@@ -104,18 +109,13 @@ def keep_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
 
 
-COMPILERS = {
-    "cpu": "a C++ compiler (g++, or the one that CXX names)",
-    "cuda": "a C compiler (gcc, clang, or the one that CC names) and a GPU of compute capability 7.0 or newer",
-}  # fmt: skip
-
-
 def can_compile(kind: str) -> bool:
-    """Whether what torch.compile wants for this kind of device (of COMPILERS; others: unknown, True) is there."""
+    """Whether that is there; of other kinds nothing is known: True."""
     if kind == "cuda":
-        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+        names = os.environ.get("CC", "").split()[:1] or ["gcc", "clang"]
         return any(map(shutil.which, names)) and torch.cuda.get_device_capability() >= (7, 0)
-    return kind != "cpu" or bool(shutil.which(os.environ.get("CXX", "g++")))
+    names = os.environ.get("CXX", "").split()[:1] or ["g++"]
+    return kind != "cpu" or any(map(shutil.which, names))
 
 
 def compiles(device: torch.device, wanted: bool | None) -> bool:
@@ -141,6 +141,8 @@ def prepare(
             module.stay = torch.tensor(1 - module.drop_prob, device=device)  # no buffer: checkpoints don't hold it
             module.__class__ = SharedDropPath
     model.set_grad_checkpointing(grad_checkpoint)
+    if compiled is None and device.type == "cuda" and not can_compile("cuda") and os.environ.get("RANK", "0") == "0":
+        print(f"notice: the blocks are not compiled, for want of {COMPILERS['cuda']}", flush=True)
     compiled = compiles(device, compiled)
     bf16_on_cpu = compiled and device.type == "cpu" and amp == "bf16"
     linear, activation = (LateBias, WholeGELU) if bf16_on_cpu else (nn.Linear, nn.GELU)
