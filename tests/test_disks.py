@@ -146,7 +146,7 @@ def test_the_lock_of_a_machine_that_is_down_is_waited_for(tmp_path):
             f"process 1 on elsewhere; if that machine is down, remove {tmp_path / '.lock'}"
         )
         threading.Timer(1, holder.kill).start()
-        assert folder.hold(tmp_path, patience=60) == ""
+        assert folder.hold(tmp_path, patience=15) == ""
 
 
 def test_a_run_that_goes_back_goes_on_from_there(images, undisturbed, tmp_path):
