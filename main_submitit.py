@@ -112,15 +112,15 @@ def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
         problems.append("--ngpus must not be negative, --tasks at least 1")
     if args.executor == "local" and args.nodes > 1:
         problems.append(f"--nodes {args.nodes}: --executor local has one")
+    shown, first = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(map(str, range(args.ngpus)))
+    if args.executor == "local" and args.ngpus > 0 and shown not in (None, first):
+        problems.append(f"CUDA_VISIBLE_DEVICES={shown}: --executor local takes GPUs {first}; use torchrun for others")
     if problems:
         raise UserError("; ".join(problems))
     try:
         found = submitit.AutoExecutor(Path(args.job_dir) / "submitit", cluster=args.executor, slurm_max_num_timeout=999)
     except RuntimeError as error:  # no sbatch
         raise UserError(f"--executor {args.executor}: {error}. On a machine without SLURM: --executor local") from error
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if args.executor == "local" and all(number.isdigit() for number in shown):  # or submitit would take the first ones
-        found.update_parameters(local_visible_gpus=tuple(map(int, shown)))
     found.update_parameters(
         name=f"mae_{args.job}", nodes=args.nodes, gpus_per_node=args.ngpus or None, cpus_per_task=args.cpus,
         tasks_per_node=args.tasks or args.ngpus or 1, timeout_min=args.timeout, slurm_partition=args.partition,

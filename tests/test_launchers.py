@@ -13,7 +13,9 @@ import torch
 from conftest import ROOT
 from runs import assert_same_end, words
 
+import main_submitit
 from util import launch, options
+from util.errors import UserError
 
 SRUN = {
     "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
@@ -143,6 +145,15 @@ def test_submitit_says_at_once_what_is_wrong_with_the_jobs_flags(flags, expected
     said = job.communicate(timeout=60)[0]
     assert job.returncode == 2 and expected in said and "Traceback" not in said
     assert not (tmp_path / "job").exists()
+
+
+def test_gpus_that_the_local_executor_would_not_take_are_refused(tmp_path, monkeypatch):
+    args = main_submitit.get_args(["pretrain", "--job_dir", str(tmp_path), "--executor", "local", "--ngpus", "2"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=4,5: --executor local takes GPUs 0,1"):
+        main_submitit.executor(args)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    main_submitit.executor(args)
 
 
 def test_submitits_debug_runs_in_this_process(images, tmp_path):
