@@ -116,18 +116,18 @@ def write_confusion(file: str, table: Tensor, classes: list[str], shared: bool, 
     """A row per class: how many were taken for each class, and the share that was right (percent). table [C * C], this
     rank's counts."""
     counts = dist.sum_over_ranks(table.tolist(), device) if shared else table.tolist()
+    rows = [["class", *classes, "accuracy"]]
+    for number, name in enumerate(classes):
+        row = counts[number * len(classes) : (number + 1) * len(classes)]
+        rows.append([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
+    dist.from_rank0(lambda: _write_csv(Path(file), rows))
 
-    def on_rank0() -> None:
-        rows = [["class", *classes, "accuracy"]]
-        for number, name in enumerate(classes):
-            row = counts[number * len(classes) : (number + 1) * len(classes)]
-            rows.append([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
-        with writing(Path(file)):
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            with Path(file).open("w", newline="", encoding="utf-8") as out:
-                csv.writer(out).writerows(rows)
 
-    dist.from_rank0(on_rank0)
+def _write_csv(file: Path, rows: list[list]) -> None:
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w", newline="", encoding="utf-8") as out:
+            csv.writer(out).writerows(rows)
 
 
 def _stats(sums: list[float], images: float) -> dict[str, float]:

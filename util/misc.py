@@ -107,8 +107,9 @@ class Checkpoints:
 
     @property
     def goes_back(self) -> bool:
-        """Whether the run was told to go on from a checkpoint of this folder, which may not be its newest."""
-        return self.folder is not None and is_inside(self.args.get("resume", ""), self.folder)
+        """Whether the run was told to go on from a checkpoint of this folder that need not be its newest."""
+        source = self.args.get("resume", "")
+        return self.folder is not None and is_inside(source, self.folder) and Path(source).name != "checkpoint-last.pth"
 
     def prepare(self, source: str) -> None:
         """Make the folder ready for a run that starts (source "") or goes on from source: unfinished files of a run
