@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import models_mae
-from util import errors, masking, pictures, views
+from util import errors, loaders, masking, pictures, views
 from util.errors import UserError
 from util.files import load_checkpoint
 
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     pixels = views.pixels_as_trained(checkpoint, model.in_chans, args)
     imgs = torch.cat([imgs for _, imgs in views.batches(files, size, pixels, args)])
     noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
-    rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, *views.normalisation(pixels, args.device))
+    normalise = loaders.Normalise(pixels, imgs.device)
+    rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
 
     epoch = checkpoint.get("epoch")
     caption = [

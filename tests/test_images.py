@@ -109,8 +109,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
         dataset = sampler = None
         num_workers = 0
 
-    statistics = Pixels().mean, Pixels().std
-    feed = loaders.Feed(Loader([batch]), torch.device("cpu"), *statistics)
+    feed = loaders.Feed(Loader([batch]), torch.device("cpu"), Pixels())
     (imgs, _), = feed
     assert torch.equal(imgs[0], usual(picture))
 
@@ -250,6 +249,27 @@ def test_crops_decoded_by_the_batch_are_the_same_crops():
 def test_nvjpegs_pixels_are_near_libjpegs():
     _, ours, expected = late(torch.device("cuda"))
     assert (ours.int() - expected.int()).abs().float().mean() < 2
+
+
+def test_a_torchvision_without_decoders_refuses_only_that_flag(script):
+    """As 0.29 announces: the scripts still start."""
+    words = """
+import torch, torchvision.io
+del torchvision.io.decode_jpeg
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+import main_pretrain, models_mae
+from util import options
+for flags in ([], ["--gpu_decode"]):
+    args = main_pretrain.get_args(["--data_path", ".", "--device", "cuda", "--output_dir", "", *flags])
+    try:
+        options.check(args, models_mae.MODELS)
+        print("fine")
+    except options.UserError as error:
+        print(error)
+"""
+    result = script("-c", words)
+    said = result.stdout.splitlines()
+    assert len(said) == 2 and said[0] == "fine" and said[1].startswith("--gpu_decode: this torchvision has no"), result
 
 
 def test_a_bad_jpeg_in_a_batch_is_replaced_and_named(capsys):

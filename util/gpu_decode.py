@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from util.augment import Crop, CropPlan
 from util.errors import LocalError
 from util.images import BadImage, decode, jpeg_size
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # a later torchvision: 0.29 announces that they will go
+    decode_jpeg = None
 
 
 class Undecoded(NamedTuple):

@@ -3,7 +3,7 @@
 import gc
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,6 +61,23 @@ class EpochSampler(Sampler):
             yield self.epoch, index
 
 
+class Normalise:
+    """Images on the device, from 8 bits or float32 of 0 to 1 to the model's input; exactly ToTensor and Normalize.
+
+    By hand: timm's PrefetchLoader divides by 255 last, which rounds otherwise; torchvision's function sends mean and
+    std to the GPU with every batch, and waits.
+    """
+
+    def __init__(self, pixels: Pixels, device: torch.device) -> None:
+        self.device = device
+        self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in (pixels.mean, pixels.std))
+
+    def __call__(self, imgs: Tensor) -> Tensor:
+        """[N, C, H, W], from anywhere."""
+        imgs = imgs.to(self.device, non_blocking=True)
+        return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
+
+
 class Feed:
     """A loader's batches on the device, normalised there unless the transform has done it: 8 bits are a quarter of the
     bytes to send."""
@@ -69,16 +86,13 @@ class Feed:
         self,
         loader: DataLoader,
         device: torch.device,
-        mean: Sequence[float],
-        std: Sequence[float],
+        pixels: Pixels,
         gpu_size: tuple[int, int] | None = None,
         done: bool = False,
     ) -> None:
-        """mean, std: per channel; gpu_size: of the crops that are still to be decoded; done: normalised already."""
-        self.gpu_size, self.done = gpu_size, done
+        """gpu_size: of the crops that are still to be decoded; done: normalised already."""
+        self.gpu_size, self.done, self.normalise = gpu_size, done, Normalise(pixels, device)
         self.loader, self.device, self.dataset, self.sampler = loader, device, loader.dataset, loader.sampler
-        # Two lines by hand: timm's PrefetchLoader divides by 255 last, which rounds otherwise than ToTensor does.
-        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -92,20 +106,14 @@ class Feed:
                 return
             if self.gpu_size:
                 batch = gpu_decode.crops(batch[0], self.gpu_size, self.device), batch[1]
-            yield self.normalised(batch[0]), batch[1].to(self.device, non_blocking=True)
-
-    def normalised(self, imgs: Tensor) -> Tensor:
-        """[N, C, H, W], of 8 bits or float32, on the device."""
-        imgs = imgs.to(self.device, non_blocking=True)
-        if self.done:
-            return imgs
-        return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
+            imgs, targets = (x.to(self.device, non_blocking=True) for x in batch)
+            yield imgs if self.done else self.normalise(imgs), targets
 
     def some(self, count: int) -> tuple[Tensor, list[str]]:
-        """A few of the images, evenly spread over all there are, and their names."""
+        """A few of the images, normalised, evenly spread over all there are, and their names."""
         chosen = spread(len(self.dataset), count)
         imgs, _ = collate([self.dataset[index] for index in chosen])
-        return self.normalised(imgs), [self.dataset.name(index) for index in chosen]
+        return self.normalise(imgs), [self.dataset.name(index) for index in chosen]
 
 
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -185,7 +193,7 @@ def train_loader(
         collate_fn=gpu_decode.collate if later else collate,
     )  # fmt: skip
     gpu_size = transform.crop.size if later else None
-    return Feed(loader, device, pixels.mean, pixels.std, gpu_size, getattr(transform, "normalised", False))
+    return Feed(loader, device, pixels, gpu_size, getattr(transform, "normalised", False))
 
 
 def eval_loader(
@@ -194,7 +202,7 @@ def eval_loader(
     """Every image once and in order; with `share` each rank takes every world_size-th, without padding."""
     rank, world = (dist.rank(), dist.world_size()) if share else (0, 1)
     loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
-    return Feed(loader, device, dataset.pixels.mean, dataset.pixels.std)
+    return Feed(loader, device, dataset.pixels)
 
 
 def monitor_loaders(
@@ -208,7 +216,7 @@ def monitor_loaders(
         images = open_split(SpareImages, data_path, split, transform, pixels, flat=True)
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
         loader = _loader(images, batch_size, num_workers, pin_mem, device, False, sampler=share)
-        return Feed(loader, device, pixels.mean, pixels.std)
+        return Feed(loader, device, pixels)
 
     try:
         val = feed("val", 5000) if (Path(data_path) / "val").is_dir() else None

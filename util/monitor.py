@@ -90,7 +90,7 @@ class Monitor:
         if self.shown is None:
             self.shown, self.names = feed.some(PICTURES)
         noise = self._noise(model, self.names, feed.device)
-        rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, feed.mean, feed.std)
+        rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, feed.normalise.mean, feed.normalise.std)
         caption = [f"epoch {epoch}, {self.mask_ratio:.0%} masked ({self.mask_sampling})"]
         sheet = pictures.grid(rows, caption + [pictures.NORMALISED] * model.norm_pix_loss)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"

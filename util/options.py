@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from util import dist, folder, launch, speed
+from util import dist, folder, gpu_decode, launch, speed
 from util.augment import FinetuneTransform
 from util.errors import UserError
 from util.files import is_url
@@ -320,6 +320,8 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--compile on a {kind} device needs {speed.COMPILERS[kind]}: leave it out")
         if args.gpu_decode and kind != "cuda":
             problems.append("--gpu_decode needs a CUDA GPU: leave it out")
+        elif args.gpu_decode and gpu_decode.decode_jpeg is None:
+            problems.append("--gpu_decode: this torchvision has no decode_jpeg any more (0.29 has): leave it out")
         elif args.gpu_decode and hasattr(args, "mixup"):
             problems.append("--gpu_decode: fine-tuning's augmentations work on the CPU; leave it out")
     if args.data_path and not Path(args.data_path).is_dir():

@@ -65,22 +65,15 @@ def pixels_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace)
     return Pixels.of(flags, channels)
 
 
-def normalisation(pixels: Pixels, device: str | torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of pixels, [C, 1, 1]."""
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (pixels.mean, pixels.std))
-    return mean, std
-
-
 def batches(
     files: list[Path], size: tuple[int, int], pixels: Pixels, args: argparse.Namespace
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """(files, imgs [N, C, H, W] normalised, on the device), by the batch. Raises UserError for an unreadable image."""
-    crop, (mean, std) = CentreCrop(size, args.crop_pct), normalisation(pixels, args.device)
+    crop, normalise = CentreCrop(size, args.crop_pct), loaders.Normalise(pixels, args.device)
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
         try:
             imgs, _ = loaders.collate([(crop(load_array(str(path), args.exif, pixels.channels)), 0) for path in part])
         except BadImage as error:
             raise UserError(f"{error}; mend or remove the file") from error
-        imgs = imgs.to(args.device)
-        yield part, ((imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs) - mean) / std
+        yield part, normalise(imgs)
