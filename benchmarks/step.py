@@ -167,7 +167,7 @@ def serve(args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         took = seconds(step, device)
         if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 1e9
+            memory = torch.cuda.max_memory_allocated(device) / 1e9
         else:
             status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
             memory = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9

@@ -28,11 +28,11 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
 def seconds(step: Step, device: torch.device) -> float:
     """Wall-clock time of one step, the device's work included."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     step()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -50,7 +50,7 @@ def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its number of threads."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"

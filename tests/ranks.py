@@ -20,7 +20,7 @@ def _rank(rank: int, world: int, port: int, work, args: tuple, out: Path) -> Non
     try:
         dist.init("cpu", 0, timeout_minutes=1)
         torch.save(work(*args), out / f"rank{rank}.pt")
-        dist.barrier()
+        dist.gather(None)  # no rank leaves before the others have come
     except BaseException:
         (out / f"rank{rank}.txt").write_text(traceback.format_exc())
         raise

@@ -235,8 +235,8 @@ def late(device):
                           (lambda f: crop(load_array(f)), expected)):  # fmt: skip
             random.seed(number)
             out.append((work(str(file)), number))
-    pictures, _ = gpu_decode.collate(batch)
-    return pictures, gpu_decode.crops(pictures, crop.size, device).cpu(), torch.stack([img for img, _ in expected])
+    ours = gpu_decode.crops(gpu_decode.collate(batch)[0], crop.size, device).cpu()
+    return batch, ours, torch.stack([img for img, _ in expected])
 
 
 def test_crops_decoded_by_the_batch_are_the_same_crops():
@@ -245,10 +245,56 @@ def test_crops_decoded_by_the_batch_are_the_same_crops():
     assert (ours.int() - expected.int()).abs().float().mean() < 0.3 and (ours.int() - expected.int()).abs().max() <= 3
 
 
+def test_pictures_keep_their_places_in_few_tensors():
+    """Each tensor of a batch takes a file descriptor, of which a process has 1024."""
+    crop = augment.Crop(32, (1.0, 1.0))
+    jpegs = [(gpu_decode.LaterCrop(crop)(gpu_decode.read(str(file))), n) for n, file in enumerate(PHOTOS)]
+    pixels = [(torch.full((3, 32, 32), n, dtype=torch.uint8), n) for n in range(len(jpegs))]
+    mixed, classes = gpu_decode.collate([one for pair in zip(jpegs, pixels, strict=True) for one in pair])
+    assert classes.tolist() == [n // 2 for n in range(10)] and sum(isinstance(x, torch.Tensor) for x in mixed) == 2
+    out = gpu_decode.crops(mixed, (32, 32), torch.device("cpu"))
+    assert torch.equal(out[1::2], torch.stack([img for img, _ in pixels]))
+    assert torch.equal(out[0::2], gpu_decode.crops(gpu_decode.collate(jpegs)[0], (32, 32), torch.device("cpu")))
+    assert torch.equal(out[1::2], gpu_decode.crops(gpu_decode.collate(pixels)[0], (32, 32), torch.device("cpu")))
+
+
+CUDA = torch.device("cuda", 0)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
 @pytest.mark.gpu
+@on_gpu
 def test_nvjpegs_pixels_are_near_libjpegs():
-    _, ours, expected = late(torch.device("cuda"))
+    _, ours, expected = late(CUDA)
     assert (ours.int() - expected.int()).abs().float().mean() < 2
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_nvjpeg_leaves_memory_alone_that_queued_work_still_reads():
+    """As a step's activations: freed for the next allocation, read by what the GPU has yet to do."""
+    batch = gpu_decode.collate([(gpu_decode.LaterCrop(augment.Crop(64, (0.2, 1.0)))(gpu_decode.read(str(file))), 0)
+                                for file in PHOTOS * 8])[0]  # fmt: skip
+    gpu_decode.crops(batch, (64, 64), CUDA)
+    busy = torch.randn(4096, 4096, device=CUDA)
+    for _ in range(20):
+        held = [torch.full((3, 512, 512), 7, dtype=torch.uint8, device=CUDA) for _ in range(64)]
+        torch.cuda.synchronize()
+        for _ in range(20):
+            busy @ busy
+        sums = [one.sum(dtype=torch.int64) for one in held]
+        del held
+        gpu_decode.crops(batch, (64, 64), CUDA)
+        assert torch.stack(sums).unique().tolist() == [7 * 3 * 512 * 512]
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_large_picture_becomes_a_small_one_on_the_gpu():
+    pixels = torch.randint(256, (3, 2000, 2000), dtype=torch.uint8)
+    plan = augment.CropPlan(0, 0, 2000, 2000, False)
+    ours, expected = (gpu_decode._cut(pixels.to(place), plan, (28, 28), place) for place in (CUDA, torch.device("cpu")))
+    assert ours.device == CUDA and torch.equal(ours.cpu(), expected)
 
 
 def test_a_torchvision_without_decoders_refuses_only_that_flag(script):
@@ -273,9 +319,9 @@ for flags in ([], ["--gpu_decode"]):
 
 
 def test_a_bad_jpeg_in_a_batch_is_replaced_and_named(capsys):
-    pictures, _, expected = late(torch.device("cpu"))
-    cut = pictures[1].data[:2000].clone()
-    pictures[1] = pictures[1]._replace(data=cut, path="cut.jpg")
-    out = gpu_decode.crops(pictures, (64, 64), torch.device("cpu"))
+    batch, _, expected = late(torch.device("cpu"))
+    picture, target = batch[1]
+    batch[1] = picture._replace(data=picture.data[:2000], path="cut.jpg"), target
+    out = gpu_decode.crops(gpu_decode.collate(batch)[0], (64, 64), torch.device("cpu"))
     assert "cut.jpg" in capsys.readouterr().err and (out[0].int() - expected[0].int()).abs().max() <= 3
     assert any(torch.equal(out[1], out[other]) for other in (0, 2, 3, 4))

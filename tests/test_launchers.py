@@ -66,6 +66,7 @@ def test_every_process_says_that_the_machine_has_too_few_gpus(bare):
         assert "need 4 GPU(s), one each, and it has 2" in options.device_problems("cuda")[0]
     bare.setattr(torch.cuda, "device_count", lambda: 4)
     assert options.device_problems("cuda") == []
+    assert "the 4 processes of this machine take a GPU each" in options.device_problems("cuda:0")[0]
     bare.setattr(torch.cuda, "device_count", lambda: 1)
     bare.setenv("SLURM_STEP_NUM_TASKS", "4")  # which shows each its own
     assert options.device_problems("cuda") == [] and launch.gpu_index(1) == 0

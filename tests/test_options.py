@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sysconfig
 import time
 
 import pytest
@@ -183,13 +184,19 @@ def test_a_mistake_ends_in_one_message_and_exit_code_2(script, images, tmp_path)
     assert done.stderr.startswith("error: --data_path") and "train/<class>/<images>" in done.stderr
 
 
-def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch):
+def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert speed.compiles(torch.device("cuda"), None) and not speed.compiles(torch.device("cpu"), None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     assert not speed.compiles(torch.device("cuda"), None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    (tmp_path / "Python.h").unlink()
+    assert not speed.compiles(torch.device("cuda"), None) and not speed.can_compile("cpu")
+    (tmp_path / "Python.h").touch()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert not speed.compiles(torch.device("cuda"), None)
     with pytest.raises(UserError, match="--compile on a cpu device needs a C.. compiler"):

@@ -44,6 +44,29 @@ def classifier():
     return models_vit.VisionTransformer(**ENCODER, num_classes=3, drop_path_rate=0.3)
 
 
+@pytest.mark.slow
+def test_ddp_leaves_compiled_blocks_whole(script):
+    """Its cuts at a megabyte of parameters would make two graphs of each block."""
+    words = """
+import torch
+from torch._dynamo.utils import counters
+import models_mae
+from util import dist, speed
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+cpu = torch.device("cpu")
+model = models_mae.MaskedAutoencoderViT(
+    img_size=16, patch_size=8, embed_dim=512, depth=2, num_heads=8, decoder_embed_dim=256, decoder_depth=2
+)
+speed.prepare(model, cpu, "off", "auto", True, False)
+model = dist.wrap(model, cpu, static=True)
+model(torch.randn(2, 3, 16, 16), mask_ratio=0.5)[0].backward()
+print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
+"""
+    done = script("-c", words)
+    graphs, compiled = map(int, done.stdout.split())
+    assert graphs == compiled > 0, done.stderr
+
+
 @pytest.mark.parametrize("build", [autoencoder, classifier])
 @pytest.mark.parametrize("setting", [
     {"attention": "fused"}, {"attention": "blocked"}, {"grad_checkpoint": True}, {"compiled": True},

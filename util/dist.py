@@ -108,12 +108,6 @@ def world_size() -> int:
     return td.get_world_size() if td.is_initialized() else 1
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if td.is_initialized():
-        td.barrier()
-
-
 def cpu_group() -> td.ProcessGroup | None:
     """A group of all ranks that talks over the CPU: waits neither for the GPU nor for the exchange of gradients."""
     return td.new_group(backend="gloo", timeout=_patience) if td.is_initialized() else None
@@ -189,6 +183,17 @@ def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
     """All ranks call it before rank 0 takes the state_dict, which then is that of an optimiser on one process."""
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.consolidate_state_dict(to=0)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Its load_state_dict, on every rank with the state of one process."""
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        # It leaves Adam's step on the CPU, which the fused kernel refuses on a GPU (pytorch#124133), and keeps a second
+        # copy of this rank's share.
+        optimizer.state.clear()
+        for parameter, kept in optimizer.optim.state.items():
+            kept["step"] = kept["step"].to(parameter.device)
 
 
 def share(tensors: Iterable[Tensor]) -> None:

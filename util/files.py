@@ -206,9 +206,9 @@ def _download(url: str) -> dict:
             torch.hub.download_url_to_file(url, str(path), progress=dist.rank() == 0)
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
 
-    # One download for all ranks; its failure is every rank's, so the barrier comes in any case.
+    # One download for all ranks; its failure is every rank's, so the others are met in any case.
     try:
         checkpoint = load() if dist.rank() == 0 else None
     finally:
-        dist.barrier()
+        dist.gather(None)
     return load() if checkpoint is None else checkpoint

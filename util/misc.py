@@ -64,7 +64,7 @@ def rng_state() -> dict:
     """This process's random streams, as plain types and tensors."""
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # available, but unused: asking would take memory there
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -74,7 +74,7 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 
@@ -207,7 +207,7 @@ class Checkpoints:
             for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
                 # As today's flags say; the rate is the schedule's.
                 group |= {name: value for name, value in own.items() if name not in ("params", "lr")}
-            self.optimizer.load_state_dict(state)
+            dist.load_optimizer(self.optimizer, state)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})

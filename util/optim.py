@@ -20,7 +20,8 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:
     """Fused AdamW; with shard and several ranks its state is spread over them (ZeRO-1, Rajbhandari et al. 2020): each
-    updates a share of the parameters and sends them to the others. dist.gather_optimizer before its state_dict."""
+    updates a share of the parameters and sends them to the others. dist.gather_optimizer before its state_dict. With
+    fp16's scaler torch's ZeRO waits for the GPU at every update."""
     if shard and dist.world_size() > 1:
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, fused=True, **more)
     return torch.optim.AdamW(groups, lr=lr, fused=True, **more)

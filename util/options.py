@@ -303,7 +303,10 @@ def device_problems(name: str) -> list[str]:
         return [f"--device {name}: no CUDA GPU was found; leave the flag out to take what is there"]
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
-        needed = launch.gpus_needed(gpus) if device.index is None else device.index + 1
+        processes = launch.gpus_needed(gpus)
+        if device.index is not None and processes > 1:
+            return [f"--device {name}: the {processes} processes of this machine take a GPU each: --device cuda"]
+        needed = processes if device.index is None else device.index + 1
         if needed > gpus:
             return [f"--device {name}: the processes of this machine need {needed} GPU(s), one each, and it has {gpus}"]
     if device.type == "mps" and not torch.backends.mps.is_available():

@@ -5,6 +5,8 @@ import ctypes
 import os
 import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 from timm.layers import Attention, DropPath
@@ -15,8 +17,9 @@ from torch.nn import functional as F
 ATTENTION = ("auto", "fused", "plain", "blocked")
 # What torch.compile wants, by the kind of device.
 COMPILERS = {
-    "cpu": "a C++ compiler (g++, or the one that CXX names)",
-    "cuda": "a C compiler (gcc, clang, or the one that CC names) and a GPU of compute capability 7.0 or newer",
+    "cpu": "a C++ compiler (g++, or the one that CXX names) and Python's headers (Debian's python3-dev)",
+    "cuda": "a C compiler (gcc, clang, or the one that CC names), Python's headers (Debian's python3-dev) and a GPU of "
+            "compute capability 7.0 or newer",
 }  # fmt: skip
 SCORES = 2_500_000  # at a time, in blocked attention: 5 MB in bf16, of 2 to 10 the fastest
 
@@ -111,11 +114,15 @@ def keep_memory() -> None:
 
 def can_compile(kind: str) -> bool:
     """Whether that is there; of other kinds nothing is known: True."""
+    if kind not in COMPILERS:
+        return True
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton reads it
+    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+        return False
     if kind == "cuda":
-        names = os.environ.get("CC", "").split()[:1] or ["gcc", "clang"]
+        names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # Triton takes CC as one word
         return any(map(shutil.which, names)) and torch.cuda.get_device_capability() >= (7, 0)
-    names = os.environ.get("CXX", "").split()[:1] or ["g++"]
-    return kind != "cpu" or any(map(shutil.which, names))
+    return shutil.which((os.environ.get("CXX", "").split() or ["g++"])[0]) is not None
 
 
 def compiles(device: torch.device, wanted: bool | None) -> bool:
@@ -146,6 +153,11 @@ def prepare(
     compiled = compiles(device, compiled)
     bf16_on_cpu = compiled and device.type == "cpu" and amp == "bf16"
     linear, activation = (LateBias, WholeGELU) if bf16_on_cpu else (nn.Linear, nn.GELU)
+    if compiled:
+        # Blocks are small graphs: DDP's cuts, made for whole models, would only halve them.
+        torch._dynamo.config.optimize_ddp = False
+        # Versions of one code: encoder's and decoder's blocks, frozen and trained ones, evaluation, a last batch.
+        torch._dynamo.config.recompile_limit = 32
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for layer in block.modules():
             if type(layer) in (nn.Linear, LateBias):
