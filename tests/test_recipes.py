@@ -134,9 +134,11 @@ def test_every_ablation_is_plotted_and_every_plot_run():
 
 @pytest.fixture
 def recipe(images, tmp_path):
-    """Runs a recipe on 80 pictures; returns its output."""
+    """Runs a recipe on 80 pictures, between folders with a space in their names; returns its output."""
+    (tmp_path / "my data").symlink_to(images)
     env = {
-        **os.environ, "DATA": str(images), "OUT": str(tmp_path / "out"), "RESULTS": str(tmp_path / "results"),
+        **os.environ, "DATA": str(tmp_path / "my data"), "OUT": str(tmp_path / "my out"),
+        "RESULTS": str(tmp_path / "results"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
 

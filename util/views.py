@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from util import datasets, listing, loaders
+from util import datasets, dist, listing, loaders
 from util.augment import CentreCrop
 from util.errors import UserError
 from util.files import checkpoint_args
@@ -22,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", default=64, type=int)
     add("--crop_pct", type=float, help="share of the image kept; default: as in the checkpoint's evaluation")
     add("--exif", action="store_true", help="turn photographs as their EXIF orientation says; default: likewise")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default=dist.default_device(), help="cuda, mps or cpu")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -1,2 +1,2 @@
 . "$(dirname "$0")/../common.sh"
-common="--data_path $data --input_size 32 --patch_size 2 --seed $seed --resume auto"
+common=(--data_path "$data" --input_size 32 --patch_size 2 --seed $seed --resume auto)

@@ -3,6 +3,6 @@
 # About 12 minutes on one CPU core. Expected: 89.0 to 89.5 %.
 . "$(dirname "$0")/common.sh"
 
-python main_linprobe.py $classify --output_dir "$out/attentive-seed$seed" --finetune "$encoder" --probe attentive --lr 3e-3 \
-    --crop_scale 0.8 1.0 --batch_size 250 --epochs 5 --warmup_epochs 1 "$@"
+python main_linprobe.py "${classify[@]}" --output_dir "$out/attentive-seed$seed" --finetune "$encoder" \
+    --probe attentive --lr 3e-3 --crop_scale 0.8 1.0 --batch_size 250 --epochs 5 --warmup_epochs 1 "$@"
 keep attentive
