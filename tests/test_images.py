@@ -258,6 +258,24 @@ def test_pictures_keep_their_places_in_few_tensors():
     assert torch.equal(out[1::2], gpu_decode.crops(gpu_decode.collate(pixels)[0], (32, 32), torch.device("cpu")))
 
 
+def test_a_loader_process_shares_a_batch_itself(monkeypatch):
+    """Else a thread does, which only prints that /dev/shm is full, and the run waits for the batch for ever."""
+    sample = gpu_decode.LaterCrop(augment.Crop(32, (1.0, 1.0)))(gpu_decode.read(str(PHOTOS[0]))), 0
+    assert not gpu_decode.collate([sample])[0].data.is_shared()
+    monkeypatch.setattr(gpu_decode, "get_worker_info", lambda: True)
+    assert gpu_decode.collate([sample])[0].data.is_shared()
+
+
+def test_a_full_gpu_is_not_taken_for_a_bad_picture(monkeypatch):
+    def full(*_):
+        raise RuntimeError("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 20 MiB")
+
+    sample = gpu_decode.LaterCrop(augment.Crop(32, (1.0, 1.0)))(gpu_decode.read(str(PHOTOS[0]))), 0
+    monkeypatch.setattr(gpu_decode, "decode_jpeg", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu_decode.crops(gpu_decode.collate([sample])[0], (32, 32), torch.device("cpu"))
+
+
 CUDA = torch.device("cuda", 0)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -203,6 +203,22 @@ def test_without_a_compiler_nothing_is_compiled_unasked(monkeypatch, tmp_path):
         options.check(main_pretrain.get_args(["--data_path", "x", "--compile", "--device", "cpu"]), models_mae.MODELS)
 
 
+@pytest.mark.parametrize("text", [
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+    "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    "shared memory. Please try to raise your shared memory limit.",
+])  # fmt: skip
+def test_a_full_dev_shm_is_a_message_that_says_how_to_start_the_container(text, capsys):
+    def main():
+        raise RuntimeError(text)
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "--ipc=host" in said and said.count("\n") == 1
+
+
 def test_a_full_gpu_is_a_message_that_says_what_to_lower(capsys):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")

@@ -88,6 +88,22 @@ def test_gradients_of_several_ranks_are_those_of_one(job, tmp_path):
                 assert (theirs[key] - gradient).abs().max() <= 2e-6 * scale, (name, key)
 
 
+def half_an_accumulation():
+    """How many gradients there are amid an accumulation, and in how many pieces of memory."""
+    model = make("pretrain")
+    wrapped = dist.wrap(model, CPU)
+    train("pretrain", wrapped, batches(2, 2), optim.pretrain_optimizer(model, 1e-3, 0.05), accum=2)
+    with dist.grad_sync(wrapped, False):
+        wrapped(batches(1, 2)[0][0])[0].backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return len(grads), len({grad.untyped_storage().data_ptr() for grad in grads})
+
+
+def test_accumulation_keeps_no_gradients_beside_ddps_buckets(tmp_path):
+    for gradients, pieces in ranks.run(2, tmp_path, half_an_accumulation):
+        assert gradients > 50 and pieces < 5
+
+
 def losses():
     """The loss of each of 20 steps of AdamW."""
     model = make("pretrain")

@@ -98,7 +98,7 @@ class LossScaler:
             del local.found_inf
         elif not skipped:
             optimizer.step()
-        optimizer.zero_grad()
+        dist.zero_grad(optimizer)
         return skipped
 
     def state_dict(self) -> dict:

@@ -185,6 +185,12 @@ def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
         optimizer.consolidate_state_dict(to=0)
 
 
+def zero_grad(optimizer: torch.optim.Optimizer) -> None:
+    """Ready for the next update. Under DDP the gradients, views of its buckets, stay as zeros: freed, the first
+    micro-batch of an accumulation would make them anew beside the buckets."""
+    optimizer.zero_grad(set_to_none=not td.is_initialized())
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Its load_state_dict, on every rank with the state of one process."""
     optimizer.load_state_dict(state)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import get_worker_info
 
 from util.augment import Crop, CropPlan
 from util.errors import LocalError
@@ -77,6 +78,8 @@ def collate(samples: Sequence[tuple[Undecoded | Tensor, int]]) -> tuple[Batch, T
         torch.from_numpy(np.frombuffer(b"".join(picture.data for picture in coded), np.uint8).copy()),
         torch.stack(pixels) if pixels else torch.empty(0),
     )
+    if get_worker_info():  # or it would be done on the way, in a thread whose errors (a full /dev/shm) lose the batch
+        batch.data.share_memory_(), batch.pixels.share_memory_()
     return batch, torch.tensor([target for _, target in samples])
 
 
@@ -130,9 +133,9 @@ def _decode(batch: Batch, device: torch.device) -> list[Tensor | None]:
     coded = list(batch.data.split(batch.sizes))
     try:
         return decode_jpeg(coded, ImageReadMode.RGB, device) if coded else []
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:  # one of them, it doesn't say which
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
         alone = [_decode_alone(path, data, device) for path, data in zip(batch.paths, coded, strict=True)]
         if all(pixels is not None for pixels in alone):
             _notice(str(error).splitlines()[0])

@@ -140,7 +140,7 @@ def train_epoch(
     a run it raises what the run's methods raise, on every rank.
     """
     model.train()
-    optimizer.zero_grad()
+    dist.zero_grad(optimizer)
     steps, first_step = len(loader), run.first_step if run else 0
     meters = Meters(device, run.position.totals if run else None)
     buffers = list(model.buffers())  # a probe's BatchNorm statistics

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 ATTENTION = ("auto", "fused", "plain", "blocked")
 # What torch.compile wants, by the kind of device.
 COMPILERS = {
-    "cpu": "a C++ compiler (g++, or the one that CXX names) and Python's headers (Debian's python3-dev)",
-    "cuda": "a C compiler (gcc, clang, or the one that CC names), Python's headers (Debian's python3-dev) and a GPU of "
-            "compute capability 7.0 or newer",
+    "cpu": "a C++ compiler (g++, or the one that CXX names), a Python that torch.compile knows and its headers "
+           "(Debian's python3-dev)",
+    "cuda": "a C compiler (gcc, clang, or the one that CC names), a Python that torch.compile knows, its headers "
+            "(Debian's python3-dev) and a GPU of compute capability 7.0 or newer",
 }  # fmt: skip
 SCORES = 2_500_000  # at a time, in blocked attention: 5 MB in bf16, of 2 to 10 the fastest
 
@@ -117,7 +118,8 @@ def can_compile(kind: str) -> bool:
     if kind not in COMPILERS:
         return True
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, as Triton reads it
-    if not Path(sysconfig.get_path("include", scheme), "Python.h").exists():
+    headers = Path(sysconfig.get_path("include", scheme), "Python.h")
+    if not headers.exists() or not torch._dynamo.is_dynamo_supported():
         return False
     if kind == "cuda":
         names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]  # Triton takes CC as one word
