@@ -15,13 +15,16 @@ probe) on a batch of random images that is on the device already. The rows:
     hf_compiled    where ours is compiled (on a GPU, or with --compile): hf_best compiled as a whole, its attention
                chosen anew
 The rows of Hugging Face use our optimiser. Every row is a process of its own, every repetition runs a step of each in
-turn; the figures are medians, the spread is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's
+turn, on a GPU ten after one that is not counted; between its turns a row gives the GPU all but its weights and
+optimiser back, and one that doesn't fit is left out and said. The figures are medians, the spread is (max - min) /
+median. TFLOP/s are those of the plain model by PyTorch's
 counter; the fraction is of what matrix products, bf16 or fp32, sustain for a second or two in the same run, likewise a
 median (`highest_tflops` is the best repetition's).
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -135,6 +138,10 @@ def count_flops(job: str, name: str, batch_size: int) -> float:
     return float(counter.get_total_flops()) * batch_size
 
 
+class Full(Exception):
+    """A row doesn't fit into the GPU's memory."""
+
+
 class Row:
     """A row in a process of its own, so that neither its memory nor its caches suffer from the others'."""
 
@@ -144,10 +151,12 @@ class Row:
         self.peak_memory = 0.0
 
     def step(self) -> float:
-        """Run a step there; returns its seconds."""
+        """Run a step there; returns its seconds. Raises Full."""
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
+        if answer.strip() == "full":
+            raise Full
         if not answer:
             raise SystemExit(f"a row ended early: {' '.join(self.process.args)}")
         took, self.peak_memory = map(float, answer.split())
@@ -161,25 +170,42 @@ class Row:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """The other end of Row: a step per line of stdin; prints its seconds and the peak memory so far, GB."""
+    """The other end of Row: a turn per line of stdin; prints a step's seconds and the peak memory so far, GB; "full"
+    instead, and ends, where the GPU is."""
     device = torch.device(args.device)
-    step = build(args.serve, args, json.loads(args.setting))
-    for _ in sys.stdin:
-        took = seconds(step, device)
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device) / 1e9
-        else:
-            status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
-            memory = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9
-        print(took, memory, flush=True)
+    step = None
+    try:
+        for _ in sys.stdin:
+            step = step or build(args.serve, args, json.loads(args.setting))
+            print(*(_turn_on_gpu if device.type == "cuda" else _turn_on_cpu)(step, device), flush=True)
+    except torch.OutOfMemoryError:
+        print("full", flush=True)
 
 
-def best_attention(words: list[str], compiled: bool) -> dict:
-    """The setting of hf_best or hf_compiled: the attention that makes it fastest here."""
+def _turn_on_gpu(step: Step, device: torch.device) -> tuple[float, float]:
+    step()  # makes the room that was given back
+    took = seconds(lambda: [step() for _ in range(10)], device) / 10
+    torch.cuda.empty_cache()
+    return took, torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def _turn_on_cpu(step: Step, device: torch.device) -> tuple[float, float]:
+    took = seconds(step, device)
+    status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
+    return took, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9
+
+
+def best_attention(words: list[str], compiled: bool, wanted: str | None) -> dict:
+    """The setting of hf_best or hf_compiled: the attention that makes it fastest here, or the one wanted."""
+    if wanted:
+        return {"attention": wanted, "compiled": compiled}
     times = []
     for attention in ("sdpa", "eager"):
         row = Row("hf_best", words, setting := {"attention": attention, "compiled": compiled})
-        times.append((min(row.step() for _ in range(6)), setting))
+        try:
+            times.append((min(row.step() for _ in range(6)), setting))
+        except Full:
+            times.append((math.inf, setting))
         row.close()
     return min(times, key=lambda pair: pair[0])[1]
 
@@ -201,14 +227,21 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
 def measure(args: argparse.Namespace, words: list[str]) -> dict:
     """The whole benchmark; returns what goes into the file."""
     device = torch.device(args.device)
-    settings = {"hf_best": best_attention(words, False)}
-    settings |= {"hf_compiled": best_attention(words, True)} if speed.compiles(device, args.compile) else {}
+    settings = {"hf_best": best_attention(words, False, args.hf_attention)}
+    if speed.compiles(device, args.compile):
+        settings["hf_compiled"] = best_attention(words, True, args.hf_attention)
     rows = {row: Row(row, words, settings.get(row, {})) for row in ("ours", "off", "hf", *settings)}
     peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
     times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}
     for repetition in range(-2, args.steps):  # the first two warm up
-        for name in times:
-            took = rows[name].step() if name in rows else seconds(peaks[name][0], device)
+        for name in list(times):
+            try:
+                took = rows[name].step() if name in rows else seconds(peaks[name][0], device)
+            except Full:
+                print(f"{name} doesn't fit into the GPU's memory beside the others")
+                rows.pop(name).close()
+                del times[name]
+                continue
             if repetition >= 0:
                 times[name].append(took)
     peak = {name: work / statistics.median(times[name]) / 1e12 for name, (_, work) in peaks.items()}
@@ -247,6 +280,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", choices=speed.ATTENTION, help="of the row ours")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the row ours; default: on CUDA")
     parser.add_argument("--grad_checkpoint", action="store_true", help="in the row ours")
+    parser.add_argument("--hf_attention", choices=("sdpa", "eager"), help="of hf_best and hf_compiled; default: tried")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
