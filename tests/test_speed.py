@@ -69,9 +69,13 @@ print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
 
 @pytest.mark.parametrize("build", [autoencoder, classifier])
 @pytest.mark.parametrize("setting", [
-    {"attention": "fused"}, {"attention": "blocked"}, {"grad_checkpoint": True}, {"compiled": True},
+    {"attention": "fused"}, {"attention": "blocked"}, {"grad_checkpoint": True},
     {"compiled": True, "amp": "bf16"}, {"loss_only": True}, {"loss_only": True, "grad_checkpoint": True},
-    {"loss_only": True, "attention": "blocked", "compiled": True, "grad_checkpoint": True},
+    # Compilation takes long, and the golden runs have these two as well.
+    pytest.param({"compiled": True}, marks=pytest.mark.slow),
+    pytest.param(
+        {"loss_only": True, "attention": "blocked", "compiled": True, "grad_checkpoint": True}, marks=pytest.mark.slow
+    ),
 ], ids=str)  # fmt: skip
 def test_speed_ups_leave_loss_and_gradients_alone(build, setting, monkeypatch):
     if "compiled" in setting and not shutil.which("g++"):
