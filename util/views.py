@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from util import datasets, dist, listing, loaders
@@ -68,7 +69,7 @@ def batches(
     files: list[Path], size: tuple[int, int], pixels: Pixels, args: argparse.Namespace
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """(files, imgs [N, C, H, W] normalised, on the device), by the batch. Raises UserError for an unreadable image."""
-    crop, normalise = CentreCrop(size, args.crop_pct), loaders.Normalise(pixels, args.device)
+    crop, normalise = CentreCrop(size, args.crop_pct), loaders.Normalise(pixels, torch.device(args.device))
     for start in range(0, len(files), args.batch_size):
         part = files[start : start + args.batch_size]
         try:
