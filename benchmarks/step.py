@@ -17,9 +17,8 @@ probe) on a batch of random images that is on the device already. The rows:
 The rows of Hugging Face use our optimiser. Every row is a process of its own, every repetition runs a step of each in
 turn, on a GPU ten after one that is not counted; between its turns a row gives the GPU all but its weights and
 optimiser back, and one that doesn't fit is left out and said. The figures are medians, the spread is (max - min) /
-median. TFLOP/s are those of the plain model by PyTorch's
-counter; the fraction is of what matrix products, bf16 or fp32, sustain for a second or two in the same run, likewise a
-median (`highest_tflops` is the best repetition's).
+median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of what matrix products, bf16 or
+fp32, sustain for a second or two in the same run, likewise a median (`highest_tflops` is the best repetition's).
 """
 
 import argparse
@@ -173,23 +172,23 @@ def serve(args: argparse.Namespace) -> None:
     """The other end of Row: a turn per line of stdin; prints a step's seconds and the peak memory so far, GB; "full"
     instead, and ends, where the GPU is."""
     device = torch.device(args.device)
-    step = None
+    step = None  # built in the first turn, so that its memory, too, is asked for then
     try:
         for _ in sys.stdin:
             step = step or build(args.serve, args, json.loads(args.setting))
-            print(*(_turn_on_gpu if device.type == "cuda" else _turn_on_cpu)(step, device), flush=True)
+            print(*(_gpu_turn if device.type == "cuda" else _cpu_turn)(step, device), flush=True)
     except torch.OutOfMemoryError:
         print("full", flush=True)
 
 
-def _turn_on_gpu(step: Step, device: torch.device) -> tuple[float, float]:
+def _gpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
     step()  # makes the room that was given back
     took = seconds(lambda: [step() for _ in range(10)], device) / 10
     torch.cuda.empty_cache()
     return took, torch.cuda.max_memory_allocated(device) / 1e9
 
 
-def _turn_on_cpu(step: Step, device: torch.device) -> tuple[float, float]:
+def _cpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
     took = seconds(step, device)
     status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
     return took, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9

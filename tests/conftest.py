@@ -66,6 +66,21 @@ def script():
 
 
 @pytest.fixture
+def refusal(capsys):
+    """Run a script's main() in this process, to its exit with code 2; returns the message."""
+    from util import errors
+
+    def run(main) -> str:
+        with pytest.raises(SystemExit) as end:
+            errors.run(main)
+        said = capsys.readouterr()
+        assert end.value.code == 2 and "Traceback" not in said.out + said.err
+        return said.err
+
+    return run
+
+
+@pytest.fixture
 def server(tmp_path, monkeypatch):
     """Serves tmp_path on loopback; torch.hub's cache lies in a folder of its own."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))

@@ -245,10 +245,15 @@ def test_crops_decoded_by_the_batch_are_the_same_crops():
     assert (ours.int() - expected.int()).abs().float().mean() < 0.3 and (ours.int() - expected.int()).abs().max() <= 3
 
 
+def undecoded(files):
+    """Samples of crops of 32 pixels that are still to be decoded; their classes are their numbers."""
+    crop = gpu_decode.LaterCrop(augment.Crop(32, (0.5, 1.0)))
+    return [(crop(gpu_decode.read(str(file))), number) for number, file in enumerate(files)]
+
+
 def test_pictures_keep_their_places_in_few_tensors():
     """Each tensor of a batch takes a file descriptor, of which a process has 1024."""
-    crop = augment.Crop(32, (1.0, 1.0))
-    jpegs = [(gpu_decode.LaterCrop(crop)(gpu_decode.read(str(file))), n) for n, file in enumerate(PHOTOS)]
+    jpegs = undecoded(PHOTOS)
     pixels = [(torch.full((3, 32, 32), n, dtype=torch.uint8), n) for n in range(len(jpegs))]
     mixed, classes = gpu_decode.collate([one for pair in zip(jpegs, pixels, strict=True) for one in pair])
     assert classes.tolist() == [n // 2 for n in range(10)] and sum(isinstance(x, torch.Tensor) for x in mixed) == 2
@@ -260,20 +265,19 @@ def test_pictures_keep_their_places_in_few_tensors():
 
 def test_a_loader_process_shares_a_batch_itself(monkeypatch):
     """Else a thread does, which only prints that /dev/shm is full, and the run waits for the batch for ever."""
-    sample = gpu_decode.LaterCrop(augment.Crop(32, (1.0, 1.0)))(gpu_decode.read(str(PHOTOS[0]))), 0
-    assert not gpu_decode.collate([sample])[0].data.is_shared()
+    samples = undecoded(PHOTOS[:1])
+    assert not gpu_decode.collate(samples)[0].data.is_shared()
     monkeypatch.setattr(gpu_decode, "get_worker_info", lambda: True)
-    assert gpu_decode.collate([sample])[0].data.is_shared()
+    assert gpu_decode.collate(samples)[0].data.is_shared()
 
 
 def test_a_full_gpu_is_not_taken_for_a_bad_picture(monkeypatch):
     def full(*_):
         raise RuntimeError("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 20 MiB")
 
-    sample = gpu_decode.LaterCrop(augment.Crop(32, (1.0, 1.0)))(gpu_decode.read(str(PHOTOS[0]))), 0
     monkeypatch.setattr(gpu_decode, "decode_jpeg", full)
     with pytest.raises(torch.OutOfMemoryError):
-        gpu_decode.crops(gpu_decode.collate([sample])[0], (32, 32), torch.device("cpu"))
+        gpu_decode.crops(gpu_decode.collate(undecoded(PHOTOS[:1]))[0], (32, 32), torch.device("cpu"))
 
 
 CUDA = torch.device("cuda", 0)
@@ -291,9 +295,8 @@ def test_nvjpegs_pixels_are_near_libjpegs():
 @on_gpu
 def test_nvjpeg_leaves_memory_alone_that_queued_work_still_reads():
     """As a step's activations: freed for the next allocation, read by what the GPU has yet to do."""
-    batch = gpu_decode.collate([(gpu_decode.LaterCrop(augment.Crop(64, (0.2, 1.0)))(gpu_decode.read(str(file))), 0)
-                                for file in PHOTOS * 8])[0]  # fmt: skip
-    gpu_decode.crops(batch, (64, 64), CUDA)
+    batch, _ = gpu_decode.collate(undecoded(PHOTOS * 8))
+    gpu_decode.crops(batch, (32, 32), CUDA)
     busy = torch.randn(4096, 4096, device=CUDA)
     for _ in range(20):
         held = [torch.full((3, 512, 512), 7, dtype=torch.uint8, device=CUDA) for _ in range(64)]
@@ -302,7 +305,7 @@ def test_nvjpeg_leaves_memory_alone_that_queued_work_still_reads():
             busy @ busy
         sums = [one.sum(dtype=torch.int64) for one in held]
         del held
-        gpu_decode.crops(batch, (64, 64), CUDA)
+        gpu_decode.crops(batch, (32, 32), CUDA)
         assert torch.stack(sums).unique().tolist() == [7 * 3 * 512 * 512]
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 from runs import assert_same_end, words
 
 import main_submitit
-from util import errors, launch, options
+from util import launch, options
 from util.errors import UserError
 
 SRUN = {
@@ -117,17 +117,10 @@ def submit(*args, **more):
 
 
 @pytest.fixture
-def refused(bare, capsys):
+def refused(bare, refusal):
     """Submit in this process what can't be; returns the message."""
     bare.setenv("PYTHONPATH", "")  # which the launcher extends
-
-    def run(*args, **more):
-        with pytest.raises(SystemExit) as end:
-            errors.run(lambda: main_submitit.main(submission(*args, **more)))
-        assert end.value.code == 2
-        return capsys.readouterr().err
-
-    return run
+    return lambda *args, **more: refusal(lambda: main_submitit.main(submission(*args, **more)))
 
 
 def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, tmp_path):

@@ -71,7 +71,7 @@ print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
 @pytest.mark.parametrize("setting", [
     {"attention": "fused"}, {"attention": "blocked"}, {"grad_checkpoint": True},
     {"compiled": True, "amp": "bf16"}, {"loss_only": True}, {"loss_only": True, "grad_checkpoint": True},
-    # Compilation takes long, and the golden runs have these two as well.
+    # Compilation takes long, and the golden runs have the first, too, and the second with fused attention.
     pytest.param({"compiled": True}, marks=pytest.mark.slow),
     pytest.param(
         {"loss_only": True, "attention": "blocked", "compiled": True, "grad_checkpoint": True}, marks=pytest.mark.slow

@@ -63,9 +63,8 @@ def _complain(error: Exception) -> int:
     elif isinstance(error, OSError) and error.errno in DISK:
         text, code = f"error: cannot write {error.filename or 'to the output folder'}: {error.strerror}", 2
     elif isinstance(error, RuntimeError) and re.search(r"shared memory(\(shm\)| limit)", str(error)):
-        text = "error: /dev/shm, through which loader processes send their batches, is full: lower --num_workers, or " \
-               "start the container with --ipc=host or --shm-size 16g"  # fmt: skip
-        code, speaks = 2, True
+        text, code = "error: /dev/shm, through which loader processes send their batches, is full: lower " \
+                     "--num_workers, or start the container with --ipc=host or --shm-size 16g", 2  # fmt: skip
     elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         text += (
             ". A loader process died; out of memory is the usual reason: lower --num_workers. "

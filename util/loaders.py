@@ -69,12 +69,11 @@ class Normalise:
     """
 
     def __init__(self, pixels: Pixels, device: torch.device) -> None:
-        self.device = device
         self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in (pixels.mean, pixels.std))
 
     def __call__(self, imgs: Tensor) -> Tensor:
         """[N, C, H, W], from anywhere."""
-        imgs = imgs.to(self.device, non_blocking=True)
+        imgs = imgs.to(self.mean.device, non_blocking=True)
         return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
 
 
@@ -106,14 +105,16 @@ class Feed:
                 return
             if self.gpu_size:
                 batch = gpu_decode.crops(batch[0], self.gpu_size, self.device), batch[1]
-            imgs, targets = (x.to(self.device, non_blocking=True) for x in batch)
-            yield imgs if self.done else self.normalise(imgs), targets
+            yield self._finished(batch[0]), batch[1].to(self.device, non_blocking=True)
+
+    def _finished(self, imgs: Tensor) -> Tensor:
+        return imgs.to(self.device, non_blocking=True) if self.done else self.normalise(imgs)
 
     def some(self, count: int) -> tuple[Tensor, list[str]]:
         """A few of the images, normalised, evenly spread over all there are, and their names."""
         chosen = spread(len(self.dataset), count)
         imgs, _ = collate([self.dataset[index] for index in chosen])
-        return self.normalise(imgs), [self.dataset.name(index) for index in chosen]
+        return self._finished(imgs), [self.dataset.name(index) for index in chosen]
 
 
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
