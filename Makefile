@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-soak test-cluster lint clean
+.PHONY: demo test test-slow test-soak test-cluster bench-gpu lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python demo.py
@@ -19,6 +19,9 @@ test-soak: $(VENV)/ready-dev
 
 test-cluster: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "net or slurm"
+
+bench-gpu: $(VENV)/ready-dev
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

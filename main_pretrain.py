@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> None:
     position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(loader.dataset))
     checkpoints.prepare(source)
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-    model.loss_only = True
     model = dist.wrap(model, device, static=args.accum_iter == 1)
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / loader.sampler.images_per_epoch)

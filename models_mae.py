@@ -15,7 +15,6 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import models_vit
 from models_vit import SIZES
@@ -24,32 +23,21 @@ from util.files import checkpoint_args
 from util.pos_embed import sincos_pos_embed
 
 
-class LastBlock(Block):
-    """The decoder's last: after its attention no token sees another, so the rest is owed only to those asked for."""
-
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """x [N, 1+L, E] -> as a Block; ids [N, M]: only those tokens, [N, M, E]."""
-        if ids is None:
-            return super().forward(x)
-        x = take(x + self.drop_path1(self.ls1(self.attn(self.norm1(x)))), ids)
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Return the number of patches that stay visible under a mask ratio."""
+    return int(num_patches * (1 - mask_ratio))
 
 
-def visible(patches: int, mask_ratio: float) -> int:
-    """K of L patches."""
-    return int(patches * (1 - mask_ratio))
-
-
-def take(x: Tensor, ids: Tensor) -> Tensor:
-    """Of each image those tokens: x [N, L, D], ids [N, M] -> [N, M, D]."""
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Select tokens by index, per image: x [N, L, D], ids [N, M] -> [N, M, D]."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """Asymmetric autoencoder: a ViT over the visible patches, a small ViT that predicts the pixels of the others.
+    """Asymmetric autoencoder: a ViT encodes the visible patches, a small ViT predicts the pixels of the removed ones.
 
-    Parameter names are those of the released weights. `config` holds the arguments, so that a checkpoint can say
-    how to build its model. With norm_pix_loss the target is each patch, normalised (paper, section 3).
+    Parameter names are those of the released weights. `config` holds the constructor's arguments, so that a checkpoint
+    can tell how to build its model.
     """
 
     def __init__(
@@ -66,41 +54,61 @@ class MaskedAutoencoderViT(nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = False,
     ) -> None:
+        """Build the model with freshly initialised weights.
+
+        Args:
+            img_size: Height and width of the images in pixels, or one number for both.
+            patch_size: Side of a patch in pixels.
+            in_chans: Channels of the images.
+            embed_dim: Width of the encoder; `depth` and `num_heads` are its blocks and their attention heads.
+            decoder_embed_dim: Width of the decoder, likewise with its own depth and heads.
+            mlp_ratio: Width of a block's MLP as a multiple of the block's width.
+            norm_pix_loss: Predict patches normalised by their own mean and variance (paper, section 3).
+        """
         super().__init__()
         self.config = {
-            "img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim,
-            "depth": depth, "num_heads": num_heads, "decoder_embed_dim": decoder_embed_dim,
-            "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads, "mlp_ratio": mlp_ratio,
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "decoder_embed_dim": decoder_embed_dim,
+            "decoder_depth": decoder_depth,
+            "decoder_num_heads": decoder_num_heads,
+            "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss,
-        }  # fmt: skip
+        }
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
         self.grad_checkpointing = False
-        self.loss_only = False  # True: in training predict only what the loss is about, the removed patches
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
 
-        def blocks(dim: int, heads: int, count: int, last: type[Block] = Block) -> nn.ModuleList:
-            kinds = [Block] * (count - 1) + [last]
-            return nn.ModuleList(kind(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=norm_layer) for kind in kinds)
-
+        # Encoder. Positions are fixed, and stored since the released weights hold them.
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        tokens = 1 + self.patch_embed.num_patches
+        num_tokens = 1 + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=False)
-        self.blocks = blocks(embed_dim, num_heads, depth)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim), requires_grad=False)
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads) for _ in range(depth))
         self.norm = norm_layer(embed_dim)
 
+        # Decoder.
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = blocks(decoder_embed_dim, decoder_num_heads, decoder_depth, last=LastBlock)
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, num_tokens, decoder_embed_dim), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = norm_layer(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_embed.proj.weight[0].numel())
+
         self.initialize_weights()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Xavier-uniform matrices (the patch projection as if linear), zero biases, sine-cosine positions (A.1)."""
+        """Initialise as in appendix A.1: Xavier-uniform matrices, zero biases, sine-cosine positions.
+
+        The patch projection is initialised as the linear layer that it stands for.
+        """
         for table in (self.pos_embed, self.decoder_pos_embed):
             table.copy_(sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size))
         for token in (self.cls_token, self.mask_token):
@@ -110,15 +118,19 @@ class MaskedAutoencoderViT(nn.Module):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 nn.init.zeros_(module.bias)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass instead of storing them (activation checkpointing)."""
+        self.grad_checkpointing = enable
+
     def patchify(self, imgs: Tensor) -> Tensor:
-        """Images [N, C, H, W] to patches [N, L, p*p*C], row by row, channels last within a patch."""
+        """Cut images [N, C, H, W] into patches [N, L, p*p*C], row by row, channels last within a patch."""
         N, C, H, W = imgs.shape
         p, q = self.patch_embed.patch_size
         patches = imgs.reshape(N, C, H // p, p, W // q, q).permute(0, 2, 4, 3, 5, 1)
         return patches.reshape(N, (H // p) * (W // q), p * q * C)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """The inverse of `patchify` for the model's image size: [N, L, p*p*C] to [N, C, H, W]."""
+        """Join patches [N, L, p*p*C] to images [N, C, H, W] of the model's size: the inverse of `patchify`."""
         p, q = self.patch_embed.patch_size
         h, w = self.patch_embed.grid_size
         imgs = patches.reshape(-1, h, w, p, q, self.in_chans).permute(0, 5, 1, 3, 2, 4)
@@ -127,95 +139,95 @@ class MaskedAutoencoderViT(nn.Module):
     def random_masking(
         self, x: Tensor, mask_ratio: float, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep the K patches of smallest noise, per image, in order of noise (section 3, "simple implementation").
+        """Keep a random subset of each image's patches: shuffle, then cut (section 3, "Simple implementation").
 
-        x [N, L, D], noise [N, L] (uniform, drawn here when None)
-        -> visible [N, K, D], mask [N, L] (1 = removed), ids_restore [N, L] (each patch's rank by noise).
+        Args:
+            x: Patches [N, L, D].
+            mask_ratio: Share of the patches that is removed.
+            noise: Sort keys [N, L]; the patches with the K smallest stay. None: drawn uniformly.
+
+        Returns:
+            The visible patches [N, K, D] in the order of their noise, the mask [N, L] (1 = removed), and each patch's
+            rank by noise, ids_restore [N, L].
         """
         N, L, _ = x.shape
-        keep = visible(L, mask_ratio)
+        K = num_visible(L, mask_ratio)
         if noise is None:
             noise = torch.rand(N, L, device=x.device)
         ids_shuffle = noise.argsort(dim=1)
         ids_restore = ids_shuffle.argsort(dim=1)
-        return take(x, ids_shuffle[:, :keep]), (ids_restore >= keep).float(), ids_restore
+        return gather_tokens(x, ids_shuffle[:, :K]), (ids_restore >= K).float(), ids_restore
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether the backward pass computes the blocks' insides again rather than keeping them."""
-        self.grad_checkpointing = enable
+    def forward_encoder(
+        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode the visible patches.
 
-    def _through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        Args:
+            imgs: Images [N, C, H, W].
+            mask_ratio: Share of the patches that is removed.
+            noise: As in `random_masking`.
+
+        Returns:
+            The latent tokens [N, 1+K, D], class token first, the mask [N, L] and ids_restore [N, L].
+
+        Raises:
+            ValueError: The images are not of the model's size.
+        """
+        if imgs.shape[2:] != self.patch_embed.img_size:
+            raise ValueError(f"images are {tuple(imgs.shape[2:])}, the model is for {self.patch_embed.img_size}")
+
+        # Mask first: pixels of removed patches are never embedded.
+        patches, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)  # [N, K, p*p*C]
+        ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1]]
+
+        # Embed. A convolution whose stride is its kernel is a matrix product per patch.
+        proj = self.patch_embed.proj
+        x = F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # [N, K, D]
+        x = x + gather_tokens(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)  # [N, 1+K, D]
+
+        return self.norm(self._run_blocks(self.blocks, x)), mask, ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict every patch, visible ones included: latent [N, 1+K, D], ids_restore [N, L] -> pred [N, L, p*p*C]."""
+        x = self.decoder_embed(latent)  # [N, 1+K, E]
+
+        # Put a mask token in the place of each removed patch and undo the shuffling.
+        N, L = ids_restore.shape
+        mask_tokens = self.mask_token.to(x.dtype).expand(N, 1 + L - x.shape[1], -1)
+        patches = gather_tokens(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)  # [N, L, E]
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+
+        x = self._run_blocks(self.decoder_blocks, x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def _run_blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint_seq(blocks, x)
         for block in blocks:
             x = block(x)
         return x
 
-    def forward_encoder(
-        self, imgs: Tensor, mask_ratio: float, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode the visible patches: imgs [N, C, H, W] -> latent [N, 1+K, D], mask [N, L], ids_restore [N, L].
-
-        Raises ValueError for images of another size than the model's.
-        """
-        if imgs.shape[2:] != self.patch_embed.img_size:
-            raise ValueError(f"images are {tuple(imgs.shape[2:])}, the model is for {self.patch_embed.img_size}")
-        patches, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)  # [N, K, p*p*C]
-        ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1]]
-        proj = self.patch_embed.proj  # a convolution of stride p is a matrix product, needed for the visible only
-        x = F.linear(patches, proj.weight.permute(0, 2, 3, 1).flatten(1), proj.bias)  # [N, K, D]
-        x = x + take(self.pos_embed[:, 1:].expand(len(x), -1, -1), ids_keep)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)  # [N, 1+K, D]
-        x = self._through(self.blocks, x)
-        return self.norm(x), mask, ids_restore
-
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Predict the patches: latent [N, 1+K, D] -> pred [N, L, p*p*C], with ids [N, M] those alone, [N, M, p*p*C]."""
-        x = self.decoder_embed(latent)  # [N, 1+K, E]
-        N, L = ids_restore.shape
-        mask_tokens = self.mask_token.to(x.dtype).expand(N, 1 + L - x.shape[1], -1)
-        patches = take(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)  # [N, L, E], from order of noise
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        return self._predict(x, ids)
-
-    def _predict(self, x: Tensor, ids: Tensor | None) -> Tensor:
-        """The decoder from its first block on: x [N, 1+L, E]."""
-        if ids is None:
-            x = self._through(self.decoder_blocks, x)[:, 1:]
-        else:
-            x = self._through(self.decoder_blocks[:-1], x)
-            last, ids = self.decoder_blocks[-1], ids + 1  # the class token comes first
-            again = self.grad_checkpointing and torch.is_grad_enabled()
-            x = checkpoint(last, x, ids, use_reentrant=False) if again else last(x, ids)
-        return self.decoder_pred(self.decoder_norm(x))
-
-    def target(self, imgs: Tensor, ids: Tensor | None = None) -> Tensor:
-        """What the decoder should predict, [N, L, p*p*C]: the patches, with norm_pix_loss each normalised. With ids
-        [N, M] of those alone, [N, M, p*p*C]."""
-        target = self.patchify(imgs) if ids is None else take(self.patchify(imgs), ids)
+    def target(self, imgs: Tensor) -> Tensor:
+        """Return what the decoder should predict: the patches [N, L, p*p*C], normalised with norm_pix_loss."""
+        target = self.patchify(imgs)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
             target = (target - mean) / (var + 1e-6).sqrt()
         return target
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error per patch, averaged over the removed patches only (section 3), in fp32."""
+        """Return the mean squared error per patch, averaged over the removed patches only (section 3), in fp32."""
         error = (pred.float() - self.target(imgs)).square().mean(dim=-1)  # [N, L]
         return (error * mask).sum() / mask.sum()
 
     def forward(
         self, imgs: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """imgs [N, C, H, W] -> loss (scalar), pred [N, L, p*p*C], mask [N, L] (1 = removed).
-
-        In training with loss_only pred is that of the removed patches alone, [N, L-K, p*p*C], in order of noise.
-        """
+        """Mask, encode, decode: imgs [N, C, H, W] -> loss (scalar), pred [N, L, p*p*C], mask [N, L] (1 = removed)."""
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        if self.loss_only and self.training:
-            removed = ids_restore.argsort(dim=1)[:, visible(mask.shape[1], mask_ratio) :]  # [N, L-K]
-            pred = self.forward_decoder(latent, ids_restore, removed)
-            return F.mse_loss(pred.float(), self.target(imgs, removed)), pred, mask
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
 

@@ -29,7 +29,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import device_name
+from benchmarks.timing import device_name, link_images
 from util import augment
 from util.datasets import Images
 from util.images import Pixels, load_array
@@ -88,16 +88,6 @@ def speeds(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict
     ]  # fmt: skip
 
 
-def link(source: Path, target: Path, images: int) -> None:
-    """target/train: source's files, linked again and again until there are so many."""
-    files = [(folder.name, file) for folder in sorted(source.iterdir()) for file in sorted(folder.iterdir())]
-    for round_ in range(-(-images // len(files))):
-        for name, file in files:
-            folder = target / "train" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{round_}_{file.name}").symlink_to(file.resolve())
-
-
 def memory(*pids: int) -> int:
     """Bytes that these processes hold together; what they share counts once."""
     return sum(
@@ -150,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
-        link(args.data_path / "train", Path(temporary), args.images)
+        link_images(args.data_path / "train", Path(temporary) / "train", args.images)
         rows = [row for n in (0, args.workers) for row in speeds(temporary, args.batch_size, n, args.repeat)]
     print(f"n = {args.repeat}, batch {args.batch_size}; {device_name(CPU)}; torch {torch.__version__}")
     print(f"{'':8} {'workers':>7} {'images/s':>9} {'spread':>7} {'of classic':>10} {'of decode':>9}")

@@ -42,11 +42,12 @@ class EncodesMaskTokens(models_mae.MaskedAutoencoderViT):
         _, mask, ids_restore = self.random_masking(x[..., :1], mask_ratio, noise)
         x = torch.where(mask[..., None].bool(), self.encoder_mask_token.to(x.dtype), x) + self.pos_embed[:, 1:]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return self.norm(self._through(self.blocks, torch.cat([cls_token, x], dim=1))), mask, ids_restore
+        return self.norm(self._run_blocks(self.blocks, torch.cat([cls_token, x], dim=1))), mask, ids_restore
 
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Every patch is there, in its place: latent [N, 1+L, D] -> pred [N, L or M, p*p*C]."""
-        return self._predict(self.decoder_embed(latent) + self.decoder_pos_embed, ids)
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Every patch is there, in its place: latent [N, 1+L, D] -> pred [N, L, p*p*C]."""
+        x = self._run_blocks(self.decoder_blocks, self.decoder_embed(latent) + self.decoder_pos_embed)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
 
 def build(row: str, name: str, batch_size: int, device: torch.device) -> Step:
@@ -56,7 +57,6 @@ def build(row: str, name: str, batch_size: int, device: torch.device) -> Step:
     arguments = factory.keywords | {"decoder_depth": 1 if row == "1" else 8, "norm_pix_loss": True}
     model, scaler = kind(**arguments).to(device).train(), LossScaler("auto", device)
     speed.prepare(model, device, scaler.amp, "auto", None, False)
-    model.loss_only = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     imgs = torch.randn(batch_size, 3, 224, 224, device=device)
 

@@ -8,6 +8,7 @@ The rows of Hugging Face need `pip install transformers`. A step is forward, bac
 probe) on a batch of random images that is on the device already. The rows:
     ours       as the scripts run it: fused optimiser, no waiting; --amp, --attention, --compile and --grad_checkpoint
                are the scripts' flags, with their defaults
+    ours_eager where ours is compiled: the same, not compiled
     off        what the reference does: fp16 with a scaler on a GPU, fp32 on a CPU; plain attention, an optimiser with a
                loop over the parameters, a wait for the loss after every step
     hf         ViTMAEForPreTraining (ViTForImageClassification for the other jobs) of transformers at its defaults, fp32
@@ -15,10 +16,10 @@ probe) on a batch of random images that is on the device already. The rows:
     hf_compiled    where ours is compiled (on a GPU, or with --compile): hf_best compiled as a whole, its attention
                chosen anew
 The rows of Hugging Face use our optimiser. Every row is a process of its own, every repetition runs a step of each in
-turn, on a GPU ten after one that is not counted; between its turns a row gives the GPU all but its weights and
-optimiser back, and one that doesn't fit is left out and said. The figures are medians, the spread is (max - min) /
-median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of what matrix products, bf16 or
-fp32, sustain for a second or two in the same run, likewise a median (`highest_tflops` is the best repetition's).
+turn, on a GPU two to ten, a second's worth, after one that is not counted; between its turns a row gives the GPU all
+but its weights and optimiser back, and one that doesn't fit is left out and said. The figures are medians, the spread
+is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of what matrix
+products, bf16 or fp32, sustain in the same run, likewise a median (`highest_tflops` is the best repetition's).
 """
 
 import argparse
@@ -29,9 +30,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,6 +47,7 @@ from util import formats, optim, speed
 from util.amp import LossScaler
 
 CLASSES = 1000
+ROWS = ("ours", "ours_eager", "off", "hf", "hf_best", "hf_compiled")
 
 
 def our_model(job: str, name: str) -> nn.Module:
@@ -77,17 +81,18 @@ def optimizer_of(job: str, model: nn.Module, fused: bool = True) -> torch.optim.
     return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused, foreach=False)
 
 
-def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.Namespace, fast: bool) -> Step:
-    """One of our steps; fast: with the speed-ups that the flags ask for, else with none."""
-    device = imgs.device
+def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.Namespace, row: str) -> Step:
+    """A step of the row "ours", "ours_eager" or "off"."""
+    device, fast = imgs.device, row != "off"
     amp = args.amp if fast else "fp16" if device.type == "cuda" else "off"
     model, scaler = our_model(job, name).to(device).train(), LossScaler(amp, device)
     if fast:
-        speed.keep_memory()
-        speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
+        compiled = False if row == "ours_eager" else args.compile
+        speed.prepare(model, device, scaler.amp, args.attention, compiled, args.grad_checkpoint)
     else:
-        speed.prepare(model, device, scaler.amp, "plain", False, False)
-    model.loss_only = fast
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.fused_attn = False
     optimizer = optimizer_of(job, model, fast)
 
     def step() -> None:
@@ -144,8 +149,8 @@ class Full(Exception):
 class Row:
     """A row in a process of its own, so that neither its memory nor its caches suffer from the others'."""
 
-    def __init__(self, row: str, words: list[str], setting: dict) -> None:
-        command = [sys.executable, __file__, *words, "--serve", row, "--setting", json.dumps(setting)]
+    def __init__(self, row: str, words: list[str], setting: dict, script: str = __file__) -> None:
+        command = [sys.executable, script, *words, "--serve", row, "--setting", json.dumps(setting)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.peak_memory = 0.0
 
@@ -168,9 +173,11 @@ class Row:
         self.process.wait()
 
 
-def serve(args: argparse.Namespace) -> None:
-    """The other end of Row: a turn per line of stdin; prints a step's seconds and the peak memory so far, GB; "full"
-    instead, and ends, where the GPU is."""
+def serve(args: argparse.Namespace, build: Callable[[str, argparse.Namespace, dict], Step]) -> None:
+    """Take a turn per line of stdin: the other end of Row.
+
+    Prints a step's seconds and the peak memory so far in GB; where the GPU is full "full" instead, and ends.
+    """
     device = torch.device(args.device)
     step = None  # built in the first turn, so that its memory, too, is asked for then
     try:
@@ -182,8 +189,10 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def _gpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
-    step()  # makes the room that was given back
-    took = seconds(lambda: [step() for _ in range(10)], device) / 10
+    # The first step makes the room that was given back. The second says how many fill a second.
+    step()
+    count = min(10, max(2, round(1 / seconds(step, device))))
+    took = seconds(lambda: [step() for _ in range(count)], device) / count
     torch.cuda.empty_cache()
     return took, torch.cuda.max_memory_allocated(device) / 1e9
 
@@ -202,7 +211,7 @@ def best_attention(words: list[str], compiled: bool, wanted: str | None) -> dict
     for attention in ("sdpa", "eager"):
         row = Row("hf_best", words, setting := {"attention": attention, "compiled": compiled})
         try:
-            times.append((min(row.step() for _ in range(6)), setting))
+            times.append((min(row.step() for _ in range(3)), setting))
         except Full:
             times.append((math.inf, setting))
         row.close()
@@ -216,20 +225,39 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
     imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
     targets = torch.randint(CLASSES, (args.batch_size,), device=device)
     common = (args.job, args.model, imgs, targets)
-    if row in ("ours", "off"):
-        return our_step(*common, args, fast=row == "ours")
+    if row in ("ours", "ours_eager", "off"):
+        return our_step(*common, args, row)
     if row == "hf":
         return hf_step(*common, "off", None, False)
     return hf_step(*common, "bf16", setting["attention"], setting["compiled"])
 
 
+def profile(args: argparse.Namespace) -> None:
+    """Print the kernels, or on a CPU the operations, that take most of the time of a step of the first of --rows."""
+    device = torch.device(args.device)
+    step = build((args.rows or ROWS)[0], args, {"attention": None, "compiled": False})
+    for _ in range(3):
+        seconds(step, device)
+    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as result:
+        took = seconds(lambda: [step() for _ in range(3)], device) / 3
+    order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+    print(f"{took:.4f} s a step; the table is of 3 steps")
+    print(result.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
+
+
 def measure(args: argparse.Namespace, words: list[str]) -> dict:
     """The whole benchmark; returns what goes into the file."""
     device = torch.device(args.device)
-    settings = {"hf_best": best_attention(words, False, args.hf_attention)}
-    if speed.compiles(device, args.compile):
-        settings["hf_compiled"] = best_attention(words, True, args.hf_attention)
-    rows = {row: Row(row, words, settings.get(row, {})) for row in ("ours", "off", "hf", *settings)}
+    names = args.rows or list(ROWS)
+    if not speed.compiles(device, args.compile):
+        names = [name for name in names if name not in ("ours_eager", "hf_compiled")]
+    settings = {
+        row: best_attention(words, row == "hf_compiled", args.hf_attention)
+        for row in ("hf_best", "hf_compiled")
+        if row in names
+    }
+    rows = {row: Row(row, words, settings.get(row, {})) for row in names}
     peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
     times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}
     for repetition in range(-2, args.steps):  # the first two warm up
@@ -274,6 +302,8 @@ def main() -> None:
     parser.add_argument("--batch_size", default=16, type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", default=7, type=int, help="repetitions")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that apply")
+    parser.add_argument("--profile", action="store_true", help="instead: where the first row's time goes, by kernel")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="of the row ours")
     parser.add_argument("--attention", default="auto", choices=speed.ATTENTION, help="of the row ours")
@@ -284,7 +314,10 @@ def main() -> None:
     parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args)
+        serve(args, build)
+        return
+    if args.profile:
+        profile(args)
         return
     result = measure(args, sys.argv[1:])
     peak = ", ".join(

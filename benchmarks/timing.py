@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing by turns, the matrix peak, the device's name."""
+"""What the benchmarks share: timing by turns, the device's peak rates, its name, folders of linked images."""
 
 import platform
 import time
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 Step = Callable[[], object]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
@@ -16,13 +17,21 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
     side = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    count = 100 if device.type == "cuda" else 8
+    count = (20 if dtype == torch.float32 else 200) if device.type == "cuda" else 8
 
     def products() -> None:
         for _ in range(count):
             torch.mm(a, b, out=out)
 
     return products, count * 2.0 * side**3
+
+
+def copy_step(device: torch.device) -> tuple[Step, float]:
+    """Return copies of a tensor that is larger than any cache, and the bytes that they read and write."""
+    count = 2**31 if device.type == "cuda" else 2**27
+    source = torch.ones(count, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: [target.copy_(source) for _ in range(10)], 10 * 2.0 * count
 
 
 def seconds(step: Step, device: torch.device) -> float:
@@ -45,6 +54,15 @@ def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int
             if repetition >= 0:
                 times[name].append(took)
     return times
+
+
+def link_images(source: Path, target: Path, images: int) -> None:
+    """Fill target with links to source's images, a folder per class, again and again until there are so many."""
+    files = [(folder.name, file) for folder in sorted(source.iterdir()) for file in sorted(folder.iterdir())]
+    for number in range(-(-images // len(files)) * len(files)):
+        name, file = files[number % len(files)]
+        (target / name).mkdir(parents=True, exist_ok=True)
+        (target / name / f"{number // len(files)}_{file.name}").symlink_to(file.resolve())
 
 
 def device_name(device: torch.device) -> str:

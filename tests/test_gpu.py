@@ -1,7 +1,13 @@
-"""On a CUDA device: nothing waits for it between logging steps, and the speed-ups leave the numbers alone."""
+"""On a CUDA device: nothing waits for it between logging steps, the speed-ups leave the numbers alone, runs resume."""
 
+import os
+import random
+import signal
+
+import faults
 import pytest
 import torch
+from runs import EVERY_STEP, assert_same_end, finish, same, state, wait_for, words
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -39,12 +45,11 @@ class Batches:
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 @pytest.mark.parametrize("job", ["pretrain", "grid", "block", "finetune", "linprobe"])
 def test_no_step_waits_for_the_device(job, amp):
-    """grid, block: pre-training with such masks, and as its script runs it, without the visible patches' loss."""
+    """grid, block: pre-training with such masks."""
     imgs, targets = torch.randn(8, 3, 32, 32, device=CUDA), torch.zeros(8, dtype=torch.long, device=CUDA)
     loader, scaler = Batches([(imgs, targets)] * 12), LossScaler(amp, CUDA)
     if job in ("pretrain", "grid", "block"):
         model = models_mae.MaskedAutoencoderViT(**SIZE, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-        model.loss_only = job != "pretrain"
         optimizer = optim.pretrain_optimizer(model.to(CUDA), 1e-3, 0.05)
     else:
         model = models_vit.VisionTransformer(**SIZE, num_classes=5, drop_path_rate=0.1)
@@ -105,3 +110,41 @@ def test_a_sharded_optimiser_goes_on_from_its_checkpoint():
         assert torch.equal(again.weight, model.weight) and not other.state
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+@pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
+def test_a_killed_run_resumes_to_the_same_bits(job, attention, images, tmp_path):
+    """As tests/test_interruptions.py does on the CPU: bf16, without compilation, killed three times in mid-epoch."""
+    more = ["--device", "cuda", "--amp", "bf16", "--no_compile", "--attention", attention, "--num_workers", 2]
+    for name in ("undisturbed", "killed"):
+        (tmp_path / name).mkdir()
+    finish(images, tmp_path / "undisturbed", *more, job=job)
+    chance = random.Random(job)
+    for _ in range(3):
+        argv = words(images, tmp_path / "killed", *EVERY_STEP, *more, "--resume", "auto", job=job)
+        process = faults.start(job, argv, tmp_path / "killed" / "out")
+        wait_for(tmp_path / "killed" / "out", r"epoch \d+/\d+ \[|trained")
+        process.join(chance.uniform(0, 0.6))
+        process.kill()
+        assert faults.ended(process) in (-signal.SIGKILL, 0)
+    finish(images, tmp_path / "killed", *more, job=job)
+    assert_same_end(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_a_compiled_run_resumes_on_the_gpu(images, tmp_path):
+    """With every default: stopped by SIGTERM in mid-epoch, it resumes with the same order and random draws."""
+    more = ["--device", "cuda", "--amp", "auto", "--num_workers", 2]
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    finish(images, tmp_path / "undisturbed", *more)
+    argv = words(images, tmp_path / "stopped", *more)
+    process = faults.start("pretrain", argv, tmp_path / "stopped" / "out", ("slow_steps", 0.1))
+    wait_for(tmp_path / "stopped" / "out", r"epoch 1/\d+ \[1/", timeout=120)
+    os.kill(process.pid, signal.SIGTERM)
+    assert faults.ended(process) == 143, (tmp_path / "stopped" / "out").read_text()[-3000:]
+    finish(images, tmp_path / "stopped", *more)
+    ours, theirs = state(tmp_path / "stopped"), state(tmp_path / "undisturbed")
+    assert same(ours["rng"], theirs["rng"]) and ours["epoch"] == theirs["epoch"]
+    for name, value in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], value, atol=1e-3, rtol=1e-3)

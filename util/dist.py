@@ -17,7 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from util import launch, speed
+from util import launch
 
 _patience = timedelta(minutes=30)  # the longest wait for another rank
 
@@ -45,8 +45,6 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
             place = torch.device("cuda", launch.gpu_index(torch.cuda.device_count()))
         torch.cuda.set_device(place)
         torch.backends.cudnn.benchmark = True
-    elif place.type == "cpu":
-        speed.keep_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         _join("nccl" if place.type == "cuda" else "gloo", dist_url, timedelta(minutes=timeout_minutes))
     for seeder in (random.seed, np.random.seed, torch.manual_seed):

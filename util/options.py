@@ -54,7 +54,7 @@ def common_parser(
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
 
     add = parser.add_argument_group("speed").add_argument
-    add("--attention", default="auto", choices=speed.ATTENTION, help="kernel; auto: as measured")
+    add("--attention", default="auto", choices=speed.ATTENTION, help="auto: fused, but plain for bf16 on a CPU")
     add("--compile", action="store_true", default=None, help="compile the blocks (a minute at first); default: on CUDA")
     add("--no_compile", action="store_false", dest="compile", default=argparse.SUPPRESS, help="don't")
     add("--grad_checkpoint", action="store_true", help="less memory for a third more work")
@@ -319,8 +319,6 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
     problems = device_problems(args.device)
     if not problems:
         kind = torch.device(args.device).type
-        if args.compile and not speed.can_compile(kind):
-            problems.append(f"--compile on a {kind} device needs {speed.COMPILERS[kind]}: leave it out")
         if args.gpu_decode and kind != "cuda":
             problems.append("--gpu_decode needs a CUDA GPU: leave it out")
         elif args.gpu_decode and gpu_decode.decode_jpeg is None:

@@ -1,0 +1,178 @@
+"""Try what might make the pre-training step faster on a GPU, one change at a time, against the step as it is.
+
+    python benchmarks/tuning.py --model mae_vit_large_patch16 --batch_size 256 --json tuning.json
+
+The first table has the rows below, each in a process of its own, by turns as in benchmarks/step.py:
+    blocks          the step as the scripts run it: blocks compiled one by one, fused attention, fused AdamW
+    whole           the model compiled as a whole
+    autotune        blocks compiled with mode="max-autotune-no-cudagraphs"
+    graphs          the model compiled as a whole with mode="reduce-overhead": CUDA graphs
+    foreach         AdamW's foreach implementation
+    flash, efficient, cudnn    attention by this kernel of PyTorch's alone
+    half, double    half and twice the batch
+The second table times the attention kernels alone, forward and backward in bf16, at the shapes of the encoder and the
+decoder in pre-training and of the encoder in fine-tuning.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import models_mae
+from benchmarks.step import Full, Row, serve
+from benchmarks.timing import Step, device_name, interleave
+from util import speed
+from util.amp import LossScaler
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+ROWS = ("blocks", "whole", "autotune", "graphs", "foreach", *KERNELS, "half", "double")
+
+
+def batch_of(row: str, batch_size: int) -> int:
+    """Return the batch size of a row."""
+    return {"half": batch_size // 2, "double": 2 * batch_size}.get(row, batch_size)
+
+
+def kernel_of(row: str) -> AbstractContextManager:
+    """Return the context that chooses the row's attention kernel."""
+    return sdpa_kernel(KERNELS[row]) if row in KERNELS else nullcontext()
+
+
+def build(row: str, args: argparse.Namespace, _: dict) -> Step:
+    """Return a training step of the row."""
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    model = models_mae.MODELS[args.model](norm_pix_loss=True).to(device).train()
+    scaler = LossScaler("auto", device)
+    imgs = torch.randn(batch_of(row, args.batch_size), 3, 224, 224, device=device)
+    kind = {"foreach": True} if row == "foreach" else {"fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, **kind)
+    speed.prepare(model, device, scaler.amp, "fused", row not in ("whole", "autotune", "graphs"), False)
+    if row == "autotune":
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
+    elif row in ("whole", "graphs"):
+        model.compile(dynamic=False, mode="reduce-overhead" if row == "graphs" else None)
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        with scaler.autocast(), kernel_of(row):
+            loss = model(imgs)[0]
+        scaler.backward(loss)
+        scaler.step(optimizer, model.parameters(), None)
+
+    return step
+
+
+def measure_steps(args: argparse.Namespace, words: list[str]) -> list[dict]:
+    """Return the rows of the first table."""
+    rows = {row: Row(row, words, {}, script=__file__) for row in args.rows}
+    times: dict[str, list[float]] = {row: [] for row in rows}
+    for repetition in range(-1, args.steps):  # the first warms up
+        for row in list(rows):
+            try:
+                took = rows[row].step()
+            except Full:
+                print(f"{row} doesn't fit into the GPU's memory")
+                rows.pop(row).close()
+                continue
+            if repetition >= 0:
+                times[row].append(took)
+    table = []
+    for row, process in rows.items():
+        process.close()
+        median = statistics.median(times[row])
+        table.append({
+            "name": row, "images_per_s": batch_of(row, args.batch_size) / median,
+            "spread": (max(times[row]) - min(times[row])) / median, "peak_memory_gb": process.peak_memory,
+        })  # fmt: skip
+    return table
+
+
+def attention_step(row: str, shape: tuple[int, int, int, int], device: torch.device) -> Step:
+    """Return attention's forward and backward pass on tokens of shape [N, heads, L, d]."""
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    grad = torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    def step() -> None:
+        for _ in range(20):
+            with kernel_of(row):
+                F.scaled_dot_product_attention(q, k, v).backward(grad)
+
+    return step
+
+
+def measure_attention(args: argparse.Namespace) -> list[dict]:
+    """Return the rows of the second table, milliseconds of one attention."""
+    device, table = torch.device(args.device), []
+    width, heads = (models_mae.MODELS[args.model].keywords[name] for name in ("embed_dim", "num_heads"))
+    dim = width // heads
+    shapes = {"encoder": (50, heads, dim), "decoder": (197, 16, 32), "fine-tuning": (197, heads, dim)}
+    for place, (tokens, heads_here, dim_here) in shapes.items():
+        steps: dict[str, Callable] = {}
+        for row in KERNELS:
+            step = attention_step(row, (args.batch_size, heads_here, tokens, dim_here), device)
+            try:
+                step()
+            except RuntimeError as error:
+                print(f"{row}, {place}: {str(error).splitlines()[0]}")
+                continue
+            steps[row] = step
+        times = interleave(steps, device, args.steps)
+        table += [
+            {"place": place, "name": row, "ms": 1000 * statistics.median(values) / 20} for row, values in times.items()
+        ]
+    return table
+
+
+def main() -> None:
+    """Measure, print the tables, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mae_vit_large_patch16", choices=list(models_mae.MODELS))
+    parser.add_argument("--batch_size", default=256, type=int)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", default=5, type=int, help="repetitions")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args, build)
+        return
+    device = torch.device(args.device)
+    attention = measure_attention(args) if device.type == "cuda" else []
+    result = {
+        "model": args.model, "batch_size": args.batch_size, "n": args.steps, "device": device_name(device),
+        "torch": torch.__version__, "attention": attention, "rows": measure_steps(args, sys.argv[1:]),
+    }  # fmt: skip
+    base = result["rows"][0]["images_per_s"]
+    for row in result["rows"]:
+        rate = row["images_per_s"]
+        print(
+            f"{row['name']:10} {rate:9.1f} images/s, {rate / base:.3f} of the first row, spread {row['spread']:.1%}, "
+            f"{row['peak_memory_gb']:.1f} GB"
+        )
+    for row in result["attention"]:
+        print(f"{row['place']:12} {row['name']:10} {row['ms']:.3f} ms")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
