@@ -16,10 +16,10 @@ probe) on a batch of random images that is on the device already. The rows:
     hf_compiled    where ours is compiled (on a GPU, or with --compile): hf_best compiled as a whole, its attention
                chosen anew
 The rows of Hugging Face use our optimiser. Every row is a process of its own, every repetition runs a step of each in
-turn, on a GPU two to ten, a second's worth, after one that is not counted; between its turns a row gives the GPU all
-but its weights and optimiser back, and one that doesn't fit is left out and said. The figures are medians, the spread
-is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of what matrix
-products, bf16 or fp32, sustain in the same run, likewise a median (`highest_tflops` is the best repetition's).
+turn, on a GPU two to ten, a third of a second's worth, after one that is not counted; between its turns a row gives
+the GPU all but its weights and optimiser back, and one that doesn't fit is left out and said. The figures are medians,
+the spread is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of what
+matrix products, bf16 or fp32, sustain in the same run, likewise a median (`highest_tflops` is the best repetition's).
 """
 
 import argparse
@@ -164,7 +164,6 @@ class Row:
         if not answer:
             raise SystemExit(f"a row ended early: {' '.join(self.process.args)}")
         took, self.peak_memory = map(float, answer.split())
-        time.sleep(0.3)  # until its threads no longer wait actively for more work
         return took
 
     def close(self) -> None:
@@ -189,9 +188,9 @@ def serve(args: argparse.Namespace, build: Callable[[str, argparse.Namespace, di
 
 
 def _gpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
-    # The first step makes the room that was given back. The second says how many fill a second.
+    # The first step makes the room that was given back. The second says how many fill a third of a second.
     step()
-    count = min(10, max(2, round(1 / seconds(step, device))))
+    count = min(10, max(2, round(1 / 3 / seconds(step, device))))
     took = seconds(lambda: [step() for _ in range(count)], device) / count
     torch.cuda.empty_cache()
     return took, torch.cuda.max_memory_allocated(device) / 1e9
@@ -199,6 +198,7 @@ def _gpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
 
 def _cpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
     took = seconds(step, device)
+    time.sleep(0.3)  # until its threads no longer wait actively for more work
     status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
     return took, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9
 

@@ -17,7 +17,7 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
     side = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    count = (20 if dtype == torch.float32 else 200) if device.type == "cuda" else 8
+    count = (5 if dtype == torch.float32 else 100) if device.type == "cuda" else 8
 
     def products() -> None:
         for _ in range(count):

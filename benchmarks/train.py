@@ -32,7 +32,7 @@ LINE = re.compile(r"\[\d+/\d+\].* (\d+) img/s  data (\d+)%")
 def step_rate(args: argparse.Namespace, folder: Path) -> float:
     """Return the images per second of the step alone."""
     words = ["--job", args.job, "--model", args.model, "--batch_size", str(args.batch_size), "--device", args.device]
-    words += ["--rows", "ours", "--steps", "5", "--json", str(folder / "step.json")]
+    words += ["--rows", "ours", "--steps", "3", "--json", str(folder / "step.json")]
     subprocess.run([sys.executable, "benchmarks/step.py", *words], cwd=ROOT, check=True)
     return json.loads((folder / "step.json").read_text())["rows"][0]["images_per_s"]
 

@@ -9,6 +9,7 @@ The first table has the rows below, each in a process of its own, by turns as in
     graphs          the model compiled as a whole with mode="reduce-overhead": CUDA graphs
     foreach         AdamW's foreach implementation
     flash, efficient, cudnn    attention by this kernel of PyTorch's alone
+    plain           attention by matrix products and softmax
     half, double    half and twice the batch
 The second table times the attention kernels alone, forward and backward in bf16, at the shapes of the encoder and the
 decoder in pre-training and of the encoder in fine-tuning.
@@ -39,7 +40,7 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-ROWS = ("blocks", "whole", "autotune", "graphs", "foreach", *KERNELS, "half", "double")
+ROWS = ("blocks", *KERNELS, "plain", "foreach", "half", "double", "autotune", "whole", "graphs")
 
 
 def batch_of(row: str, batch_size: int) -> int:
@@ -61,7 +62,8 @@ def build(row: str, args: argparse.Namespace, _: dict) -> Step:
     imgs = torch.randn(batch_of(row, args.batch_size), 3, 224, 224, device=device)
     kind = {"foreach": True} if row == "foreach" else {"fused": True}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, **kind)
-    speed.prepare(model, device, scaler.amp, "fused", row not in ("whole", "autotune", "graphs"), False)
+    attention = "plain" if row == "plain" else "fused"
+    speed.prepare(model, device, scaler.amp, attention, row not in ("whole", "autotune", "graphs"), False)
     if row == "autotune":
         for module in model.modules():
             if isinstance(module, Block):
