@@ -46,7 +46,7 @@ def run_rates(args: argparse.Namespace, folder: Path) -> list[tuple[float, float
     if args.job == "pretrain":
         words += ["--norm_pix_loss", "--monitor_freq", 0]
     else:
-        link_images(args.data_path / "train", folder / "val", classes)
+        link_images(args.data_path / "train", folder / "val", 1)  # each once
         words += ["--nb_classes", classes, "--reprob", 0.25, "--mixup", 0.8, "--cutmix", 1.0]
     command = [sys.executable, f"main_{args.job}.py", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
