@@ -5,7 +5,7 @@
 
 FOLDER/train/<class>/ holds photographs, which are linked until there are enough for --windows windows of 20 steps. The
 rows:
-    step    benchmarks/step.py's row `ours`: batches that are on the device already; measured before and after the run
+    step    benchmarks/step.py's row `ours`: batches that are on the device already; measured just before the run
     run     main_pretrain.py or main_finetune.py, with its defaults and --num_workers: the rates that it prints for each
             window of 20 steps, without the first two, in which blocks are compiled and the loader starts
 `data_wait` is the share of a window that the run waited for images.
@@ -32,7 +32,7 @@ LINE = re.compile(r"\[\d+/\d+\].* (\d+) img/s  data (\d+)%")
 def step_rate(args: argparse.Namespace, folder: Path) -> float:
     """Return the images per second of the step alone."""
     words = ["--job", args.job, "--model", args.model, "--batch_size", str(args.batch_size), "--device", args.device]
-    words += ["--rows", "ours", "--steps", "3", "--json", str(folder / "step.json")]
+    words += ["--rows", "ours", "--steps", "5", "--json", str(folder / "step.json")]
     subprocess.run([sys.executable, "benchmarks/step.py", *words], cwd=ROOT, check=True)
     return json.loads((folder / "step.json").read_text())["rows"][0]["images_per_s"]
 
@@ -70,9 +70,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        before = step_rate(args, Path(temporary))
+        step = step_rate(args, Path(temporary))
         windows = run_rates(args, Path(temporary))
-        step = statistics.mean([before, step_rate(args, Path(temporary))])
     rates = [rate for rate, _ in windows]
     run = statistics.median(rates)
     result = {
