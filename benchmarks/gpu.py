@@ -93,7 +93,8 @@ def versions(device: torch.device) -> dict[str, str]:
     found = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     words = ["git", "describe", "--always", "--dirty"]
     git = subprocess.run(words, cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
-    commit = git.stdout.strip() if git and not git.returncode else os.environ.get("GIT_COMMIT", "unknown")
+    described = git.stdout.strip() if git and not git.returncode else "unknown"
+    commit = os.environ.get("GIT_COMMIT", described)  # a copy of the tree without its history knows only the variable
     found |= {"commit": commit, "device": device_name(device), "cores": str(len(os.sched_getaffinity(0)))}
     if device.type == "cuda":
         words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

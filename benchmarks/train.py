@@ -49,11 +49,13 @@ def run_rates(args: argparse.Namespace, folder: Path) -> list[tuple[float, float
         link_images(args.data_path / "train", folder / "val", 1)  # each once
         words += ["--nb_classes", classes, "--reprob", 0.25, "--mixup", 0.8, "--cutmix", 1.0]
     command = [sys.executable, f"main_{args.job}.py", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, end="", flush=True)
-    if done.returncode:
-        raise SystemExit(f"the run ended with exit code {done.returncode}")
-    windows = [(float(rate), float(wait) / 100) for rate, wait in LINE.findall(done.stdout)]
+    windows = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            windows += [(float(rate), float(wait) / 100) for rate, wait in LINE.findall(line)]
+    if process.returncode:
+        raise SystemExit(f"the run ended with exit code {process.returncode}")
     return windows[3:-1]  # the first line stands after one step, the last after a shorter window
 
 

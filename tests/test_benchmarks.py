@@ -1,6 +1,7 @@
 """The benchmarks run, each in its smallest form, and their files hold the rows that their heads name."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -33,3 +34,28 @@ def test_a_benchmark_runs_and_writes_its_rows(name, images, tmp_path, script):
     assert [row if isinstance(row, str) else row.get("row") or row["name"] for row in found] == expected
     speeds = found.values() if isinstance(found, dict) else [row.get("images_per_s", 1) for row in found]
     assert all(value > 0 for value in speeds)
+
+
+def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path):
+    """In its small form, on a CPU: a stage that is missing is run again, the others are not."""
+    folder, document = tmp_path / "found", tmp_path / "BENCHMARKS.md"
+    words = ["benchmarks/gpu.py", "--quick", "--device", "cpu", "--output", folder]
+    first = script(*words)
+    assert first.returncode == 0, first.stdout + first.stderr
+    names = {path.stem for path in folder.glob("*.json")}
+    assert names == {"tests", "peaks", "step_large", "train_large"}
+    (folder / "peaks.json").unlink()
+    again = script(*words)
+    assert re.search(r"peaks +done in", again.stdout) and again.stdout.count("was there already") == 3
+    late = script(*words, "--minutes", "0", "--stages", "peaks", "tests")
+    (folder / "peaks.json").unlink()
+    dropped = script(*words, "--minutes", "0", "--stages", "peaks", "tests")
+    assert "dropped" not in late.stdout and re.search(r"peaks +dropped: 0 s", dropped.stdout)
+
+    document.write_text("before\n<!-- found -->\nstale\n<!-- end of found -->\nafter\n")
+    done = script("scripts/benchmark_tables.py", folder, "--into", document)
+    assert done.returncode == 0, done.stderr
+    text = document.read_text()
+    assert text.startswith("before\n<!-- found -->") and text.endswith("<!-- end of found -->\nafter\n")
+    rate = json.loads((folder / "step_large.json").read_text())["result"]["rows"][0]["images_per_s"]
+    assert f"| ours | {rate:.0f} | 1.00 |" in text and "stale" not in text and "Not measured." in text
