@@ -18,7 +18,6 @@ import models_vit
 from engine_finetune import evaluate, head_losses, train_one_epoch
 from util import amp, dist, errors, loaders, misc, optim, options, speed, weights
 from util.augment import CentreCrop, Crop
-from util.gpu_decode import LaterCrop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -49,7 +48,6 @@ def main(argv: list[str] | None = None) -> None:
 
     pixels = options.pixels(args)
     augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
-    augmentation = LaterCrop(augmentation) if args.gpu_decode else augmentation
     train_loader, val_loader = loaders.classifier_loaders(
         args.data_path, args.nb_classes, None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,

@@ -21,7 +21,6 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import amp, dist, errors, loaders, masking, misc, optim, options, speed
 from util.augment import CentreCrop, Crop
-from util.gpu_decode import LaterCrop
 from util.log import RunLog
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
@@ -56,7 +55,6 @@ def main(argv: list[str] | None = None) -> None:
 
     pixels = options.pixels(args)
     transform = Crop(args.input_size, args.crop_scale)
-    transform = LaterCrop(transform) if args.gpu_decode else transform
     loader = loaders.train_loader(
         args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, pixels, device,
         flat=True,

@@ -14,10 +14,10 @@ from pathlib import Path
 STEPS = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "linprobe": "Linear probing"}
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list, rows: list[list]) -> str:
     """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
 def machine(stage: dict) -> str:

@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recipes.ablations import TRAINABLE
-from scripts.scaling import table
+from scripts.benchmark_tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "results"

@@ -16,12 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory):
-    """Listings of folders that are gone in a moment don't belong in the user's cache."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
 def link(source: Path, target: Path, classes: int | None = None, count: int | None = None) -> None:
     """A split of links to another's images: of the first classes the first count each."""
     for folder in sorted(source.iterdir())[:classes]:

@@ -28,8 +28,8 @@ def _kill() -> None:
 
 def half_written(save: int) -> None:
     """Killed when the save-th checkpoint is half written."""
-    saves, write = [0], files._Hashing.write
-    start = files._Hashing.__init__
+    saves, write = [0], files._NotingErrors.write
+    start = files._NotingErrors.__init__
 
     def counting(self, file):
         saves[0] += 1
@@ -44,11 +44,11 @@ def half_written(save: int) -> None:
             _kill()
         return done
 
-    files._Hashing.__init__, files._Hashing.write = counting, dying
+    files._NotingErrors.__init__, files._NotingErrors.write = counting, dying
 
 
 def after_rename(number: int) -> None:
-    """Killed right after the number-th rename of a checkpoint or of its digest."""
+    """Killed right after the number-th rename of a checkpoint."""
     renames, rename = [0], os.replace
 
     def dying(source, target):

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from util import augment, datasets, gpu_decode, images, listing, loaders
+from util import augment, datasets, images, loaders
 from util.images import Pixels, load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
@@ -177,13 +177,6 @@ def folder_of(root, count):
     return root / "train"
 
 
-def walks(monkeypatch):
-    count = []
-    walk = listing._walk
-    monkeypatch.setattr(listing, "_walk", lambda *args: count.append(1) or walk(*args))
-    return count
-
-
 def test_the_listing_is_torchvisions(tmp_path):
     root = folder_of(tmp_path, 12)
     (root / "a" / ".hidden.jpg").unlink(), (root / "b" / ".hidden.jpg").unlink()
@@ -191,158 +184,3 @@ def test_the_listing_is_torchvisions(tmp_path):
     ours = datasets.Images(root, None, Pixels())
     assert list(ours.samples) == [ours.samples[i] for i in range(len(ours))] == theirs.samples
     assert ours.targets.tolist() == theirs.targets and ours.class_to_idx == theirs.class_to_idx
-
-
-def test_a_second_start_does_not_walk_the_folder_unless_it_changed(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(listing, "GRAIN_NS", 0)
-    root, count = folder_of(tmp_path / "data", 3), walks(monkeypatch)
-
-    def start():
-        return len(datasets.Images(root, None, Pixels()))
-
-    assert start() == start() == 12 and len(count) == 1
-    (root / "b" / "deeper" / "new.jpg").touch()
-    assert start() == start() == 13 and len(count) == 2
-    (root / "a" / "0.jpg").unlink()
-    assert start() == 12 and len(count) == 3
-    (root / "a" / "1.jpg").rename(root / "a" / "one.jpg")
-    assert any(path.endswith("one.jpg") for path, _ in datasets.Images(root, None, Pixels()).samples)
-    next((tmp_path / "cache" / "mae").glob("*.npz")).write_bytes(b"damaged")
-    assert start() == 12
-
-
-def test_a_folder_that_changed_just_now_is_not_remembered(tmp_path, monkeypatch):
-    """Within the clock's grain a second change would leave no trace."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root, count = folder_of(tmp_path / "data", 1), walks(monkeypatch)
-    datasets.Images(root, None, Pixels()), datasets.Images(root, None, Pixels())
-    assert len(count) == 2
-
-
-def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    monkeypatch.setattr(listing, "GRAIN_NS", 0)
-    assert len(datasets.Images(folder_of(tmp_path, 2), None, Pixels())) == 8
-
-
-def late(device):
-    """Crops of the photographs decoded by the batch on a device, and the same crops made at once."""
-    crop = augment.Crop(64, (0.2, 1.0))
-    batch, expected = [], []
-    for number, file in enumerate(PHOTOS):
-        for work, out in ((lambda f: gpu_decode.LaterCrop(crop)(gpu_decode.read(f)), batch),
-                          (lambda f: crop(load_array(f)), expected)):  # fmt: skip
-            random.seed(number)
-            out.append((work(str(file)), number))
-    ours = gpu_decode.crops(gpu_decode.collate(batch)[0], crop.size, device).cpu()
-    return batch, ours, torch.stack([img for img, _ in expected])
-
-
-def test_crops_decoded_by_the_batch_are_the_same_crops():
-    """On the CPU, where the decoder is libjpeg too: only the rounding of the resizer differs."""
-    _, ours, expected = late(torch.device("cpu"))
-    assert (ours.int() - expected.int()).abs().float().mean() < 0.3 and (ours.int() - expected.int()).abs().max() <= 3
-
-
-def undecoded(files):
-    """Samples of crops of 32 pixels that are still to be decoded; their classes are their numbers."""
-    crop = gpu_decode.LaterCrop(augment.Crop(32, (0.5, 1.0)))
-    return [(crop(gpu_decode.read(str(file))), number) for number, file in enumerate(files)]
-
-
-def test_pictures_keep_their_places_in_few_tensors():
-    """Each tensor of a batch takes a file descriptor, of which a process has 1024."""
-    jpegs = undecoded(PHOTOS)
-    pixels = [(torch.full((3, 32, 32), n, dtype=torch.uint8), n) for n in range(len(jpegs))]
-    mixed, classes = gpu_decode.collate([one for pair in zip(jpegs, pixels, strict=True) for one in pair])
-    assert classes.tolist() == [n // 2 for n in range(10)] and sum(isinstance(x, torch.Tensor) for x in mixed) == 2
-    out = gpu_decode.crops(mixed, (32, 32), torch.device("cpu"))
-    assert torch.equal(out[1::2], torch.stack([img for img, _ in pixels]))
-    assert torch.equal(out[0::2], gpu_decode.crops(gpu_decode.collate(jpegs)[0], (32, 32), torch.device("cpu")))
-    assert torch.equal(out[1::2], gpu_decode.crops(gpu_decode.collate(pixels)[0], (32, 32), torch.device("cpu")))
-
-
-def test_a_loader_process_shares_a_batch_itself(monkeypatch):
-    """Else a thread does, which only prints that /dev/shm is full, and the run waits for the batch for ever."""
-    samples = undecoded(PHOTOS[:1])
-    assert not gpu_decode.collate(samples)[0].data.is_shared()
-    monkeypatch.setattr(gpu_decode, "get_worker_info", lambda: True)
-    assert gpu_decode.collate(samples)[0].data.is_shared()
-
-
-def test_a_full_gpu_is_not_taken_for_a_bad_picture(monkeypatch):
-    def full(*_):
-        raise RuntimeError("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 20 MiB")
-
-    monkeypatch.setattr(gpu_decode, "decode_jpeg", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        gpu_decode.crops(gpu_decode.collate(undecoded(PHOTOS[:1]))[0], (32, 32), torch.device("cpu"))
-
-
-CUDA = torch.device("cuda", 0)
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-@pytest.mark.gpu
-@on_gpu
-def test_nvjpegs_pixels_are_near_libjpegs():
-    _, ours, expected = late(CUDA)
-    assert (ours.int() - expected.int()).abs().float().mean() < 2
-
-
-@pytest.mark.gpu
-@on_gpu
-def test_nvjpeg_leaves_memory_alone_that_queued_work_still_reads():
-    """As a step's activations: freed for the next allocation, read by what the GPU has yet to do."""
-    batch, _ = gpu_decode.collate(undecoded(PHOTOS * 8))
-    gpu_decode.crops(batch, (32, 32), CUDA)
-    busy = torch.randn(4096, 4096, device=CUDA)
-    for _ in range(20):
-        held = [torch.full((3, 512, 512), 7, dtype=torch.uint8, device=CUDA) for _ in range(64)]
-        torch.cuda.synchronize()
-        for _ in range(20):
-            busy @ busy
-        sums = [one.sum(dtype=torch.int64) for one in held]
-        del held
-        gpu_decode.crops(batch, (32, 32), CUDA)
-        assert torch.stack(sums).unique().tolist() == [7 * 3 * 512 * 512]
-
-
-@pytest.mark.gpu
-@on_gpu
-def test_a_large_picture_becomes_a_small_one_on_the_gpu():
-    pixels = torch.randint(256, (3, 2000, 2000), dtype=torch.uint8)
-    plan = augment.CropPlan(0, 0, 2000, 2000, False)
-    ours, expected = (gpu_decode._cut(pixels.to(place), plan, (28, 28), place) for place in (CUDA, torch.device("cpu")))
-    assert ours.device == CUDA and torch.equal(ours.cpu(), expected)
-
-
-def test_a_torchvision_without_decoders_refuses_only_that_flag(script):
-    """As 0.29 announces: the scripts still start."""
-    words = """
-import torch, torchvision.io
-del torchvision.io.decode_jpeg
-torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-import main_pretrain, models_mae
-from util import options
-for flags in ([], ["--gpu_decode"]):
-    args = main_pretrain.get_args(["--data_path", ".", "--device", "cuda", "--output_dir", "", *flags])
-    try:
-        options.check(args, models_mae.MODELS)
-        print("fine")
-    except options.UserError as error:
-        print(error)
-"""
-    result = script("-c", words)
-    said = result.stdout.splitlines()
-    assert len(said) == 2 and said[0] == "fine" and said[1].startswith("--gpu_decode: this torchvision has no"), result
-
-
-def test_a_bad_jpeg_in_a_batch_is_replaced_and_named(capsys):
-    batch, _, expected = late(torch.device("cpu"))
-    picture, target = batch[1]
-    batch[1] = picture._replace(data=picture.data[:2000], path="cut.jpg"), target
-    out = gpu_decode.crops(gpu_decode.collate(batch)[0], (64, 64), torch.device("cpu"))
-    assert "cut.jpg" in capsys.readouterr().err and (out[0].int() - expected[0].int()).abs().max() <= 3
-    assert any(torch.equal(out[1], out[other]) for other in (0, 2, 3, 4))

@@ -14,7 +14,6 @@ import torch
 from runs import EVERY_STEP, assert_same_end, finish, log, state, wait_for, words
 
 from util.loaders import EpochSampler
-from util.signals import loader_deaths_wait
 
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
@@ -138,24 +137,6 @@ def test_a_killed_loader_process_ends_the_run_with_a_message(images, tmp_path):
     said = (tmp_path / "out").read_text()
     assert "A loader process died" in said and "--resume auto" in said and "Traceback" not in said, said
     assert not Path(f"/proc/{children[1]}").exists(), "an orphan"
-
-
-def test_a_loaders_death_during_a_save_is_told_after_it():
-    """The handler runs once, when the block is done, and what it raises comes out of the block."""
-    events = []
-
-    def handler(*_):
-        events.append("handled")
-        raise RuntimeError("DataLoader worker is killed")
-
-    before = signal.signal(signal.SIGCHLD, handler)
-    try:
-        with pytest.raises(RuntimeError, match="worker is killed"), loader_deaths_wait():
-            os.kill(os.getpid(), signal.SIGCHLD)
-            events.append("saved")
-        assert events == ["saved", "handled"] and signal.getsignal(signal.SIGCHLD) is handler
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 DYING = """

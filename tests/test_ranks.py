@@ -242,7 +242,7 @@ def test_no_rank_repeats_anothers_random_numbers(tmp_path):
 
 def listed(root):
     if dist.rank():
-        listing.of = lambda *_: pytest.fail("walked by another rank than 0")
+        listing.list_files = lambda *_: pytest.fail("walked by another rank than 0")
     return len(datasets.Images(root, CentreCrop(28), Pixels()))
 
 

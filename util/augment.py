@@ -2,7 +2,6 @@
 
 import math
 import random
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,16 +56,6 @@ def to_size(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
     return F.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
 
 
-class CropPlan(NamedTuple):
-    """A box, in pixels, and whether to mirror what is in it."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    flip: bool
-
-
 class Crop:
     """Pre-training's augmentation (random crop, flip), with one_draw linear probing's: an array [H, W, C] to a tensor
     [C, *size], both of 8 bits or both float32. The crop alone is resized."""
@@ -75,12 +64,9 @@ class Crop:
         """size: (H, W), or one for both; scale: bounds of the crop's share of the image's area."""
         self.size, self.scale, self.one_draw = to_2tuple(size), scale, one_draw
 
-    def plan(self, height: int, width: int) -> CropPlan:
-        """What to cut out of an image of this size, at random."""
-        return CropPlan(*random_box(height, width, self.scale, self.one_draw), flip=random.random() < 0.5)
-
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        top, left, h, w, flip = self.plan(*pixels.shape[:2])
+        top, left, h, w = random_box(*pixels.shape[:2], self.scale, self.one_draw)
+        flip = random.random() < 0.5
         img = to_size(pixels[top : top + h, left : left + w], self.size)
         return img.flip(2) if flip else img
 

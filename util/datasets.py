@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import dist, gpu_decode, listing
+from util import dist, listing
 from util.errors import LocalError, UserError
 from util.images import BadImage, Pixels, WrongChannels, load_array
 
@@ -39,16 +39,13 @@ class Images(ImageFolder):
     def __init__(self, root: Path, transform: Callable, pixels: Pixels, flat: bool = False) -> None:
         """transform: from an array [H, W, C] to a tensor; flat: images in root itself are a class, all there is."""
         self.pixels, self.flat = pixels, flat
-        read = partial(load_array, channels=pixels.channels)
-        if isinstance(transform, gpu_decode.LaterCrop):
-            read = gpu_decode.read
-        super().__init__(root, transform, loader=partial(read, exif=pixels.exif))
+        super().__init__(root, transform, loader=partial(load_array, exif=pixels.exif, channels=pixels.channels))
         self.targets = self.samples.targets
 
     @staticmethod
     def make_dataset(directory: str, class_to_idx: dict[str, int], *_, **__) -> listing.Listing:
         """All (path, class); rank 0 looks them up for all."""
-        return dist.from_rank0(lambda: listing.of(directory, class_to_idx, is_image))
+        return dist.from_rank0(lambda: listing.list_files(directory, class_to_idx, is_image))
 
     def name(self, index: int) -> str:
         """The path within the split."""

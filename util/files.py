@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import urllib.error
+import zipfile
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlparse
@@ -17,72 +18,59 @@ from torch import Tensor
 
 from util import dist, formats
 from util.errors import UserError
-from util.folder import replace, sync
+from util.folder import sync
 
 
 def is_url(source: str) -> bool:
     return source.startswith(("http://", "https://"))
 
 
-class _Hashing:
-    """A file to write to that knows the digest of what went through, and the error that stopped it."""
+class _NotingErrors:
+    """A file to write to that remembers the error that stopped it, which torch.save would wrap beyond recognition."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+        self.file, self.error = file, None
 
     def write(self, data: bytes) -> int:
         try:
-            self.file.write(data)
-        except Exception as error:  # torch.save would wrap it beyond recognition
+            return self.file.write(data)
+        except Exception as error:
             self.error = error
             raise
-        self.sha256.update(data)
-        return len(data)
 
     def flush(self) -> None:
         self.file.flush()
 
 
 def digest_file(path: Path) -> Path:
+    """Return the path of the SHA-256 that earlier versions wrote beside a checkpoint; it is no longer read."""
     return path.with_name(path.name + ".sha256")
 
 
-def _digests(path: Path) -> set[str]:
-    """The digests that the file may have: two while a new version takes the place of an old one."""
-    try:
-        return {line.split()[0] for line in digest_file(path).read_text(encoding="utf-8").splitlines() if line.strip()}
-    except FileNotFoundError:
-        return set()
-
-
-def _put(path: Path, unfinished: Path, digest: str) -> None:
-    """Rename a synced file to its final name. Killed at any point, the file there has a digest beside it that fits."""
-    line = f"{digest}  {path.name}\n"
-    old = "".join(f"{known}  {path.name}\n" for known in sorted(_digests(path)) if path.exists())
-    replace(digest_file(path), line + old)
-    os.replace(unfinished, path)
-    if old:
-        replace(digest_file(path), line)
-    sync(path.parent)
-
-
 def write(state: dict, paths: list[Path]) -> None:
-    """Write a checkpoint under each of the names, the first one first. A file of that name is replaced only once the
-    new one is whole and on the disk. Raises UserError where it can't be written, with the old files untouched."""
+    """Write a checkpoint under each of the names, the first one first.
+
+    A file of that name is replaced only once the new one is whole and on the disk.
+
+    Raises:
+        UserError: It can't be written; the old files are untouched.
+    """
     unfinished = [path.with_name(path.name + ".tmp") for path in paths]
-    hashing = None
+    noting = None
     try:
         with unfinished[0].open("wb") as file:
-            hashing = _Hashing(file)
-            torch.save(state, hashing)
+            noting = _NotingErrors(file)
+            torch.save(state, noting)
             file.flush()
             os.fsync(file.fileno())
         for copy in unfinished[1:]:  # a copy, not a link: a disk's error in the one leaves the other
             _copy(unfinished[0], copy)
         for path, temporary in zip(paths, unfinished, strict=True):
-            _put(path, temporary, hashing.sha256.hexdigest())
+            os.replace(temporary, path)
+            sync(path.parent)
+            digest_file(path).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        cause = (hashing and hashing.error) or error
+        cause = (noting and noting.error) or error
         for temporary in unfinished:
             temporary.unlink(missing_ok=True)
         if not isinstance(cause, OSError):
@@ -101,15 +89,27 @@ def _copy(source: Path, target: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def wrong_digest(path: Path) -> str:
-    """What is wrong with the file by its digest; "" if they agree or there is none."""
-    known = _digests(path)
-    if known:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found not in known:
-            return f"{path} is damaged: its SHA-256 begins {found[:12]}, not {min(known)[:12]} as in {path.name}.sha256"
-    return ""
+def damage(path: Path) -> str:
+    """Return what is wrong with a checkpoint by the CRC-32 that its zip archive holds of each record, or "".
+
+    torch.load does not look at them. Only zip archives, which torch.save has written since version 1.6, hold any: of
+    older files and of .safetensors nothing is known here.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+            # Of an entry that is marked as a folder torch.load takes memory that nothing was read into.
+            odd = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10 or entry.compress_type]
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header leads zipfile to half a dozen kinds
+        return f"{path} is not a whole PyTorch checkpoint: {str(error) or type(error).__name__}"
+    if record:
+        return f"{path} is damaged: the checksum of its record {record} is wrong"
+    return f"{path} is damaged: its record {odd[0]} is no plain file" if odd else ""
 
 
 def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
@@ -117,8 +117,8 @@ def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
 
     The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict, a .safetensors
     file or a folder of Hugging Face's or timm's comes back as {"model": ...}, with what its config.json says, and under
-    our names ("format" then says what it was, "left_out" what has no place here). A file's digest is checked where
-    there is one. With peek tensors stay on the disk, and neither digest nor weights are looked at. With ema the running
+    our names ("format" then says what it was, "left_out" what has no place here). A zip archive's checksums are checked
+    first. With peek tensors stay on the disk, and neither checksums nor weights are looked at. With ema the running
     average of the weights stands as "model". Raises UserError, naming the source, for a file that is missing, damaged,
     refused or not a checkpoint.
     """
@@ -132,9 +132,7 @@ def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
                 described = Path(source) in formats.weights_in(Path(source).parent)  # or the config may be another's
                 checkpoint = _folder(Path(source).parent, [Path(source)]) if described else load_file(source)
             else:
-                if not peek:
-                    _verify(Path(source))
-                checkpoint = torch.load(source, "cpu", weights_only=True, mmap=True if peek else None)
+                checkpoint = _load_pickled(Path(source), peek)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL (\S+)", str(error))
             what = "is not a checkpoint of plain types and tensors: was it saved by torch.save, and downloaded whole?"
@@ -167,7 +165,7 @@ def _folder(folder: Path, parts: list[Path]) -> dict:
     """A folder's weights and what its config says of them."""
     state = {}
     for part in parts:
-        state |= load_file(part) if part.suffix == ".safetensors" else torch.load(part, "cpu", weights_only=True)
+        state |= load_file(part) if part.suffix == ".safetensors" else _load_pickled(part, peek=False)
     config = formats.read_config(folder)
     known = {"model": state, "args": formats.preprocessing(folder, config)}
     if not str(config.get("model_type", "")).startswith("vit"):
@@ -183,12 +181,15 @@ def checkpoint_args(checkpoint: dict) -> dict:
     return vars(args) if isinstance(args, argparse.Namespace) else args
 
 
-def _verify(path: Path) -> None:
-    """Raise UserError if the file is not what its digest says."""
-    if problem := wrong_digest(path):
+def _load_pickled(path: Path, peek: bool) -> dict:
+    """Open a file of torch.save, after its checksums; with peek its tensors stay on the disk, unchecked.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not peek and (problem := damage(path)):
         raise UserError(f"{problem}. Take an earlier one, or --resume auto")
-    if path.is_file() and not _digests(path):
-        dist.say(f"notice: {path} has no digest beside it, so damage would go unnoticed")
+    return torch.load(path, "cpu", weights_only=True, mmap=True if peek else None)
 
 
 def _is_state_dict(value: object) -> bool:
@@ -204,7 +205,7 @@ def _download(url: str) -> dict:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=dist.rank() == 0)
-        return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        return load_file(path) if path.suffix == ".safetensors" else _load_pickled(path, peek=False)
 
     # One download for all ranks; its failure is every rank's, so the others are met in any case.
     try:

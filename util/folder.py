@@ -3,7 +3,6 @@
 import os
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,31 +31,26 @@ def unwritable(folder: str) -> str:
         return f"{place}: {error.strerror}"
 
 
-def hold(folder: str, patience: float = 120) -> str:
+def hold(folder: str) -> str:
     """Take the folder for this process until it ends, however it ends; returns who has it already, or "".
 
     A POSIX record lock: unlike flock's, the loader's processes don't inherit it and keep it when this one is killed.
-    patience: seconds to wait for a holder on another machine, whose lock a file server keeps for a while after a crash.
     """
     path = Path(folder).absolute()
     if fcntl is None or str(path) in _held:
         return ""
     path.mkdir(parents=True, exist_ok=True)
-    lock, end = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + patience
-    while True:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-            elsewhere = " on " in holder and not holder.endswith(f" on {socket.gethostname()}")
-            if not elsewhere or time.monotonic() > end:
-                os.close(lock)
-                return holder + f"; if that machine is down, remove {path / '.lock'}" * elsewhere
-            time.sleep(min(5, patience / 10))
-        except OSError:  # a file system without locks
-            os.close(lock)
-            return ""
+    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        elsewhere = " on " in holder and not holder.endswith(f" on {socket.gethostname()}")
+        return holder + f"; if that machine is down, remove {path / '.lock'}" * elsewhere
+    except OSError:  # a file system without locks
+        os.close(lock)
+        return ""
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     _held[str(path)] = lock

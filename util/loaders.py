@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util import dist, gpu_decode, launch
+from util import dist, launch
 from util.datasets import EvalImages, Images, SpareImages, TrainImages, check_classes, open_split
 from util.errors import LocalError, UserError
 from util.images import Pixels
@@ -86,11 +86,10 @@ class Feed:
         loader: DataLoader,
         device: torch.device,
         pixels: Pixels,
-        gpu_size: tuple[int, int] | None = None,
         done: bool = False,
     ) -> None:
-        """gpu_size: of the crops that are still to be decoded; done: normalised already."""
-        self.gpu_size, self.done, self.normalise = gpu_size, done, Normalise(pixels, device)
+        """done: normalised already."""
+        self.done, self.normalise = done, Normalise(pixels, device)
         self.loader, self.device, self.dataset, self.sampler = loader, device, loader.dataset, loader.sampler
 
     def __len__(self) -> int:
@@ -103,8 +102,6 @@ class Feed:
                 batch = next(batches, None)
             if batch is None:
                 return
-            if self.gpu_size:
-                batch = gpu_decode.crops(batch[0], self.gpu_size, self.device), batch[1]
             yield self._finished(batch[0]), batch[1].to(self.device, non_blocking=True)
 
     def _finished(self, imgs: Tensor) -> Tensor:
@@ -147,7 +144,7 @@ def spread(total: int, count: int) -> list[int]:
 
 def _loader(
     dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, persistent: bool = True,
-    collate_fn: Callable = collate, **more,
+    **more,
 ) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     workers = min(num_workers, launch.cores())
@@ -161,7 +158,7 @@ def _loader(
         worker_init_fn=_start_worker,
         # Python 3.14's default, a server that forks, takes seconds to start and leaves orphans when the run is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        collate_fn=collate_fn,
+        collate_fn=collate,
         generator=torch.Generator(),  # or each start of a loader would draw from the training loop's stream
         **more,
     )
@@ -188,13 +185,8 @@ def train_loader(
             f"{len(dataset)} training images on {dist.world_size()} processes don't fill one batch of {batch_size}: "
             f"lower --batch_size to {len(dataset) // dist.world_size()} or less"
         )
-    later = isinstance(transform, gpu_decode.LaterCrop)
-    loader = _loader(
-        dataset, batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True,
-        collate_fn=gpu_decode.collate if later else collate,
-    )  # fmt: skip
-    gpu_size = transform.crop.size if later else None
-    return Feed(loader, device, pixels, gpu_size, getattr(transform, "normalised", False))
+    loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True)
+    return Feed(loader, device, pixels, getattr(transform, "normalised", False))
 
 
 def eval_loader(

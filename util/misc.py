@@ -3,7 +3,6 @@
 output_dir/
     checkpoint-{epoch}.pth          the state after an epoch
     checkpoint-last.pth             the newest state, in mid-epoch too
-    checkpoint-*.pth.sha256         its digest, as sha256sum writes it
 
 A checkpoint holds, all of it plain types and tensors (torch.load with weights_only=True opens it):
     model         parameters and buffers, under the names of the released weights
@@ -31,9 +30,8 @@ from torch import nn
 from util import dist
 from util.amp import LossScaler
 from util.errors import UserError
-from util.files import checkpoint_args, digest_file, is_url, load_checkpoint, write, wrong_digest
+from util.files import checkpoint_args, damage, digest_file, is_url, load_checkpoint, write
 from util.formats import describe
-from util.signals import loader_deaths_wait
 from util.weights import load_model, plain
 
 # Flags that change how far a step of the schedule goes, or where it lies; with lr and the effective batch.
@@ -146,9 +144,8 @@ class Checkpoints:
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
 
         def on_rank0() -> None:
-            with loader_deaths_wait():
-                write(self._state(position, rng), paths)
-                self._prune(position)
+            write(self._state(position, rng), paths)
+            self._prune(position)
 
         dist.from_rank0(on_rank0)
         self.newest = str(paths[0])
@@ -214,14 +211,12 @@ class Checkpoints:
         self.newest = source
         position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []),
                             stats=checkpoint.get("stats", {}))  # fmt: skip
-        # A sum of an epoch's beginning counts batches: of the size that they had, not of today's.
+        # The sums of an epoch's beginning count batches: of the size that they had, not of today's.
         weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"] if position.totals else 1
         position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
-        # With another effective batch (--resume_override) the run goes on at the update before.
-        left = position.images % (self.images_per_step * self.args["accum_iter"]) if batch_changed else 0
-        if left:
-            position.images -= left
-            dist.say(f"the batches don't line up: {left} images of epoch {position.epoch} are used a second time")
+        if batch_changed and position.images:
+            dist.say(f"batch size changed: epoch {position.epoch} starts again")
+            position.images, position.totals = 0, {}
         if dataset and position.dataset not in (0, dataset) and position.images:
             dist.say(f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts anew")
             position.images, position.totals = 0, {}
@@ -291,7 +286,7 @@ def _newest(folder: Path, job: str, model: str) -> str:
         else:
             found.append((head.get("saved", path.stat().st_mtime), path.name == "checkpoint-last.pth", path))
     for *_, path in sorted(found, reverse=True):
-        if problem := wrong_digest(path):
+        if problem := damage(path):
             passed_over.append(problem)
             continue
         for reason in passed_over:

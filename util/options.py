@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from util import dist, folder, gpu_decode, launch, speed
+from util import dist, folder, launch, speed
 from util.augment import FinetuneTransform
 from util.errors import UserError
 from util.files import is_url
@@ -65,7 +65,6 @@ def common_parser(
     add("--mean", type=float, nargs="+", help="per channel, of pixels from 0 to 1; default: ImageNet's")
     add("--std", type=float, nargs="+", help="likewise; scripts/mean_std.py computes both")
     add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
-    add("--gpu_decode", action="store_true", help="JPEGs by nvJPEG, on the GPU (not in fine-tuning); other pixels")
     add("--max_bad_images", default=0.01, type=float, metavar="SHARE", help="of unreadable files; more stop the run")
     add("--num_workers", default=10, type=int, help="loader processes, at most one per core")
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
@@ -239,7 +238,7 @@ def _pixel_problems(args: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     if min(args.std) <= 0:
         problems.append(f"--std {' '.join(map(str, args.std))}: must be greater than 0")
-    return problems + (["--gpu_decode takes --in_chans 3"] if args.gpu_decode and C != 3 else [])
+    return problems
 
 
 def _decoder_problems(args: argparse.Namespace, models: dict) -> list[str]:
@@ -317,14 +316,6 @@ def device_problems(name: str) -> list[str]:
 def _place_problems(args: argparse.Namespace) -> list[str]:
     """Device, launcher, files and folders."""
     problems = device_problems(args.device)
-    if not problems:
-        kind = torch.device(args.device).type
-        if args.gpu_decode and kind != "cuda":
-            problems.append("--gpu_decode needs a CUDA GPU: leave it out")
-        elif args.gpu_decode and gpu_decode.decode_jpeg is None:
-            problems.append("--gpu_decode: this torchvision has no decode_jpeg any more (0.29 has): leave it out")
-        elif args.gpu_decode and hasattr(args, "mixup"):
-            problems.append("--gpu_decode: fine-tuning's augmentations work on the CPU; leave it out")
     if args.data_path and not Path(args.data_path).is_dir():
         problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
     for name in ("resume", "finetune"):

@@ -4,8 +4,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as td
@@ -14,23 +12,6 @@ from util import dist
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 ECHO_S = 1.0
-
-
-@contextmanager
-def loader_deaths_wait() -> Iterator[None]:
-    """DataLoader raises a worker's death out of a signal handler, wherever the main thread is just then. Within this
-    block that waits until its end: in the middle of torch.save it would end as a writer's own error."""
-    handler, seen = signal.getsignal(signal.SIGCHLD), []
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    signal.signal(signal.SIGCHLD, lambda *event: seen.append(event))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-    if seen:
-        handler(*seen[-1])
 
 
 class Requests:
