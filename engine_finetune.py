@@ -44,10 +44,21 @@ def train_one_epoch(
         return criterion(model(imgs), targets)
 
     return train_epoch(
-        model, loader, optimizer, device, epoch, scaler, schedule, loss_of,
-        accum_iter=accum_iter, clip_grad=clip_grad, run=run, loss_tag="loss", print_freq=print_freq,
+        model,
+        loader,
+        optimizer,
+        device,
+        epoch,
+        scaler,
+        schedule,
+        loss_of,
+        accum_iter=accum_iter,
+        clip_grad=clip_grad,
+        run=run,
+        loss_tag="loss",
+        print_freq=print_freq,
         on_update=on_update,
-    )  # fmt: skip
+    )
 
 
 def head_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -39,6 +39,17 @@ def train_one_epoch(
         return model(imgs, mask_ratio=mask_ratio, noise=masking.noise(mask_sampling, len(imgs), grid, device))[0]
 
     return train_epoch(
-        model, loader, optimizer, device, epoch, scaler, schedule, loss_of,
-        accum_iter=accum_iter, clip_grad=clip_grad, run=run, loss_tag="train_loss", print_freq=print_freq,
-    )  # fmt: skip
+        model,
+        loader,
+        optimizer,
+        device,
+        epoch,
+        scaler,
+        schedule,
+        loss_of,
+        accum_iter=accum_iter,
+        clip_grad=clip_grad,
+        run=run,
+        loss_tag="train_loss",
+        print_freq=print_freq,
+    )

@@ -63,26 +63,49 @@ def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str
         "global_pool": pool,
         "model_args": {name: config[name] for name in models_vit.TRUNK} | {"global_pool": pool},
         "pretrained_cfg": {
-            "input_size": [config["in_chans"], *size], "fixed_input_size": True, "interpolation": "bicubic",
-            "crop_pct": crop_pct, "crop_mode": "center", "mean": pixels.mean,
-            "std": pixels.std, "num_classes": len(classes or ()), "pool_size": None, "first_conv": "patch_embed.proj",
+            "input_size": [config["in_chans"], *size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+            "mean": pixels.mean,
+            "std": pixels.std,
+            "num_classes": len(classes or ()),
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
         **({"label_names": classes} if classes else {}),
-    }  # fmt: skip
+    }
 
 
 def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
     """preprocessor_config.json: evaluation's resizing, cutting and normalising."""
     return {
-        "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": int(side / crop_pct)},
-        "resample": 3, "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": pixels.mean, "image_std": pixels.std,
-    }  # fmt: skip
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": int(side / crop_pct)},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": pixels.mean,
+        "image_std": pixels.std,
+    }
 
 
-def to_hf(folder: Path, state: dict[str, Tensor], config: dict, pixels: Pixels, crop_pct: float,
-          classes: list[str] | None, mask_ratio: float, source: str) -> None:  # fmt: skip
+def to_hf(
+    folder: Path,
+    state: dict[str, Tensor],
+    config: dict,
+    pixels: Pixels,
+    crop_pct: float,
+    classes: list[str] | None,
+    mask_ratio: float,
+    source: str,
+) -> None:
     """Raises UserError where Hugging Face's models can't be what this one is."""
     size = to_2tuple(config["img_size"])
     why = ""
@@ -109,9 +132,14 @@ def to_onnx(path: Path, model: nn.Module, size: tuple[int, int], channels: int) 
         raise UserError(f"--to onnx needs {error.name}: pip install onnx onnxscript") from error
     example = torch.zeros(2, channels, *size)
     program = torch.onnx.export(
-        model.eval(), (example,), dynamo=True, verbose=False, input_names=["images"], output_names=["output"],
+        model.eval(),
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=["output"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-    )  # fmt: skip
+    )
     program.save(path)
 
 
@@ -133,18 +161,29 @@ def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) 
     job = {"pretrain": "masked pre-training", "finetune": "fine-tuning", "linprobe": "linear probing"}
     usage = {
         "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
-        "hf": f'model = transformers.{"ViTForImageClassification" if classes else "ViTMAEForPreTraining"}'
-              '.from_pretrained("FOLDER")',
+        "hf": f"model = transformers.{'ViTForImageClassification' if classes else 'ViTMAEForPreTraining'}"
+        '.from_pretrained("FOLDER")',
         "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
         "onnx": 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")   # images [N, C, H, W], normalised',
-    }[args.to]  # fmt: skip
+    }[args.to]
     lines = [
-        "---", f"license: {args.license}", *({"timm": ["library_name: timm"], "hf": ["library_name: transformers"]}
-                                             .get(args.to, [])), "tags: [masked-autoencoder, vision-transformer]",
-        "---", "", f"# {(checkpoint.get('model_config') or {}).get('model', 'Vision Transformer')}", "",
+        "---",
+        f"license: {args.license}",
+        *({"timm": ["library_name: timm"], "hf": ["library_name: transformers"]}.get(args.to, [])),
+        "tags: [masked-autoencoder, vision-transformer]",
+        "---",
+        "",
+        f"# {(checkpoint.get('model_config') or {}).get('model', 'Vision Transformer')}",
+        "",
         "Masked autoencoding: He et al., *Masked Autoencoders Are Scalable Vision Learners*, arXiv 2111.06377.",
-        "", "```python", usage, "```", "", "| | |", "|---|---|",
-    ]  # fmt: skip
+        "",
+        "```python",
+        usage,
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
     known = {
         "trained by": job.get(checkpoint.get("job")),
         "data": Path(flags["data_path"]).name if flags.get("data_path") else None,
@@ -158,7 +197,7 @@ def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) 
         "classes": len(classes) if classes else None,
         "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved"])) if "saved" in checkpoint else None,
         **{name: f"{value:.6g}" for name, value in stats.items() if isinstance(value, float) and _is_its(name, args)},
-    }  # fmt: skip
+    }
     lines += [f"| {name} | {value} |" for name, value in known.items() if value is not None]
     recipe = " ".join(f"--{name} {value}" for name, value in flags.items() if name in RECIPE and value is not None)
     return "\n".join([*lines, "", *(["Recipe: `" + recipe + "`", ""] if recipe else [])])
@@ -170,10 +209,31 @@ def _is_its(figure: str, args: argparse.Namespace) -> bool:
 
 
 RECIPE = (
-    "model", "batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "lr", "blr", "min_lr", "weight_decay",
-    "layer_decay", "drop_path", "clip_grad", "crop_scale", "mask_sampling", "aa", "smoothing", "reprob", "mixup",
-    "cutmix", "probe", "train_fraction", "trainable_blocks", "seed",
-)  # fmt: skip
+    "model",
+    "batch_size",
+    "accum_iter",
+    "world_size",
+    "epochs",
+    "warmup_epochs",
+    "lr",
+    "blr",
+    "min_lr",
+    "weight_decay",
+    "layer_decay",
+    "drop_path",
+    "clip_grad",
+    "crop_scale",
+    "mask_sampling",
+    "aa",
+    "smoothing",
+    "reprob",
+    "mixup",
+    "cutmix",
+    "probe",
+    "train_fraction",
+    "trainable_blocks",
+    "seed",
+)
 
 
 def effective_batch(flags: dict) -> int | None:

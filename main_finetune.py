@@ -33,9 +33,19 @@ from util.lr_sched import CosineSchedule
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
-        "MAE fine-tuning", models_vit.MODELS, model="vit_large_patch16", batch_size=64, epochs=50, warmup_epochs=5,
-        weight_decay=0.05, blr=1e-3, min_lr=1e-6, crop_scale=(0.08, 1.0), save_freq=1, keep=3,
-    )  # fmt: skip
+        "MAE fine-tuning",
+        models_vit.MODELS,
+        model="vit_large_patch16",
+        batch_size=64,
+        epochs=50,
+        warmup_epochs=5,
+        weight_decay=0.05,
+        blr=1e-3,
+        min_lr=1e-6,
+        crop_scale=(0.08, 1.0),
+        save_freq=1,
+        keep=3,
+    )
     options.add_classifier_flags(parser, global_pool=True)
     add = parser.add_argument_group("regularisation").add_argument
     add("--drop_path", default=0.1, type=float, help="stochastic depth")
@@ -63,10 +73,15 @@ def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     """Mixup or cutmix, if any, and the loss that goes with it."""
     if options.mixes(args):
         mixup = Mixup(
-            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
             num_classes=args.nb_classes,
-        )  # fmt: skip
+        )
         return mixup, SoftTargetCrossEntropy()
     return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
@@ -74,8 +89,10 @@ def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
 def running_average(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
     """Of the model's weights. Says where a run of so many updates is too short for it."""
     if (start := decay**updates) > 0.01:
-        dist.say(f"warning: {start:.0%} of the running average is still the untrained start after all {updates} "
-                 f"updates: pass --model_ema_decay {max(0.0, 1 - 10 / updates):.4g}")  # fmt: skip
+        dist.say(
+            f"warning: {start:.0%} of the running average is still the untrained start after all {updates} "
+            f"updates: pass --model_ema_decay {max(0.0, 1 - 10 / updates):.4g}"
+        )
     return ModelEmaV3(model, decay)
 
 
@@ -96,17 +113,28 @@ def main(argv: list[str] | None = None) -> None:
     pixels = options.pixels(args)
     augmentation = FinetuneTransform(
         args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount, pixels
-    )  # fmt: skip
+    )
     train_loader, val_loader = loaders.classifier_loaders(
-        args.data_path, args.nb_classes, None if args.eval else augmentation,
-        CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, pixels, device, args.train_fraction,
-    )  # fmt: skip
+        args.data_path,
+        args.nb_classes,
+        None if args.eval else augmentation,
+        CentreCrop(args.input_size, args.crop_pct),
+        args.batch_size,
+        args.num_workers,
+        args.pin_mem,
+        args.seed,
+        args.dist_eval,
+        pixels,
+        device,
+        args.train_fraction,
+    )
     source = misc.find(args.resume, args.output_dir, "finetune", args.model)
     model = models_vit.MODELS[args.model](
-        **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool,
+        **options.model_size(args),
+        num_classes=args.nb_classes,
+        global_pool=args.global_pool,
         drop_path_rate=args.drop_path,
-    )  # fmt: skip
+    )
     if args.finetune and not source:
         weights.load_pretrained(args.finetune, model, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
@@ -127,9 +155,15 @@ def main(argv: list[str] | None = None) -> None:
     updates = args.epochs * -(-len(train_loader) // args.accum_iter)
     ema = running_average(model, args.model_ema_decay, updates) if args.model_ema else None
     checkpoints = misc.Checkpoints(
-        args.output_dir, "finetune", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx,
+        args.output_dir,
+        "finetune",
+        model,
+        optimizer,
+        scaler,
+        vars(args),
+        val_loader.dataset.class_to_idx,
         ema.module if ema else None,
-    )  # fmt: skip
+    )
     position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(train_loader.dataset))
     checkpoints.prepare(source)
     if ema:
@@ -139,23 +173,46 @@ def main(argv: list[str] | None = None) -> None:
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
     log.summary(
-        args.model, model, train_loader.dataset, train_loader.dataset.images.root,
-        args.batch_size * args.accum_iter * dist.world_size(), lr, device, scaler.amp,
-    )  # fmt: skip
+        args.model,
+        model,
+        train_loader.dataset,
+        train_loader.dataset.images.root,
+        args.batch_size * args.accum_iter * dist.world_size(),
+        lr,
+        device,
+        scaler.amp,
+    )
     run_epochs(
-        train_loader, args.epochs, checkpoints, log, position, device,
-        save_freq=args.save_freq, save_minutes=args.save_minutes,
-        max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
+        train_loader,
+        args.epochs,
+        checkpoints,
+        log,
+        position,
+        device,
+        save_freq=args.save_freq,
+        save_minutes=args.save_minutes,
+        max_bad_steps=args.max_bad_steps,
+        max_bad_images=args.max_bad_images,
         train=lambda epoch, run: train_one_epoch(
-            model, criterion, train_loader, optimizer, device, epoch, scaler, schedule,
-            accum_iter=args.accum_iter, clip_grad=args.clip_grad, mixup_fn=mixup_fn, run=run,
+            model,
+            criterion,
+            train_loader,
+            optimizer,
+            device,
+            epoch,
+            scaler,
+            schedule,
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            mixup_fn=mixup_fn,
+            run=run,
             on_update=(lambda: ema.update(dist.unwrap(model))) if ema else None,
         ),
         evaluate=lambda poll: evaluate_both(
             model, ema, val_loader, device, scaler, args.dist_eval, poll, confusion=args.confusion
         ),
         eval_freq=args.eval_freq,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

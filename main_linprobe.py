@@ -26,10 +26,20 @@ from util.lr_sched import CosineSchedule
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
-        "MAE linear probing", models_vit.MODELS, model="vit_large_patch16", batch_size=512, epochs=90,
-        warmup_epochs=10, weight_decay=0.0, blr=None, min_lr=0.0, crop_scale=(0.08, 1.0), save_freq=1, keep=3,
+        "MAE linear probing",
+        models_vit.MODELS,
+        model="vit_large_patch16",
+        batch_size=512,
+        epochs=90,
+        warmup_epochs=10,
+        weight_decay=0.0,
+        blr=None,
+        min_lr=0.0,
+        crop_scale=(0.08, 1.0),
+        save_freq=1,
+        keep=3,
         several_rates=True,
-    )  # fmt: skip
+    )
     options.add_classifier_flags(parser, global_pool=False)
     add = parser.add_argument_group("probe").add_argument
     add("--probe", default="linear", choices=("linear", "attentive"), help="attentive: a learned query pools")
@@ -49,10 +59,19 @@ def main(argv: list[str] | None = None) -> None:
     pixels = options.pixels(args)
     augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
     train_loader, val_loader = loaders.classifier_loaders(
-        args.data_path, args.nb_classes, None if args.eval else augmentation,
-        CentreCrop(args.input_size, args.crop_pct), args.batch_size, args.num_workers, args.pin_mem, args.seed,
-        args.dist_eval, pixels, device, args.train_fraction,
-    )  # fmt: skip
+        args.data_path,
+        args.nb_classes,
+        None if args.eval else augmentation,
+        CentreCrop(args.input_size, args.crop_pct),
+        args.batch_size,
+        args.num_workers,
+        args.pin_mem,
+        args.seed,
+        args.dist_eval,
+        pixels,
+        device,
+        args.train_fraction,
+    )
     source = misc.find(args.resume, args.output_dir, "linprobe", args.model)
     model = models_vit.MODELS[args.model](
         **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
@@ -82,20 +101,42 @@ def main(argv: list[str] | None = None) -> None:
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
     log.summary(
-        args.model, model, train_loader.dataset, train_loader.dataset.images.root,
-        args.batch_size * args.accum_iter * dist.world_size(), lrs[0], device, scaler.amp,
-    )  # fmt: skip
+        args.model,
+        model,
+        train_loader.dataset,
+        train_loader.dataset.images.root,
+        args.batch_size * args.accum_iter * dist.world_size(),
+        lrs[0],
+        device,
+        scaler.amp,
+    )
     run_epochs(
-        train_loader, args.epochs, checkpoints, log, position, device,
-        save_freq=args.save_freq, save_minutes=args.save_minutes,
-        max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
+        train_loader,
+        args.epochs,
+        checkpoints,
+        log,
+        position,
+        device,
+        save_freq=args.save_freq,
+        save_minutes=args.save_minutes,
+        max_bad_steps=args.max_bad_steps,
+        max_bad_images=args.max_bad_images,
         train=lambda epoch, run: train_one_epoch(
-            model, head_losses, train_loader, optimizer, device, epoch, scaler, schedule,
-            accum_iter=args.accum_iter, clip_grad=args.clip_grad, run=run,
+            model,
+            head_losses,
+            train_loader,
+            optimizer,
+            device,
+            epoch,
+            scaler,
+            schedule,
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            run=run,
         ),
         evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll, names, args.confusion),
         eval_freq=args.eval_freq,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,19 @@ from util.monitor import Monitor
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The job's flags, from argv or the command line; --help lists them with their defaults."""
     parser = options.common_parser(
-        "MAE pre-training", models_mae.MODELS, model="mae_vit_large_patch16", batch_size=64, epochs=400,
-        warmup_epochs=40, weight_decay=0.05, blr=1e-3, min_lr=0.0, crop_scale=(0.2, 1.0), save_freq=20, keep=None,
-    )  # fmt: skip
+        "MAE pre-training",
+        models_mae.MODELS,
+        model="mae_vit_large_patch16",
+        batch_size=64,
+        epochs=400,
+        warmup_epochs=40,
+        weight_decay=0.05,
+        blr=1e-3,
+        min_lr=0.0,
+        crop_scale=(0.2, 1.0),
+        save_freq=20,
+        keep=None,
+    )
     add = parser.add_argument_group("masking").add_argument
     add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
     add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches: anywhere, blocks, a grid")
@@ -56,9 +66,16 @@ def main(argv: list[str] | None = None) -> None:
     pixels = options.pixels(args)
     transform = Crop(args.input_size, args.crop_scale)
     loader = loaders.train_loader(
-        args.data_path, transform, args.batch_size, args.num_workers, args.pin_mem, args.seed, pixels, device,
+        args.data_path,
+        transform,
+        args.batch_size,
+        args.num_workers,
+        args.pin_mem,
+        args.seed,
+        pixels,
+        device,
         flat=True,
-    )  # fmt: skip
+    )
 
     source = misc.find(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
@@ -74,27 +91,56 @@ def main(argv: list[str] | None = None) -> None:
 
     log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / loader.sampler.images_per_epoch)
     log.summary(
-        args.model, model, loader.dataset, loader.dataset.images.root,
-        args.batch_size * args.accum_iter * dist.world_size(), lr, device, scaler.amp,
-    )  # fmt: skip
+        args.model,
+        model,
+        loader.dataset,
+        loader.dataset.images.root,
+        args.batch_size * args.accum_iter * dist.world_size(),
+        lr,
+        device,
+        scaler.amp,
+    )
     look = None
     if args.monitor_freq:
         views = loaders.monitor_loaders(
-            args.data_path, CentreCrop(args.input_size), args.batch_size, args.num_workers, args.pin_mem, pixels,
+            args.data_path,
+            CentreCrop(args.input_size),
+            args.batch_size,
+            args.num_workers,
+            args.pin_mem,
+            pixels,
             device,
-        )  # fmt: skip
+        )
         monitor = Monitor(*views, args.output_dir, log, scaler, args.mask_ratio, args.mask_sampling, args.seed)
         look = lambda poll: monitor(model, position.epoch, poll)  # noqa: E731
     run_epochs(
-        loader, args.epochs, checkpoints, log, position, device,
-        evaluate=look, eval_freq=args.monitor_freq, save_freq=args.save_freq, save_minutes=args.save_minutes,
-        max_bad_steps=args.max_bad_steps, max_bad_images=args.max_bad_images,
+        loader,
+        args.epochs,
+        checkpoints,
+        log,
+        position,
+        device,
+        evaluate=look,
+        eval_freq=args.monitor_freq,
+        save_freq=args.save_freq,
+        save_minutes=args.save_minutes,
+        max_bad_steps=args.max_bad_steps,
+        max_bad_images=args.max_bad_images,
         train=lambda epoch, run: train_one_epoch(
-            model, loader, optimizer, device, epoch, scaler, schedule,
-            mask_ratio=args.mask_ratio, mask_sampling=args.mask_sampling, accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad, run=run,
+            model,
+            loader,
+            optimizer,
+            device,
+            epoch,
+            scaler,
+            schedule,
+            mask_ratio=args.mask_ratio,
+            mask_sampling=args.mask_sampling,
+            accum_iter=args.accum_iter,
+            clip_grad=args.clip_grad,
+            run=run,
         ),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -60,9 +60,10 @@ def main(argv: list[str] | None = None) -> None:
 
     epoch = checkpoint.get("epoch")
     caption = [
-        f"{Path(args.resume).name}" + (f", epoch {epoch}" if epoch is not None else "")
+        f"{Path(args.resume).name}"
+        + (f", epoch {epoch}" if epoch is not None else "")
         + f", {args.mask_ratio:.0%} masked ({args.mask_sampling})"
-    ] + [pictures.NORMALISED] * model.norm_pix_loss  # fmt: skip
+    ] + [pictures.NORMALISED] * model.norm_pix_loss
     if args.separate:
         args.output.mkdir(parents=True, exist_ok=True)
         alike = len({path.stem for path in files}) < len(files)

@@ -48,8 +48,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", default=4320, type=int, help="minutes until the job is queued again")
     add("--partition", help="SLURM's partition; default: its own")
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more for sbatch: account=A qos=Q mem=100G")
-    add("--executor", default="slurm", choices=("slurm", "local", "debug"),
-        help="local: processes on this machine, waited for; debug: in this one")  # fmt: skip
+    add(
+        "--executor",
+        default="slurm",
+        choices=("slurm", "local", "debug"),
+        help="local: processes on this machine, waited for; debug: in this one",
+    )
     args = parser.parse_args(own)
     args.flags = flags
     return args
@@ -105,8 +109,11 @@ def job_flags(args: argparse.Namespace) -> list[str]:
 
 def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
     """submitit's executor with the launcher's flags. Raises UserError where they don't fit it."""
-    problems = [f"--{name} {getattr(args, name)} must be at least 1" for name in ("nodes", "cpus", "timeout")
-                if getattr(args, name) < 1]  # fmt: skip
+    problems = [
+        f"--{name} {getattr(args, name)} must be at least 1"
+        for name in ("nodes", "cpus", "timeout")
+        if getattr(args, name) < 1
+    ]
     problems += [f"--slurm {pair}: needs KEY=VALUE" for pair in args.slurm if "=" not in pair]
     if args.ngpus < 0 or (args.tasks is not None and args.tasks < 1):
         problems.append("--ngpus must not be negative, --tasks at least 1")
@@ -122,11 +129,16 @@ def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
     except RuntimeError as error:  # no sbatch
         raise UserError(f"--executor {args.executor}: {error}. On a machine without SLURM: --executor local") from error
     found.update_parameters(
-        name=f"mae_{args.job}", nodes=args.nodes, gpus_per_node=args.ngpus or None, cpus_per_task=args.cpus,
-        tasks_per_node=args.tasks or args.ngpus or 1, timeout_min=args.timeout, slurm_partition=args.partition,
+        name=f"mae_{args.job}",
+        nodes=args.nodes,
+        gpus_per_node=args.ngpus or None,
+        cpus_per_task=args.cpus,
+        tasks_per_node=args.tasks or args.ngpus or 1,
+        timeout_min=args.timeout,
+        slurm_partition=args.partition,
         slurm_signal_delay_s=SAVING_S,
         slurm_additional_parameters={"requeue": True, **dict(pair.split("=", 1) for pair in args.slurm)},
-    )  # fmt: skip
+    )
     return found
 
 

@@ -1,7 +1,7 @@
 """Vision Transformers for fine-tuning and linear probing: timm's, under the names of the released MAE weights.
 
-    model = models_vit.vit_base_patch16(num_classes=10, global_pool=True, drop_path_rate=0.1)
-    logits = model(imgs)                                    # [N, C, H, W] -> [N, classes]
+model = models_vit.vit_base_patch16(num_classes=10, global_pool=True, drop_path_rate=0.1)
+logits = model(imgs)                                    # [N, C, H, W] -> [N, classes]
 """
 
 import copy
@@ -50,10 +50,16 @@ class VisionTransformer(timm_vit.VisionTransformer):
         drop_path_rate: float = 0.0,
     ) -> None:
         config = {
-            "img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim,
-            "depth": depth, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "num_classes": num_classes,
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "num_classes": num_classes,
             "drop_path_rate": drop_path_rate,
-        }  # fmt: skip
+        }
         super().__init__(
             **config,
             global_pool="avg" if global_pool else "token",
@@ -172,9 +178,14 @@ def config_of(state: dict[str, Tensor], source: str) -> dict:
     for size in SIZES.values():
         if (size["embed_dim"], size["depth"]) == (dim, depth):
             return {
-                **size, "img_size": side * patch_size, "patch_size": patch_size, "in_chans": channels, "mlp_ratio": 4.0,
-                "num_classes": len(state.get("head.weight", ())), "global_pool": "fc_norm.weight" in state,
-            }  # fmt: skip
+                **size,
+                "img_size": side * patch_size,
+                "patch_size": patch_size,
+                "in_chans": channels,
+                "mlp_ratio": 4.0,
+                "num_classes": len(state.get("head.weight", ())),
+                "global_pool": "fc_norm.weight" in state,
+            }
     raise UserError(f"{source} doesn't say which model it holds, and none of ours is {dim} wide and {depth} deep")
 
 

@@ -54,11 +54,14 @@ class Decoded(Dataset):
 def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
     """The rows' loaders."""
     ours = train_loader(folder, augment.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
-    classic = transforms.Compose([
-        transforms.RandomResizedCrop(224, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
-        transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-        transforms.Normalize(Pixels().mean, Pixels().std),
-    ])  # fmt: skip
+    classic = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(224, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(Pixels().mean, Pixels().std),
+        ]
+    )
     common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0, "shuffle": True}
     return {
         "classic": DataLoader(ImageFolder(f"{folder}/train", classic), drop_last=True, **common),
@@ -80,11 +83,14 @@ def speeds(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict
                 rates[name].append(len(loader) * batch_size / (time.perf_counter() - start))
     return [
         {
-            "name": name, "workers": workers, "images_per_s": statistics.median(values),
-            "spread": (max(values) - min(values)) / statistics.median(values), "all": values,
+            "name": name,
+            "workers": workers,
+            "images_per_s": statistics.median(values),
+            "spread": (max(values) - min(values)) / statistics.median(values),
+            "all": values,
         }
         for name, values in rates.items()
-    ]  # fmt: skip
+    ]
 
 
 def memory(*pids: int) -> int:
@@ -135,8 +141,10 @@ def main() -> None:
     for row in rows:
         same = {other["name"]: other["images_per_s"] for other in rows if other["workers"] == row["workers"]}
         rate = row["images_per_s"]
-        print(f"{row['name']:8} {row['workers']:7} {rate:9.0f} {row['spread']:7.1%} {rate / same['classic']:10.2f} "
-              f"{rate / same['decode']:9.1%}")  # fmt: skip
+        print(
+            f"{row['name']:8} {row['workers']:7} {rate:9.0f} {row['spread']:7.1%} {rate / same['classic']:10.2f} "
+            f"{rate / same['decode']:9.1%}"
+        )
     costs = [listing_costs(files) for files in args.files]
     for cost in costs:
         print("  ".join(f"{name}: {value:.4g}" for name, value in cost.items()), flush=True)

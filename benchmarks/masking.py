@@ -85,19 +85,31 @@ def main() -> None:
         baseline = statistics.median(times["tokens"])
         for row, values in times.items():
             median = statistics.median(values)
-            table.append({
-                "model": name, "row": row, "images_per_s": args.batch_size / median, "ratio": baseline / median,
-                "spread": (max(values) - min(values)) / median, "paper": PAPER.get(name, {}).get(row, 1.0),
-            })  # fmt: skip
+            table.append(
+                {
+                    "model": name,
+                    "row": row,
+                    "images_per_s": args.batch_size / median,
+                    "ratio": baseline / median,
+                    "spread": (max(values) - min(values)) / median,
+                    "paper": PAPER.get(name, {}).get(row, 1.0),
+                }
+            )
     result = {
-        "rows": table, "batch_size": args.batch_size, "n": args.steps, "amp": LossScaler("auto", device).amp,
-        "device": device_name(device), "torch": torch.__version__,
-    }  # fmt: skip
+        "rows": table,
+        "batch_size": args.batch_size,
+        "n": args.steps,
+        "amp": LossScaler("auto", device).amp,
+        "device": device_name(device),
+        "torch": torch.__version__,
+    }
     print(f"batch {args.batch_size}, n = {args.steps}, {result['amp']}; {result['device']}; torch {result['torch']}")
     print(f"{'':24} {'row':>7} {'images/s':>9} {'spread':>7} {'ratio':>6} {'paper':>6}")
     for row in table:
-        print(f"{row['model']:24} {row['row']:>7} {row['images_per_s']:9.3f} {row['spread']:7.1%} {row['ratio']:6.2f} "
-              f"{row['paper']:6.1f}")  # fmt: skip
+        print(
+            f"{row['model']:24} {row['row']:>7} {row['images_per_s']:9.3f} {row['spread']:7.1%} {row['ratio']:6.2f} "
+            f"{row['paper']:6.1f}"
+        )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -277,21 +277,32 @@ def measure(args: argparse.Namespace, words: list[str]) -> dict:
     table = []
     for row in rows:
         median = statistics.median(times[row])
-        table.append({
-            "name": row, "images_per_s": args.batch_size / median, "tflops": work / median / 1e12,
-            "fraction_of_peak": work / median / 1e12 / max(peak.values()),
-            "spread": (max(times[row]) - min(times[row])) / median,
-            "peak_memory_gb": rows[row].peak_memory, "seconds": times[row],
-        })  # fmt: skip
+        table.append(
+            {
+                "name": row,
+                "images_per_s": args.batch_size / median,
+                "tflops": work / median / 1e12,
+                "fraction_of_peak": work / median / 1e12 / max(peak.values()),
+                "spread": (max(times[row]) - min(times[row])) / median,
+                "peak_memory_gb": rows[row].peak_memory,
+                "seconds": times[row],
+            }
+        )
     for row in rows.values():
         row.close()
     return {
-        "job": args.job, "model": args.model, "batch_size": args.batch_size, "n": args.steps, "peak_tflops": peak,
+        "job": args.job,
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "n": args.steps,
+        "peak_tflops": peak,
         "highest_tflops": highest,
         "ours": {name: getattr(args, name) for name in ("amp", "attention", "compile", "grad_checkpoint")},
-        **settings, "rows": table, "torch": torch.__version__,
+        **settings,
+        "rows": table,
+        "torch": torch.__version__,
         "device": device_name(device),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -325,12 +336,16 @@ def main() -> None:
         for name, value in result["peak_tflops"].items()
     )
     chosen = ", ".join(f"{row} {result[row]['attention']}" for row in ("hf_best", "hf_compiled") if row in result)
-    print(f"{args.model}, {args.job}, batch {args.batch_size}, n = {args.steps}; {result['device']}; torch "
-          f"{result['torch']}; peak TFLOP/s: {peak}; attention: {chosen}")  # fmt: skip
+    print(
+        f"{args.model}, {args.job}, batch {args.batch_size}, n = {args.steps}; {result['device']}; torch "
+        f"{result['torch']}; peak TFLOP/s: {peak}; attention: {chosen}"
+    )
     print(f"{'':11} {'images/s':>9} {'TFLOP/s':>8} {'of peak':>8} {'spread':>7} {'memory GB':>10}")
     for row in result["rows"]:
-        print(f"{row['name']:11} {row['images_per_s']:9.2f} {row['tflops']:8.3f} {row['fraction_of_peak']:8.1%} "
-              f"{row['spread']:7.1%} {row['peak_memory_gb']:10.2f}")  # fmt: skip
+        print(
+            f"{row['name']:11} {row['images_per_s']:9.2f} {row['tflops']:8.3f} {row['fraction_of_peak']:8.1%} "
+            f"{row['spread']:7.1%} {row['peak_memory_gb']:10.2f}"
+        )
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

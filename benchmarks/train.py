@@ -77,16 +77,25 @@ def main() -> None:
     rates = [rate for rate, _ in windows]
     run = statistics.median(rates)
     result = {
-        "job": args.job, "model": args.model, "batch_size": args.batch_size, "n": len(windows),
-        "num_workers": args.num_workers, "device": device_name(torch.device(args.device)), "torch": torch.__version__,
+        "job": args.job,
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "n": len(windows),
+        "num_workers": args.num_workers,
+        "device": device_name(torch.device(args.device)),
+        "torch": torch.__version__,
         "rows": [
             {"name": "step", "images_per_s": step},
             {
-                "name": "run", "images_per_s": run, "of_step": run / step, "spread": (max(rates) - min(rates)) / run,
-                "data_wait": statistics.median(wait for _, wait in windows), "all": rates,
+                "name": "run",
+                "images_per_s": run,
+                "of_step": run / step,
+                "spread": (max(rates) - min(rates)) / run,
+                "data_wait": statistics.median(wait for _, wait in windows),
+                "all": rates,
             },
         ],
-    }  # fmt: skip
+    }
     print(f"step {step:.1f} images/s, run {run:.1f}: {run / step:.1%}, data_wait {result['rows'][1]['data_wait']:.0%}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

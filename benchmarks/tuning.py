@@ -92,10 +92,14 @@ def measure_steps(args: argparse.Namespace, words: list[str]) -> list[dict]:
     for row, process in rows.items():
         process.close()
         median = statistics.median(times[row])
-        table.append({
-            "name": row, "images_per_s": batch_of(row, args.batch_size) / median,
-            "spread": (max(times[row]) - min(times[row])) / median, "peak_memory_gb": process.peak_memory,
-        })  # fmt: skip
+        table.append(
+            {
+                "name": row,
+                "images_per_s": batch_of(row, args.batch_size) / median,
+                "spread": (max(times[row]) - min(times[row])) / median,
+                "peak_memory_gb": process.peak_memory,
+            }
+        )
     return table
 
 
@@ -153,9 +157,14 @@ def main() -> None:
     device = torch.device(args.device)
     attention = measure_attention(args) if device.type == "cuda" else []
     result = {
-        "model": args.model, "batch_size": args.batch_size, "n": args.steps, "device": device_name(device),
-        "torch": torch.__version__, "attention": attention, "rows": measure_steps(args, sys.argv[1:]),
-    }  # fmt: skip
+        "model": args.model,
+        "batch_size": args.batch_size,
+        "n": args.steps,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "attention": attention,
+        "rows": measure_steps(args, sys.argv[1:]),
+    }
     base = result["rows"][0]["images_per_s"]
     for row in result["rows"]:
         rate = row["images_per_s"]

@@ -30,13 +30,15 @@ ABLATIONS = {
     "decoder_depth": {f"depth{depth}": f"--decoder_depth {depth}" for depth in (1, 4, 8)},
     "targets": {"normalised": "--norm_pix_loss"},
     "sampling": {
-        "block50": "--mask_sampling block --mask_ratio 0.5", "block75": "--mask_sampling block",
+        "block50": "--mask_sampling block --mask_ratio 0.5",
+        "block75": "--mask_sampling block",
         "grid75": "--mask_sampling grid",
     },
-    "length": {f"epochs{epochs}": f"--epochs {epochs} --warmup_epochs {max(1, epochs // 10)}"
-               for epochs in (10, 20, 80)},
+    "length": {
+        f"epochs{epochs}": f"--epochs {epochs} --warmup_epochs {max(1, epochs // 10)}" for epochs in (10, 20, 80)
+    },
     "partial": {},
-}  # fmt: skip
+}
 TRAINABLE = ("0", "0.5", "1", "2", "4")  # of 6 blocks; all of them: default's fine-tuning
 
 
@@ -48,16 +50,21 @@ def run(step: str, command: str, output: Path, kept: Path) -> None:
     words = [*shlex.split(command), "--num_workers", "0", "--resume", "auto", "--output_dir", str(output)]
     with (output / "out.txt").open("a") as out:
         code = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, *words],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode  # fmt: skip
+        ).returncode
     if code:
         raise SystemExit(f"{step} failed with exit code {code}: see {output / 'out.txt'}")
     kept.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output / "log.txt", kept)
     last = json.loads(kept.read_text().splitlines()[-1])
-    print(f"{step}: " + "  ".join(f"{name} {last[name]:.4g}" for name in ("train_loss", "test_acc1") if name in last),
-          flush=True)  # fmt: skip
+    print(
+        f"{step}: " + "  ".join(f"{name} {last[name]:.4g}" for name in ("train_loss", "test_acc1") if name in last),
+        flush=True,
+    )
 
 
 def chain(variant: str, flags: str, seed: int, output: Path, results: Path, partial: bool) -> None:
@@ -67,8 +74,9 @@ def chain(variant: str, flags: str, seed: int, output: Path, results: Path, part
     encoder = f"--finetune {shlex.quote(str(folder / 'pretrain' / f'checkpoint-{epochs - 1}.pth'))} --seed {seed}"
     steps = {
         "pretrain": f"{demo.PRETRAIN} {flags} --seed {seed}",
-        "probe": f"{demo.PROBE} {encoder}", "finetune": f"{demo.FINETUNE} {encoder}",
-    }  # fmt: skip
+        "probe": f"{demo.PROBE} {encoder}",
+        "finetune": f"{demo.FINETUNE} {encoder}",
+    }
     if partial:
         steps |= {f"partial{blocks}": f"{steps['finetune']} --trainable_blocks {blocks}" for blocks in TRAINABLE}
     for step, command in steps.items():
@@ -88,10 +96,17 @@ def main() -> None:
     chains = [(name, flags, seed) for seed in args.seeds for name, flags in variants.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
         tasks = [
-            pool.submit(chain, name, flags, seed, args.output_dir.resolve(), args.results.resolve(),
-                        "partial" in args.only and name == "default")
+            pool.submit(
+                chain,
+                name,
+                flags,
+                seed,
+                args.output_dir.resolve(),
+                args.results.resolve(),
+                "partial" in args.only and name == "default",
+            )
             for name, flags, seed in chains
-        ]  # fmt: skip
+        ]
         for task in tasks:
             task.result()
 

@@ -27,21 +27,37 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "results"
 # By ablation: title, what the horizontal axis says, (variant, its mark), in order.
 PLOTS = {
-    "mask_ratio": ("Masking ratio (paper, Fig. 5)", "share of patches masked", [
-        ("ratio0.25", 0.25), ("ratio0.5", 0.5), ("ratio0.625", 0.625), ("default", 0.75), ("ratio0.875", 0.875)]),
-    "decoder_depth": ("Decoder depth (Table 1a)", "blocks of the decoder", [
-        ("depth1", 1), ("default", 2), ("depth4", 4), ("depth8", 8)]),
+    "mask_ratio": (
+        "Masking ratio (paper, Fig. 5)",
+        "share of patches masked",
+        [("ratio0.25", 0.25), ("ratio0.5", 0.5), ("ratio0.625", 0.625), ("default", 0.75), ("ratio0.875", 0.875)],
+    ),
+    "decoder_depth": (
+        "Decoder depth (Table 1a)",
+        "blocks of the decoder",
+        [("depth1", 1), ("default", 2), ("depth4", 4), ("depth8", 8)],
+    ),
     "targets": ("Targets (Table 1d)", "", [("default", "pixels"), ("normalised", "normalised pixels")]),
-    "sampling": ("Mask sampling (Table 1f)", "", [
-        ("default", "random 75"), ("block50", "block 50"), ("block75", "block 75"), ("grid75", "grid 75")]),
-    "length": ("Length of pre-training (Fig. 7)", "epochs", [
-        ("epochs10", 10), ("epochs20", 20), ("default", 40), ("epochs80", 80)]),
-}  # fmt: skip
+    "sampling": (
+        "Mask sampling (Table 1f)",
+        "",
+        [("default", "random 75"), ("block50", "block 50"), ("block75", "block 75"), ("grid75", "grid 75")],
+    ),
+    "length": (
+        "Length of pre-training (Fig. 7)",
+        "epochs",
+        [("epochs10", 10), ("epochs20", 20), ("default", 40), ("epochs80", 80)],
+    ),
+}
 # A dataset's rows, in the table's order.
 ROWS = {
-    "finetune": "fine-tuned", "scratch": "from scratch", "attentive": "attentive probe", "probe": "linear probe",
-    "knn": "20 nearest neighbours", "pixels": "logistic regression on raw pixels",
-}  # fmt: skip
+    "finetune": "fine-tuned",
+    "scratch": "from scratch",
+    "attentive": "attentive probe",
+    "probe": "linear probe",
+    "knn": "20 nearest neighbours",
+    "pixels": "logistic regression on raw pixels",
+}
 
 Found = tuple[float, float, int] | None  # mean, sample standard deviation, number
 
@@ -104,15 +120,19 @@ def ablations() -> None:
     """The six tables and plots."""
     for name, (title, axis, variants) in PLOTS.items():
         found = {step: [final(ablation(variant, step)) for variant, _ in variants] for step in ("finetune", "probe")}
-        plot(name, title, axis, [mark for _, mark in variants],
-             {"fine-tuning": found["finetune"], "linear probe": found["probe"]})  # fmt: skip
+        plot(
+            name,
+            title,
+            axis,
+            [mark for _, mark in variants],
+            {"fine-tuning": found["finetune"], "linear probe": found["probe"]},
+        )
         rows = [[label, *map(words, found[step])] for step, label in (("finetune", "fine-tuning"), ("probe", "probe"))]
         print(f"\n{title}\n\n{table([seeds(sum(found.values(), [])), *(mark for _, mark in variants)], rows)}")
     found = [final(ablation("default", f"partial{number}")) for number in TRAINABLE]
     found.append(final(ablation("default", "finetune")))
     blocks = [*map(float, TRAINABLE), 6.0]
-    plot("partial", "Partial fine-tuning (Fig. 9)", "blocks that are trained", blocks,
-         {"fine-tuning": found})  # fmt: skip
+    plot("partial", "Partial fine-tuning (Fig. 9)", "blocks that are trained", blocks, {"fine-tuning": found})
     head = [seeds(found), *(f"{number:g} block{'s' * (number != 1)}" for number in blocks)]
     print(f"\nPartial fine-tuning (Fig. 9)\n\n{table(head, [['fine-tuning', *map(words, found)]])}")
 
@@ -126,8 +146,9 @@ def datasets() -> None:
             paths = sorted(folder.glob(f"{row}/seed*.jsonl"))
             found = final(paths)
             rows.append([label, words(found, 2), found[2] if found else 0])
-            points = [(line["epoch"] + 1, line["test_acc1"]) for path in paths[:1] for line in lines(path)
-                      if "epoch" in line]  # fmt: skip
+            points = [
+                (line["epoch"] + 1, line["test_acc1"]) for path in paths[:1] for line in lines(path) if "epoch" in line
+            ]
             if points:
                 panel.plot(*zip(*points, strict=True), marker=".", label=label)
             elif found:

@@ -52,9 +52,13 @@ def script():
 
     def run(*words: object, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
             env={**os.environ, **env},
-        )  # fmt: skip
+        )
 
     return run
 

@@ -127,8 +127,7 @@ def hangs(rank: int, first: int) -> None:
 
 
 FAULTS = {
-    f.__name__: f
-    for f in (hangs, half_written, after_rename, killed_after_a_line, full_disk, nan_loss, slow_steps)
+    f.__name__: f for f in (hangs, half_written, after_rename, killed_after_a_line, full_disk, nan_loss, slow_steps)
 }
 
 
@@ -169,10 +168,11 @@ def start_ranks(job: str, argv: list[str], out: Path, faults: tuple = (), world:
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        start(job, argv, out.with_name(f"{out.name}-{rank}"), faults,
-              {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        start(
+            job, argv, out.with_name(f"{out.name}-{rank}"), faults, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(world)
-    ]  # fmt: skip
+    ]
 
 
 def ended(process, timeout: float = 120) -> int:

@@ -14,9 +14,13 @@ from util import dist
 def _rank(rank: int, world: int, port: int, work, args: tuple, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     try:
         dist.init("cpu", 0, timeout_minutes=1)
         torch.save(work(*args), out / f"rank{rank}.pt")
@@ -32,9 +36,7 @@ def run(world: int, out: Path, work, *args) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        faults.process(_rank, rank, world, port, work, args, out) for rank in range(world)
-    ]
+    processes = [faults.process(_rank, rank, world, port, work, args, out) for rank in range(world)]
     codes = [faults.ended(process) for process in processes]
     assert not any(codes), "\n".join(path.read_text() for path in sorted(out.glob("*.txt")))
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(world)]

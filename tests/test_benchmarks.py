@@ -12,10 +12,11 @@ TINY = {
     "step": ("--model mae_vit_tiny_patch16 --batch_size 2 --steps 1", "rows", ["ours", "off", "hf", "hf_best"]),
     "masking": ("--models mae_vit_tiny_patch16 --batch_size 2 --steps 1", "rows", ["tokens", "8", "1"]),
     "loader": (
-        "--data_path {images} --batch_size 8 --workers 1 --images 80 --repeat 1 --files 10000", "rows",
+        "--data_path {images} --batch_size 8 --workers 1 --images 80 --repeat 1 --files 10000",
+        "rows",
         ["classic", "ours", "decode"] * 2,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -288,9 +288,13 @@ def mutated(data, chance):
     return bytes(copy)
 
 
-@pytest.mark.parametrize("source", [
-    "golden/reference_pretrain_checkpoint.pth", "old_checkpoints/pretrain_middle.pth",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "golden/reference_pretrain_checkpoint.pth",
+        "old_checkpoints/pretrain_middle.pth",
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_or_loads_the_same_values(source, tmp_path):
     data = (Path(__file__).parent / source).read_bytes()
     whole, chance, refused = misc.load_checkpoint(str(Path(__file__).parent / source)), random.Random(source), 0

@@ -55,7 +55,7 @@ BAD_FOLDERS = [
     ("linprobe", lambda data: (data / "val" / "empty").mkdir(), "no images in .*val/empty"),
     ("finetune", rename_class, r"classes of train and val differ. only in .*train: \w+.*; only in .*val: zebra"),
     ("linprobe", lambda data: shutil.rmtree(first(data / "val")), "classes of train and val differ. only in .*train"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("job", "spoil", "message"), BAD_FOLDERS)
@@ -280,6 +280,8 @@ def test_one_whole_process_ends_in_one_message(data, tmp_path):
     (data / "train" / "empty").mkdir()
     done = subprocess.run(
         [sys.executable, "main_pretrain.py", *argv("pretrain", data, tmp_path / "out")],
-        cwd=faults.Path(__file__).parent.parent, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=faults.Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no images in")

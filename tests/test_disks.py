@@ -170,6 +170,7 @@ def test_a_fresh_start_puts_an_old_log_aside_and_only_overwrite_removes_it(image
     finish(images, tmp_path, "--num_workers", 0, "--epochs", 2)
     (aside,) = tmp_path.glob("log-*.txt")
     assert aside.read_text() == '{"epoch": 0}\n' and (tmp_path / "events.out.tfevents.1").exists()
-    process = faults.start("pretrain", words(images, tmp_path, "--num_workers", 0, "--epochs", 2, "--overwrite"),
-                           tmp_path / "out")  # fmt: skip
+    process = faults.start(
+        "pretrain", words(images, tmp_path, "--num_workers", 0, "--epochs", 2, "--overwrite"), tmp_path / "out"
+    )
     assert faults.ended(process) == 0 and not (tmp_path / "events.out.tfevents.1").exists() and len(log(tmp_path)) == 2

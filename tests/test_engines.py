@@ -18,9 +18,17 @@ CONSTANT = CosineSchedule(0.1, 0.1, 0, 1)
 def train(model, batches, accum_iter, clip_grad=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine_finetune.train_one_epoch(
-        model, nn.CrossEntropyLoss(), batches, optimizer, CPU, 0, LossScaler("off", CPU), CONSTANT,
-        accum_iter=accum_iter, clip_grad=clip_grad,
-    )  # fmt: skip
+        model,
+        nn.CrossEntropyLoss(),
+        batches,
+        optimizer,
+        CPU,
+        0,
+        LossScaler("off", CPU),
+        CONSTANT,
+        accum_iter=accum_iter,
+        clip_grad=clip_grad,
+    )
     return model
 
 

@@ -47,9 +47,10 @@ def randomised(model):
 
 def autoencoder(size):
     return randomised(
-        models_mae.MaskedAutoencoderViT(**SMALL_MAE) if size == "small"
+        models_mae.MaskedAutoencoderViT(**SMALL_MAE)
+        if size == "small"
         else models_mae.MODELS["mae_vit_base_patch16"](norm_pix_loss=True)
-    )  # fmt: skip
+    )
 
 
 def classifier(size, **more):
@@ -62,13 +63,24 @@ def stored(folder, model, job, **flags):
     ours = isinstance(model, models_mae.MaskedAutoencoderViT)
     name = "mae_vit_base_patch16" if ours else "vit_base_patch16"
     args = {
-        "model": name, "keep": None, "mask_ratio": 0.75, "data_path": "/somewhere/pets", "batch_size": 8,
-        "accum_iter": 2, "epochs": 3, **flags,
-    }  # fmt: skip
+        "model": name,
+        "keep": None,
+        "mask_ratio": 0.75,
+        "data_path": "/somewhere/pets",
+        "batch_size": 8,
+        "accum_iter": 2,
+        "epochs": 3,
+        **flags,
+    }
     keeper = Checkpoints(
-        str(folder), job, model, optim.pretrain_optimizer(model, 1e-3, 0.05), LossScaler("off", CPU), args,
+        str(folder),
+        job,
+        model,
+        optim.pretrain_optimizer(model, 1e-3, 0.05),
+        LossScaler("off", CPU),
+        args,
         None if ours else CLASSES,
-    )  # fmt: skip
+    )
     keeper.folder.mkdir(parents=True, exist_ok=True)
     keeper.save(Position(2, stats={"train_loss": 0.5, "test_acc1": 81.25}), whole_epoch=True)
     return str(folder / "checkpoint-2.pth")
@@ -117,9 +129,10 @@ def test_every_generation_of_hugging_faces_names_is_read(generation, tmp_path):
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "saved")
     state = {
-        "released": released, "in memory": theirs.state_dict(),
+        "released": released,
+        "in memory": theirs.state_dict(),
         "as saved": load_file(tmp_path / "saved" / "model.safetensors"),
-    }[generation]  # fmt: skip
+    }[generation]
     assert_same_weights(recognise(state).state, model.state_dict())
     # without the prefix, as a bare encoder of theirs
     bare = {name.removeprefix("vit."): value for name, value in state.items() if not name.startswith("decoder")}
@@ -184,8 +197,12 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
             trunk = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
             ours = trunk.forward_features(imgs)
             all_kept = torch.arange(model.patch_embed.num_patches).expand(2, -1).float()
-            torch.testing.assert_close(theirs.forward_features(imgs), model.forward_encoder(imgs, 0.0, all_kept)[0],
-                                       rtol=1e-5, atol=1e-5 if size == "small" else 1e-4)  # fmt: skip
+            torch.testing.assert_close(
+                theirs.forward_features(imgs),
+                model.forward_encoder(imgs, 0.0, all_kept)[0],
+                rtol=1e-5,
+                atol=1e-5 if size == "small" else 1e-4,
+            )
             torch.testing.assert_close(theirs.forward_features(imgs), ours, rtol=1e-5, atol=1e-5)
         else:
             logits = model(imgs)[:, 0] if kind == "probe" else model(imgs)
@@ -285,8 +302,15 @@ def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):
     model = classifier("small", global_pool=True)
     folder = export(stored(tmp_path / "run", model, "finetune"), "timm", tmp_path / "timm", "--license", "cc-by-4.0")
     text = (folder / "README.md").read_text()
-    for line in ("data | pets", "epochs | 3", "mask ratio | 0.75", "classes | 3", "train_loss | 0.5",
-                 "test_acc1 | 81.25", "effective batch | 16"):  # fmt: skip
+    for line in (
+        "data | pets",
+        "epochs | 3",
+        "mask ratio | 0.75",
+        "classes | 3",
+        "train_loss | 0.5",
+        "test_acc1 | 81.25",
+        "effective batch | 16",
+    ):
         assert f"| {line} |" in text
     assert "license: cc-by-4.0" in text and "timm.create_model" in text
     assert "/somewhere" not in text
@@ -295,12 +319,15 @@ def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):
 @pytest.mark.parametrize(
     ("model", "to", "message"),
     [
-        (lambda: models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (32, 48)}), "hf",
-         "for 32 x 48 pixels; Hugging Face's ViTMAE and ViT are for squares"),
+        (
+            lambda: models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (32, 48)}),
+            "hf",
+            "for 32 x 48 pixels; Hugging Face's ViTMAE and ViT are for squares",
+        ),
         (lambda: classifier("small", global_pool=True), "hf", "pools the patches, and Hugging Face's ViT classifies"),
         (lambda: models_vit.make_linear_probe(classifier("small"), attentive=True), "timm", "only --to onnx can take"),
     ],
-)  # fmt: skip
+)
 def test_what_the_other_library_cannot_run_is_said(model, to, message, tmp_path):
     model = model()
     job = "pretrain" if isinstance(model, models_mae.MaskedAutoencoderViT) else "finetune"
@@ -338,10 +365,17 @@ def test_files_that_are_no_vision_transformer_are_told(tmp_path):
 def test_all_zero_positions_are_warned_of(tmp_path, capsys):
     """transformers, from a configuration, leaves them so."""
     config = transformers.ViTMAEConfig(
-        image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192,
-        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=192,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=4,
         decoder_intermediate_size=128,
-    )  # fmt: skip
+    )
     theirs = transformers.ViTMAEForPreTraining(config)
     with torch.no_grad():
         theirs.vit.embeddings.position_embeddings.zero_()
@@ -365,9 +399,9 @@ def test_the_commands_take_hugging_faces_folders(images, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "holds no optimiser: starting at epoch 0" in said
     assert "(Hugging Face's ViTMAE, encoder and decoder); new here: head.*" in said
-    main_reconstruct.main([
-        "--resume", str(folder), "--images", str(images / "val"), "--output", str(tmp_path / "r.png"), "--num", "2"
-    ])  # fmt: skip
+    main_reconstruct.main(
+        ["--resume", str(folder), "--images", str(images / "val"), "--output", str(tmp_path / "r.png"), "--num", "2"]
+    )
     named = export(str(tmp_path / "c" / "checkpoint-0.pth"), "hf", tmp_path / "named")
     evaluate = [*small, *vit, "--eval", "--data_path", str(images), "--resume"]
     capsys.readouterr()

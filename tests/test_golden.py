@@ -217,10 +217,17 @@ def run_pretraining(golden, run, fast, device, amp="off"):
     for epoch in range(run["epochs"]):
         stats.append(
             engine_pretrain.train_one_epoch(
-                recorder, loader, optimizer, device, epoch, LossScaler(amp, device), schedule_of(run),
-                mask_ratio=run["mask_ratio"], accum_iter=run["accum_iter"],
+                recorder,
+                loader,
+                optimizer,
+                device,
+                epoch,
+                LossScaler(amp, device),
+                schedule_of(run),
+                mask_ratio=run["mask_ratio"],
+                accum_iter=run["accum_iter"],
             )
-        )  # fmt: skip
+        )
     return model, optimizer, recorder, stats
 
 
@@ -259,11 +266,19 @@ def run_classifier(golden, run, model, optimizer, criterion, device, amp="off"):
     loader = list(zip(golden["train/imgs"].split(size), golden["train/targets"].split(size), strict=True))
     stats = [
         engine_finetune.train_one_epoch(
-            recorder, noting, loader, optimizer, device, epoch, LossScaler(amp, device), schedule_of(run),
-            accum_iter=run["accum_iter"], clip_grad=run.get("clip_grad"),
+            recorder,
+            noting,
+            loader,
+            optimizer,
+            device,
+            epoch,
+            LossScaler(amp, device),
+            schedule_of(run),
+            accum_iter=run["accum_iter"],
+            clip_grad=run.get("clip_grad"),
         )
         for epoch in range(run["epochs"])
-    ]  # fmt: skip
+    ]
     return recorder.lrs, [loss.item() for loss in losses], stats
 
 

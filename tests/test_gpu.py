@@ -87,6 +87,7 @@ def test_a_sharded_optimiser_goes_on_from_its_checkpoint():
     """Of one rank, whose ZeRO holds everything; ours is made so with several ranks only."""
     torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
+
         def optimizer_of(model):
             return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3, fused=True)
 

@@ -100,9 +100,7 @@ def test_flipped_pixels_are_the_same_ones_mirrored():
 
 def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
     picture = Image.open(PHOTOS[0])
-    usual = transforms.Compose([
-        transforms.ToTensor(), transforms.Normalize(Pixels().mean, Pixels().std)
-    ])  # fmt: skip
+    usual = transforms.Compose([transforms.ToTensor(), transforms.Normalize(Pixels().mean, Pixels().std)])
     batch = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], torch.zeros(1))
 
     class Loader(list):
@@ -110,7 +108,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
         num_workers = 0
 
     feed = loaders.Feed(Loader([batch]), torch.device("cpu"), Pixels())
-    (imgs, _), = feed
+    ((imgs, _),) = feed
     assert torch.equal(imgs[0], usual(picture))
 
 

@@ -67,9 +67,12 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_to_save(ima
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "main_pretrain.py", *map(str, argv)],
-            cwd=Path(__file__).parent.parent, stdout=out, stderr=out, start_new_session=True,
+            cwd=Path(__file__).parent.parent,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
     wait_for(tmp_path / "out", r"epoch 0/\d+ \[10/10\]")
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
@@ -161,10 +164,19 @@ def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
     pair = ["--accum_iter", "1", "--num_workers", "0", "--resume", "auto"]
     whole = faults.start_ranks("pretrain", words(images, tmp_path / "whole", *pair), tmp_path / "out")
     done = script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--max-restarts", 1,
-        tmp_path / "dying.py", tmp_path / "marker", *words(images, tmp_path / "cut", *pair),
-        PYTHONPATH=".", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "--max-restarts",
+        1,
+        tmp_path / "dying.py",
+        tmp_path / "marker",
+        *words(images, tmp_path / "cut", *pair),
+        PYTHONPATH=".",
+        OMP_NUM_THREADS="1",
+    )
     assert [faults.ended(process) for process in whole] == [0, 0]
     assert done.returncode == 0 and (tmp_path / "marker").exists(), done.stderr[-3000:]
     assert "going on from" in done.stdout
@@ -173,6 +185,7 @@ def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
 
 def test_another_number_of_ranks_keeps_schedule_and_images(images, tmp_path, monkeypatch):
     """Stopped in mid-epoch on one rank, on with two, and the other way: the same images of the epoch, each once."""
+
     def order(world, batch_size, first_step):
         parts = []
         for rank in range(world):

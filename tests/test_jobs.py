@@ -22,9 +22,7 @@ FINETUNE = (
     "--accum_iter 4 --batch_size 32 --model vit_base_patch16 --epochs 100 --blr 5e-4 --layer_decay 0.65 "
     "--weight_decay 0.05 --drop_path 0.1 --reprob 0.25 --mixup 0.8 --cutmix 1.0 --dist_eval"
 )
-PROBE = (
-    "--batch_size 512 --model vit_base_patch16 --cls_token --epochs 90 --blr 0.1 --weight_decay 0.0 --dist_eval"
-)
+PROBE = "--batch_size 512 --model vit_base_patch16 --cls_token --epochs 90 --blr 0.1 --weight_decay 0.0 --dist_eval"
 EVALUATE = "--eval --model vit_base_patch16 --batch_size 16"
 SMALL = "--input_size 28 --batch_size 16 --num_workers 0 --device cpu --warmup_epochs 0"
 SMALL_VIT = f"{SMALL} --model vit_demo_patch4 --nb_classes 10"
@@ -63,8 +61,15 @@ def test_published_classifier_commands_and_their_evaluation(job, published, pret
     MAINS[job](flags(published, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, finetune=pretrained))
     (line,) = log_of(tmp_path)
     assert set(line) == {
-        "train_loss", "train_lr", "test_acc1", "test_acc5", "test_loss", "epoch", "n_parameters", "data_wait",
-    }  # fmt: skip
+        "train_loss",
+        "train_lr",
+        "test_acc1",
+        "test_acc5",
+        "test_loss",
+        "epoch",
+        "n_parameters",
+        "data_wait",
+    }
     stored = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
     assert len(stored["class_to_idx"]) == 10
     trained = capsys.readouterr().out
@@ -135,10 +140,18 @@ def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp
         "linprobe": f"{PROBE} {SMALL_VIT} --finetune {pretrained}",
     }[job]
     done = script(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, tmp_path / "dump.py", job, tmp_path,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        tmp_path / "dump.py",
+        job,
+        tmp_path,
         *flags(published, data_path=images, output_dir=tmp_path, epochs=2, batch_size=8, accum_iter=2),
-        PYTHONPATH=".", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+        PYTHONPATH=".",
+        OMP_NUM_THREADS="1",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     # A probe's BatchNorm follows each rank's own images until DDP next takes rank 0's.
@@ -159,9 +172,14 @@ def test_evaluation_counts_every_image_once_on_two_processes(share, images, pret
     link(images / "val", val)
     next(iter(sorted(val.glob("*/*")))).unlink()
     words = flags(
-        "--eval --cls_token", SMALL_VIT, share, data_path=tmp_path / "data", resume=tmp_path / "checkpoint-0.pth",
-        batch_size=4, amp="off",
-    )  # fmt: skip
+        "--eval --cls_token",
+        SMALL_VIT,
+        share,
+        data_path=tmp_path / "data",
+        resume=tmp_path / "checkpoint-0.pth",
+        batch_size=4,
+        amp="off",
+    )
     capsys.readouterr()
     main_linprobe.main(words)
     expected = capsys.readouterr().out.splitlines()[-1]

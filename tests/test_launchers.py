@@ -18,9 +18,15 @@ from util import launch, options
 from util.errors import UserError
 
 SRUN = {
-    "SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "11", "SLURM_LOCALID": "1", "SLURM_NODEID": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "MASTER_ADDR": "node1",
-}  # fmt: skip
+    "SLURM_PROCID": "9",
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "MASTER_ADDR": "node1",
+}
 
 
 @pytest.fixture
@@ -111,9 +117,13 @@ def submission(images, folder, *more, job="pretrain", executor="local", tasks=2)
 
 def submit(*args, **more):
     return subprocess.Popen(
-        [sys.executable, "main_submitit.py", *submission(*args, **more)], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "main_submitit.py", *submission(*args, **more)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture

@@ -33,19 +33,39 @@ def cable():
 def node(host, out, *argv):
     """torchrun on a host, in a process group of its own; its output is appended to the file."""
     torchrun = [
-        "-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 20,
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "10.77.0.1:29400", "--rdzv_id", "mae",
-        "--rdzv_conf", f"is_host={int(host == 'a')}", "--local_addr", "10.77.0.1" if host == "a" else "10.77.0.2",
-    ]  # fmt: skip
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        2,
+        "--nproc_per_node",
+        1,
+        "--max-restarts",
+        20,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "10.77.0.1:29400",
+        "--rdzv_id",
+        "mae",
+        "--rdzv_conf",
+        f"is_host={int(host == 'a')}",
+        "--local_addr",
+        "10.77.0.1" if host == "a" else "10.77.0.2",
+    ]
     with out.open("a") as file:
         return subprocess.Popen(
-            list(map(str, ["ip", "netns", "exec", f"mae-{host}", sys.executable, *torchrun, *argv])), cwd=ROOT,
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            list(map(str, ["ip", "netns", "exec", f"mae-{host}", sys.executable, *torchrun, *argv])),
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             env={
-                **os.environ, "GLOO_SOCKET_IFNAME": f"mae-v{host}", "OMP_NUM_THREADS": "1",
+                **os.environ,
+                "GLOO_SOCKET_IFNAME": f"mae-v{host}",
+                "OMP_NUM_THREADS": "1",
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             },
-        )  # fmt: skip
+        )
 
 
 def test_a_node_that_was_cut_off_comes_back_and_the_run_ends_as_undisturbed(cable, images, tmp_path):

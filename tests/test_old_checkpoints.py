@@ -62,9 +62,7 @@ def resume(images, tmp_path, monkeypatch):
 
 def without_key_bias(state):
     """The weights; without the keys' part of a qkv bias, whose true gradient is zero: AdamW amplifies its rounding."""
-    return {
-        name: value.view(3, -1)[[0, 2]] if name.endswith("qkv.bias") else value for name, value in state.items()
-    }
+    return {name: value.view(3, -1)[[0, 2]] if name.endswith("qkv.bias") else value for name, value in state.items()}
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -18,28 +18,76 @@ JOBS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_l
 MODELS = {"pretrain": models_mae.MODELS, "finetune": models_vit.MODELS, "linprobe": models_vit.MODELS}
 
 SHARED = {
-    "accum_iter": 1, "lr": None, "output_dir": "./output_dir", "log_dir": "./output_dir", "seed": 0, "resume": "",
-    "start_epoch": 0, "num_workers": 10, "pin_mem": True, "world_size": 1, "local_rank": -1, "dist_on_itp": False,
-    "dist_url": "env://", "input_size": 224,
-}  # fmt: skip
+    "accum_iter": 1,
+    "lr": None,
+    "output_dir": "./output_dir",
+    "log_dir": "./output_dir",
+    "seed": 0,
+    "resume": "",
+    "start_epoch": 0,
+    "num_workers": 10,
+    "pin_mem": True,
+    "world_size": 1,
+    "local_rank": -1,
+    "dist_on_itp": False,
+    "dist_url": "env://",
+    "input_size": 224,
+}
 CLASSIFIER = {"finetune": "", "nb_classes": 1000, "eval": False, "dist_eval": False}
 DEFAULTS = {
-    "pretrain": SHARED | {
-        "batch_size": 64, "epochs": 400, "warmup_epochs": 40, "model": "mae_vit_large_patch16", "mask_ratio": 0.75,
-        "norm_pix_loss": False, "weight_decay": 0.05, "blr": 1e-3, "min_lr": 0,
+    "pretrain": SHARED
+    | {
+        "batch_size": 64,
+        "epochs": 400,
+        "warmup_epochs": 40,
+        "model": "mae_vit_large_patch16",
+        "mask_ratio": 0.75,
+        "norm_pix_loss": False,
+        "weight_decay": 0.05,
+        "blr": 1e-3,
+        "min_lr": 0,
     },
-    "finetune": SHARED | CLASSIFIER | {
-        "batch_size": 64, "epochs": 50, "warmup_epochs": 5, "model": "vit_large_patch16", "weight_decay": 0.05,
-        "blr": 1e-3, "min_lr": 1e-6, "drop_path": 0.1, "layer_decay": 0.75, "clip_grad": None, "color_jitter": None,
-        "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "reprob": 0.25, "remode": "pixel", "recount": 1,
-        "resplit": False, "mixup": 0, "cutmix": 0, "cutmix_minmax": None, "mixup_prob": 1.0,
-        "mixup_switch_prob": 0.5, "mixup_mode": "batch", "global_pool": True,
+    "finetune": SHARED
+    | CLASSIFIER
+    | {
+        "batch_size": 64,
+        "epochs": 50,
+        "warmup_epochs": 5,
+        "model": "vit_large_patch16",
+        "weight_decay": 0.05,
+        "blr": 1e-3,
+        "min_lr": 1e-6,
+        "drop_path": 0.1,
+        "layer_decay": 0.75,
+        "clip_grad": None,
+        "color_jitter": None,
+        "aa": "rand-m9-mstd0.5-inc1",
+        "smoothing": 0.1,
+        "reprob": 0.25,
+        "remode": "pixel",
+        "recount": 1,
+        "resplit": False,
+        "mixup": 0,
+        "cutmix": 0,
+        "cutmix_minmax": None,
+        "mixup_prob": 1.0,
+        "mixup_switch_prob": 0.5,
+        "mixup_mode": "batch",
+        "global_pool": True,
     },
-    "linprobe": SHARED | CLASSIFIER | {
-        "batch_size": 512, "epochs": 90, "warmup_epochs": 10, "model": "vit_large_patch16", "weight_decay": 0,
-        "blr": 0.1, "min_lr": 0, "global_pool": False,
+    "linprobe": SHARED
+    | CLASSIFIER
+    | {
+        "batch_size": 512,
+        "epochs": 90,
+        "warmup_epochs": 10,
+        "model": "vit_large_patch16",
+        "weight_decay": 0,
+        "blr": 0.1,
+        "min_lr": 0,
+        "global_pool": False,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -122,10 +170,13 @@ def test_bad_arguments(job, flags, message):
 @pytest.mark.parametrize(
     ("job", "flags"),
     [
-        ("pretrain", "--amp fp8"), ("pretrain", "--batchsize 8"), ("pretrain", "--epochs ten"),
-        ("finetune", "--mixup_mode half"), ("finetune", "--remode blur"),
+        ("pretrain", "--amp fp8"),
+        ("pretrain", "--batchsize 8"),
+        ("pretrain", "--epochs ten"),
+        ("finetune", "--mixup_mode half"),
+        ("finetune", "--remode blur"),
     ],
-)  # fmt: skip
+)
 def test_what_argparse_refuses_names_the_flag(job, flags, capsys):
     with pytest.raises(SystemExit) as caught:
         JOBS[job].get_args(flags.split())
@@ -199,12 +250,15 @@ def test_a_missing_compiler_is_noticed_by_trying_it(script, tmp_path):
     assert done.stdout.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", [
-    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
-    "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
-    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
-    "shared memory. Please try to raise your shared memory limit.",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+    ],
+)
 def test_a_full_dev_shm_is_a_message_that_says_how_to_start_the_container(text, refusal):
     def main():
         raise RuntimeError(text)

@@ -27,11 +27,13 @@ SMALL = (
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [
-        (0, []), (0.5, ["blocks.2.mlp", "blocks.2.norm2", "norm"]), (1, ["blocks.2", "norm"]),
+        (0, []),
+        (0.5, ["blocks.2.mlp", "blocks.2.norm2", "norm"]),
+        (1, ["blocks.2", "norm"]),
         (1.5, ["blocks.1.mlp", "blocks.1.norm2", "blocks.2", "norm"]),
         (3, ["blocks.0", "blocks.1", "blocks.2", "norm"]),
     ],
-)  # fmt: skip
+)
 def test_exactly_the_named_parameters_are_trained(blocks, expected, pooled):
     model = models_vit.train_last(models_vit.VisionTransformer(**SIZE, global_pool=pooled), blocks)
     wanted = tuple(f"{name}." for name in [*expected, "head", "fc_norm"])
@@ -144,13 +146,20 @@ def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
     targets = torch.tensor([0, 1, 2, 2])
     batches = Loader([(targets.float()[:, None, None, None], targets)])
     stats = engine_finetune.evaluate(
-        TwoHeads(), batches, torch.device("cpu"), LossScaler("off", torch.device("cpu")), names=["low", "high"],
+        TwoHeads(),
+        batches,
+        torch.device("cpu"),
+        LossScaler("off", torch.device("cpu")),
+        names=["low", "high"],
         confusion=str(tmp_path / "confusion.csv"),
-    )  # fmt: skip
+    )
     assert stats["acc1"] == 100 and stats["acc1_low"] == 0
     assert (tmp_path / "confusion.csv").read_text().split() == [
-        "class,a,b,c,accuracy", "a,1,0,0,100.00", "b,0,1,0,100.00", "c,0,0,2,100.00",
-    ]  # fmt: skip
+        "class,a,b,c,accuracy",
+        "a,1,0,0,100.00",
+        "b,0,1,0,100.00",
+        "c,0,0,2,100.00",
+    ]
 
 
 def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_was_trained():

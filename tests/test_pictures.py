@@ -25,9 +25,16 @@ MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3),
 def autoencoder(norm_pix_loss=False):
     torch.manual_seed(0)
     return models_mae.MaskedAutoencoderViT(
-        img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
-        decoder_num_heads=2, norm_pix_loss=norm_pix_loss,
-    )  # fmt: skip
+        img_size=16,
+        patch_size=4,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        decoder_embed_dim=8,
+        decoder_depth=1,
+        decoder_num_heads=2,
+        norm_pix_loss=norm_pix_loss,
+    )
 
 
 def pixels():
@@ -142,8 +149,10 @@ def test_monitors_repeat_and_the_fixed_mask_loss_falls(pretrained, images, tmp_p
     assert [line["epoch"] for line in log if "test_loss" in line] == [1, 3, 5] and losses[-1] < losses[0]
     assert all(0 <= line["test_knn"] <= 100 for line in log if "test_loss" in line)
     assert sorted(path.name for path in (pretrained / "reconstructions").iterdir()) == [
-        "epoch-0001.png", "epoch-0003.png", "epoch-0005.png"
-    ]  # fmt: skip
+        "epoch-0001.png",
+        "epoch-0003.png",
+        "epoch-0005.png",
+    ]
     # Looking changes nothing: the same run without monitors has the same training losses.
     words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(tmp_path)]
     main_pretrain.main([*words, "--epochs", "6", "--monitor_freq", "0", "--norm_pix_loss"])
@@ -294,14 +303,15 @@ def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():
         (main_reconstruct, ["--device", "gpu"], "--device gpu"),
         (main_reconstruct, ["--batch_size", "0"], "--batch_size"),
         (main_reconstruct, ["--output", "grid.xyz"], "a picture wanted"),
-        (main_predict, ["--crop_pct", "-1"], "--crop_pct"), (main_predict, ["--crop_pct", "87.5"], "at most 1"),
+        (main_predict, ["--crop_pct", "-1"], "--crop_pct"),
+        (main_predict, ["--crop_pct", "87.5"], "at most 1"),
         (main_reconstruct, ["--output", "grid.psd"], "a picture wanted"),
         (main_predict, ["--output", "/tmp"], "it is a folder"),
         (main_reconstruct, ["--separate", "--output", __file__], "is a file"),
         (main_features, ["--output", "features.txt"], "must end in .npz"),
         (main_predict, ["--output", "/proc/none/p.csv"], "can't be written"),
     ],
-)  # fmt: skip
+)
 def test_bad_flags_of_the_small_scripts_end_in_a_message(main, more, message, images, tmp_path):
     place = "--data_path" if main is main_features else "--images"
     output = {main_reconstruct: "g.png", main_predict: "p.csv", main_features: "f.npz"}[main]

@@ -59,8 +59,9 @@ def test_validation_images_go_to_their_classes(archives, labels, capsys):
 def test_the_development_kits_classes_are_read(archives):
     scipy_io = pytest.importorskip("scipy.io")
     np = pytest.importorskip("numpy")
-    synsets = np.array([(n, name) for n, name in enumerate(sorted(set(LABELS)), 1)],
-                       dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])  # fmt: skip
+    synsets = np.array(
+        [(n, name) for n, name in enumerate(sorted(set(LABELS)), 1)], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")]
+    )
     meta = io.BytesIO()
     scipy_io.savemat(meta, {"synsets": synsets})
     with tarfile.open(archives / "devkit.tar.gz", "w:gz") as tar:

@@ -130,10 +130,19 @@ def own_opinions(images, folder):
     loader = loaders.train_loader(str(images), Crop(28, (1.0, 1.0)), 4, 0, False, 0, Pixels(), CPU)
     position = misc.Position(0)
     loop.run_epochs(
-        loader, 3, keeper, RunLog("", "", 0, 0.0), position, CPU, lambda epoch, run: {"loss": 1.0},
-        save_freq=100, save_minutes=0, max_bad_steps=1, max_bad_images=1.0,
+        loader,
+        3,
+        keeper,
+        RunLog("", "", 0, 0.0),
+        position,
+        CPU,
+        lambda epoch, run: {"loss": 1.0},
+        save_freq=100,
+        save_minutes=0,
+        max_bad_steps=1,
+        max_bad_images=1.0,
         evaluate=lambda poll: {"acc1": 50.0 - dist.rank() * (-1) ** position.epoch},
-    )  # fmt: skip
+    )
     return position.best
 
 

@@ -137,10 +137,12 @@ def recipe(images, tmp_path):
     """Runs a recipe on 80 pictures, between folders with a space in their names; returns its output."""
     (tmp_path / "my data").symlink_to(images)
     env = {
-        **os.environ, "DATA": str(tmp_path / "my data"), "OUT": str(tmp_path / "my out"),
+        **os.environ,
+        "DATA": str(tmp_path / "my data"),
+        "OUT": str(tmp_path / "my out"),
         "RESULTS": str(tmp_path / "results"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
+    }
 
     def run(name, *flags):
         done = subprocess.run([ROOT / "recipes" / f"{name}.sh", *flags], env=env, text=True, capture_output=True)

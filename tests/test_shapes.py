@@ -74,11 +74,18 @@ def test_every_job_takes_the_images(case, tmp_path):
     assert np.isfinite(line["train_loss"]) and np.isfinite(line["test_loss"])
     assert len(list((out / "reconstructions").glob("*.png"))) == 1
     for job, words in ((main_finetune, "--reprob 0.5"), (main_linprobe, "--cls_token")):
-        job.main([
-            *SMALL.replace("--monitor_freq 1", "").split(), *shape.split(), *words.split(), "--data_path",
-            str(tmp_path), *f"--model vit_demo_patch4 --nb_classes 2 --finetune {out / 'checkpoint-0.pth'}".split(),
-            "--output_dir", str(tmp_path / job.__name__),
-        ])  # fmt: skip
+        job.main(
+            [
+                *SMALL.replace("--monitor_freq 1", "").split(),
+                *shape.split(),
+                *words.split(),
+                "--data_path",
+                str(tmp_path),
+                *f"--model vit_demo_patch4 --nb_classes 2 --finetune {out / 'checkpoint-0.pth'}".split(),
+                "--output_dir",
+                str(tmp_path / job.__name__),
+            ]
+        )
     small = ["--resume", str(out / "checkpoint-0.pth"), "--device", "cpu", "--output"]
     main_reconstruct.main([*small, str(tmp_path / "grid.png"), "--images", str(tmp_path / "val")])
     assert Image.open(tmp_path / "grid.png").width > 4 * 100
@@ -99,10 +106,22 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path):
     for folder in data.rglob("deeper"):
         folder.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="must hold train/<class>/<images>|has no class folders"):
-        main_linprobe.main([
-            "--model", "vit_demo_patch4", "--input_size", "28", "--nb_classes", "2", "--data_path", str(data),
-            "--output_dir", "", "--device", "cpu",
-        ])  # fmt: skip
+        main_linprobe.main(
+            [
+                "--model",
+                "vit_demo_patch4",
+                "--input_size",
+                "28",
+                "--nb_classes",
+                "2",
+                "--data_path",
+                str(data),
+                "--output_dir",
+                "",
+                "--device",
+                "cpu",
+            ]
+        )
 
 
 def test_files_become_the_channels_that_are_asked_for(tmp_path):
@@ -144,7 +163,7 @@ def test_files_of_8_and_16_bits_meet_in_a_batch(tmp_path):
     for workers in (0, 1):
         crop = Crop(16, (1.0, 1.0))
         loader = loaders.train_loader(str(tmp_path), crop, 2, workers, False, 0, pixels, torch.device("cpu"))
-        (imgs, _), = loader
+        ((imgs, _),) = loader
         assert imgs.dtype == torch.float32 and imgs.max() < 1.3 and (imgs.amax(dim=(1, 2, 3)) > 0.2).all()
 
 
@@ -194,10 +213,14 @@ def test_finetuning_at_another_size_and_aspect(images, tmp_path, capsys):
     flags = f"{SMALL} --data_path {images}".replace("--monitor_freq 1", "").split()
     main_pretrain.main([*flags, *f"--model mae_vit_demo_patch4 --input_size 24 32 --output_dir {tmp_path}".split()])
     for size in ("28", "32 24", "24 32"):
-        main_finetune.main([
-            *flags, *f"--model vit_demo_patch4 --nb_classes 10 --output_dir= --input_size {size}".split(),
-            "--finetune", str(tmp_path / "checkpoint-0.pth"),
-        ])  # fmt: skip
+        main_finetune.main(
+            [
+                *flags,
+                *f"--model vit_demo_patch4 --nb_classes 10 --output_dir= --input_size {size}".split(),
+                "--finetune",
+                str(tmp_path / "checkpoint-0.pth"),
+            ]
+        )
     said = capsys.readouterr().out
     assert "positions resized from 6 x 8 to 7 x 7" in said and "positions resized from 6 x 8 to 8 x 6" in said
     assert said.count("positions resized") == 2

@@ -36,9 +36,7 @@ SBIN = f"{os.environ['PATH']}:/usr/sbin"
 
 
 def run(cluster, *argv, timeout=300):
-    done = subprocess.run(
-        list(map(str, argv)), cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=timeout
-    )
+    done = subprocess.run(list(map(str, argv)), cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -1,6 +1,6 @@
 """A week in two minutes: 200 short epochs under a rain of kill -9.
 
-    python -m pytest -m soak
+python -m pytest -m soak
 """
 
 import random

@@ -67,12 +67,18 @@ print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
 
 
 @pytest.mark.parametrize("build", [autoencoder, classifier])
-@pytest.mark.parametrize("setting", [
-    {"attention": "fused"}, {"grad_checkpoint": True}, {"compiled": True, "amp": "bf16"},
-    # Compilation takes long, and the golden runs have the first, too, and the second with fused attention.
-    pytest.param({"compiled": True}, marks=pytest.mark.slow),
-    pytest.param({"compiled": True, "grad_checkpoint": True}, marks=pytest.mark.slow),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"attention": "fused"},
+        {"grad_checkpoint": True},
+        {"compiled": True, "amp": "bf16"},
+        # Compilation takes long, and the golden runs have the first, too, and the second with fused attention.
+        pytest.param({"compiled": True}, marks=pytest.mark.slow),
+        pytest.param({"compiled": True, "grad_checkpoint": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_speed_ups_leave_loss_and_gradients_alone(build, setting):
     if "compiled" in setting and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")

@@ -109,10 +109,14 @@ class TrainImages(Dataset):
             shuffled = np.random.default_rng(seed).permutation(len(images))
             by_class = shuffled[np.argsort(images.targets[shuffled], kind="stable")]
             starts = np.cumsum([0, *images.counts()])
-            self.chosen = np.sort(np.concatenate([
-                by_class[start : start + max(1, round(fraction * (end - start)))]
-                for start, end in zip(starts[:-1], starts[1:], strict=True)
-            ]))  # fmt: skip
+            self.chosen = np.sort(
+                np.concatenate(
+                    [
+                        by_class[start : start + max(1, round(fraction * (end - start)))]
+                        for start, end in zip(starts[:-1], starts[1:], strict=True)
+                    ]
+                )
+            )
         self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:

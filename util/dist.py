@@ -27,7 +27,7 @@ class LostError(RuntimeError):
 
 
 def default_device() -> str:
-    """"cuda", "mps" or "cpu", whichever is there."""
+    """ "cuda", "mps" or "cpu", whichever is there."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

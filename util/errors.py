@@ -1,8 +1,8 @@
 """How a script ends when something is wrong: one message and an exit code, not a traceback.
 
-    2    the user can put it right: flags, data, checkpoint, a full disk or GPU
-    1    the run failed: gradients that are not finite, a loader or another rank that died or does not answer
-    143  stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 130 by SIGINT
+2    the user can put it right: flags, data, checkpoint, a full disk or GPU
+1    the run failed: gradients that are not finite, a loader or another rank that died or does not answer
+143  stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 130 by SIGINT
 """
 
 import errno
@@ -19,9 +19,7 @@ from util import dist
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # How gloo, NCCL and the store say that another process is gone.
-PEERS = re.compile(
-    r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout"
-)
+PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout")
 
 
 class UserError(Exception):
@@ -58,13 +56,19 @@ def _complain(error: Exception) -> int:
     elif isinstance(error, FloatingPointError):
         text = f"rank {dist.rank()} stops: {error}"
     elif isinstance(error, torch.OutOfMemoryError):
-        text, code = f"error: rank {dist.rank()}: {str(error).split('. ')[0]}. Halve --batch_size and double " \
-                     "--accum_iter, or add --grad_checkpoint", 2  # fmt: skip
+        text, code = (
+            f"error: rank {dist.rank()}: {str(error).split('. ')[0]}. Halve --batch_size and double "
+            "--accum_iter, or add --grad_checkpoint",
+            2,
+        )
     elif isinstance(error, OSError) and error.errno in DISK:
         text, code = f"error: cannot write {error.filename or 'to the output folder'}: {error.strerror}", 2
     elif isinstance(error, RuntimeError) and re.search(r"shared memory(\(shm\)| limit)", str(error)):
-        text, code = "error: /dev/shm, through which loader processes send their batches, is full: lower " \
-                     "--num_workers, or start the container with --ipc=host or --shm-size 16g", 2  # fmt: skip
+        text, code = (
+            "error: /dev/shm, through which loader processes send their batches, is full: lower "
+            "--num_workers, or start the container with --ipc=host or --shm-size 16g",
+            2,
+        )
     elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         text += (
             ". A loader process died; out of memory is the usual reason: lower --num_workers. "

@@ -1,10 +1,10 @@
 """Other libraries' Vision Transformers: recognised by the names of their weights, and written under them.
 
-    ours       cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}, norm,
-               fc_norm, head; mask_token, decoder_*: the reference's released files, and timm's
-    Hugging Face's ViTMAE and ViT, in three generations: as released (vit.encoder.layer.N.attention.attention.query),
-               as in memory since transformers 5 (vit.layers.N.attention.q_proj), and as that writes decoders
-               (decoder.decoder_encoder.layer.N)
+ours       cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}, norm,
+           fc_norm, head; mask_token, decoder_*: the reference's released files, and timm's
+Hugging Face's ViTMAE and ViT, in three generations: as released (vit.encoder.layer.N.attention.attention.query),
+           as in memory since transformers 5 (vit.layers.N.attention.q_proj), and as that writes decoders
+           (decoder.decoder_encoder.layer.N)
 """
 
 import json
@@ -27,21 +27,32 @@ GENERATIONS = (
 )
 # Their newer words and ours: first the whole names, then what follows a block's number.
 NAMES = {
-    "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm", "classifier": "head",
-    "decoder.mask_token": "mask_token", "decoder.decoder_pos_embed": "decoder_pos_embed",
-    "decoder.decoder_embed": "decoder_embed", "decoder.decoder_norm": "decoder_norm",
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "classifier": "head",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
-}  # fmt: skip
+}
 IN_BLOCKS = {
-    "attention.o_proj": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2", "mlp.fc1": "mlp.fc1",
+    "attention.o_proj": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
-}  # fmt: skip
+}
 # Ours, and those of Hugging Face's released files.
 RELEASED = {
-    "attn.proj": "attention.output.dense", "norm1": "layernorm_before", "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-}  # fmt: skip
+    "attn.proj": "attention.output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 QKV = ("query", "key", "value")
 TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")  # what makes an encoder
 
@@ -86,10 +97,15 @@ def recognise(state: dict[str, Tensor]) -> Found:
 def describe(checkpoint: dict) -> str:
     """What a checkpoint was recognised as, in words."""
     state = checkpoint["model"]
-    parts = [name for name, there in (
-        ("encoder", "cls_token" in state), ("decoder", "decoder_pred.weight" in state),
-        ("head", any(name.startswith("head.") for name in state)),
-    ) if there]  # fmt: skip
+    parts = [
+        name
+        for name, there in (
+            ("encoder", "cls_token" in state),
+            ("decoder", "decoder_pred.weight" in state),
+            ("head", any(name.startswith("head.") for name in state)),
+        )
+        if there
+    ]
     whose = checkpoint.get("format") or (
         f"main_{checkpoint['job']}.py's" if "job" in checkpoint else "in the reference's and timm's names"
     )
@@ -119,40 +135,60 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: float) -> dict:
     """config.json of a model of ours: a classifier's with its classes, else an autoencoder's."""
     found = {
-        "hidden_size": config["embed_dim"], "num_hidden_layers": config["depth"],
-        "num_attention_heads": config["num_heads"], "intermediate_size": int(config["embed_dim"] * config["mlp_ratio"]),
-        "image_size": config["img_size"], "patch_size": config["patch_size"], "num_channels": config["in_chans"],
-        "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True, "attention_probs_dropout_prob": 0.0,
-        "hidden_dropout_prob": 0.0, "initializer_range": 0.02, "dtype": "float32",
-    }  # fmt: skip
+        "hidden_size": config["embed_dim"],
+        "num_hidden_layers": config["depth"],
+        "num_attention_heads": config["num_heads"],
+        "intermediate_size": int(config["embed_dim"] * config["mlp_ratio"]),
+        "image_size": config["img_size"],
+        "patch_size": config["patch_size"],
+        "num_channels": config["in_chans"],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+    }
     if classes is not None:
         return {
-            "architectures": ["ViTForImageClassification"], "model_type": "vit", **found,
+            "architectures": ["ViTForImageClassification"],
+            "model_type": "vit",
+            **found,
             "id2label": {str(number): name for number, name in enumerate(classes)},
             "label2id": {name: number for number, name in enumerate(classes)},
-        }  # fmt: skip
+        }
     return {
-        "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae", **found,
-        "decoder_hidden_size": config["decoder_embed_dim"], "decoder_num_hidden_layers": config["decoder_depth"],
+        "architectures": ["ViTMAEForPreTraining"],
+        "model_type": "vit_mae",
+        **found,
+        "decoder_hidden_size": config["decoder_embed_dim"],
+        "decoder_num_hidden_layers": config["decoder_depth"],
         "decoder_num_attention_heads": config["decoder_num_heads"],
-        "decoder_intermediate_size": int(config["decoder_embed_dim"] * config["mlp_ratio"]), "mask_ratio": mask_ratio,
+        "decoder_intermediate_size": int(config["decoder_embed_dim"] * config["mlp_ratio"]),
+        "mask_ratio": mask_ratio,
         "norm_pix_loss": config["norm_pix_loss"],
-    }  # fmt: skip
+    }
 
 
 def from_hugging_face_config(config: dict) -> dict:
     """What a checkpoint of ours would hold of such a model: model_config, and a classifier's class_to_idx."""
     arguments = {
-        "img_size": config.get("image_size", 224), "patch_size": config.get("patch_size", 16),
-        "in_chans": config.get("num_channels", 3), "embed_dim": config.get("hidden_size", 768),
-        "depth": config.get("num_hidden_layers", 12), "num_heads": config.get("num_attention_heads", 12),
-    }  # fmt: skip
+        "img_size": config.get("image_size", 224),
+        "patch_size": config.get("patch_size", 16),
+        "in_chans": config.get("num_channels", 3),
+        "embed_dim": config.get("hidden_size", 768),
+        "depth": config.get("num_hidden_layers", 12),
+        "num_heads": config.get("num_attention_heads", 12),
+    }
     arguments["mlp_ratio"] = config.get("intermediate_size", 3072) / arguments["embed_dim"]
     if "decoder_hidden_size" in config:
         arguments |= {
-            "decoder_embed_dim": config["decoder_hidden_size"], "decoder_depth": config["decoder_num_hidden_layers"],
-            "decoder_num_heads": config["decoder_num_attention_heads"], "norm_pix_loss": config["norm_pix_loss"],
-        }  # fmt: skip
+            "decoder_embed_dim": config["decoder_hidden_size"],
+            "decoder_depth": config["decoder_num_hidden_layers"],
+            "decoder_num_heads": config["decoder_num_attention_heads"],
+            "norm_pix_loss": config["norm_pix_loss"],
+        }
         return {"model_config": arguments}
     names = config.get("id2label") or {}
     if not any("Classification" in kind for kind in config.get("architectures") or []):

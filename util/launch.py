@@ -9,12 +9,20 @@ import re
 import subprocess
 
 # torchrun's variables, in the launchers' own words.
-OPEN_MPI = {"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-            "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE"}  # fmt: skip
+OPEN_MPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_WORLD_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
 # srun's own for this step: in a batch script, outside srun, SLURM_NTASKS and SLURM_PROCID are there as well.
 SRUN = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-SUBMITIT = {"RANK": "SUBMITIT_LOCAL_GLOBALID", "WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
-            "LOCAL_RANK": "SUBMITIT_LOCAL_LOCALID", "LOCAL_WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS"}  # fmt: skip
+SUBMITIT = {
+    "RANK": "SUBMITIT_LOCAL_GLOBALID",
+    "WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
+    "LOCAL_RANK": "SUBMITIT_LOCAL_LOCALID",
+    "LOCAL_WORLD_SIZE": "SUBMITIT_LOCAL_NTASKS",
+}
 
 NO_HOST = "no host to meet at: export MASTER_ADDR, the first node's name (mpirun -x)"
 

@@ -143,7 +143,12 @@ def spread(total: int, count: int) -> list[int]:
 
 
 def _loader(
-    dataset: Dataset, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, persistent: bool = True,
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    pin_mem: bool,
+    device: torch.device,
+    persistent: bool = True,
     **more,
 ) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
@@ -170,8 +175,16 @@ def _start_worker(_: int) -> None:
 
 
 def train_loader(
-    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, seed: int, pixels: Pixels,
-    device: torch.device, fraction: float = 1.0, flat: bool = False,
+    data_path: str,
+    transform: Callable,
+    batch_size: int,
+    num_workers: int,
+    pin_mem: bool,
+    seed: int,
+    pixels: Pixels,
+    device: torch.device,
+    fraction: float = 1.0,
+    flat: bool = False,
 ) -> Feed:
     """Shuffled batches of data_path/train, each rank a share of its own; the epoch's incomplete last batch is dropped.
 
@@ -199,7 +212,12 @@ def eval_loader(
 
 
 def monitor_loaders(
-    data_path: str, transform: Callable, batch_size: int, num_workers: int, pin_mem: bool, pixels: Pixels,
+    data_path: str,
+    transform: Callable,
+    batch_size: int,
+    num_workers: int,
+    pin_mem: bool,
+    pixels: Pixels,
     device: torch.device,
 ) -> tuple[Feed | None, Feed]:
     """For pre-training to look at: up to 5,000 images of val/, None where there is no usable one, and up to 10,000 of

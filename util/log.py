@@ -31,7 +31,14 @@ class RunLog:
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(
-        self, name: str, model: nn.Module, images: Sized, root: Path | str, batch: int, lr: float, device: torch.device,
+        self,
+        name: str,
+        model: nn.Module,
+        images: Sized,
+        root: Path | str,
+        batch: int,
+        lr: float,
+        device: torch.device,
         amp: str,
     ) -> None:
         """Say what is about to be trained, and keep the number of trained parameters for log.txt.

@@ -152,7 +152,12 @@ def train_epoch(
             run.report(step, not_finite)
 
     for step, batch in meters.watch(
-        loader, first_step, epoch, print_freq, run.checkpoints.images_per_step if run else 0, run.epochs if run else 0,
+        loader,
+        first_step,
+        epoch,
+        print_freq,
+        run.checkpoints.images_per_step if run else 0,
+        run.epochs if run else 0,
         report,
     ):
         part = micro_step(step, steps, accum_iter)

@@ -89,9 +89,13 @@ class Meters:
         bar = None
         if dist.rank() == 0 and sys.stdout.isatty():
             bar = tqdm(
-                total=steps, initial=first_step, desc=header, file=sys.stdout, dynamic_ncols=True,
+                total=steps,
+                initial=first_step,
+                desc=header,
+                file=sys.stdout,
+                dynamic_ncols=True,
                 bar_format="{desc} {n_fmt}/{total_fmt} {bar:4}{postfix}",
-            )  # fmt: skip
+            )
         in_window, waited_before = 0, 0.0
         for step, batch in enumerate(self._timed(loader), first_step):
             yield step, batch
@@ -105,8 +109,9 @@ class Meters:
             took = now - window_start
             words = [f"{name} {_short(value)}" for name, value in means.items()]
             speed = {
-                "images_per_s": in_window * images_per_step / took, "data_wait": (self.waited - waited_before) / took,
-            }  # fmt: skip
+                "images_per_s": in_window * images_per_step / took,
+                "data_wait": (self.waited - waited_before) / took,
+            }
             words += [f"{speed['images_per_s']:.0f} img/s"] * (images_per_step > 0)
             words += [f"data {speed['data_wait']:.0%}"]
             if self.device.type == "cuda":

@@ -38,10 +38,31 @@ from util.weights import load_model, plain
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 # Flags that say where and how a run goes on, not what it computes.
 PLACE = {
-    "resume", "resume_override", "overwrite", "start_epoch", "eval", "output_dir", "log_dir", "save_freq", "keep",
-    "save_minutes", "num_workers", "pin_mem", "device", "world_size", "local_rank", "dist_on_itp", "dist_url",
-    "dist_eval", "dist_timeout", "shard", "compile", "attention", "grad_checkpoint", "monitor_freq",
-}  # fmt: skip
+    "resume",
+    "resume_override",
+    "overwrite",
+    "start_epoch",
+    "eval",
+    "output_dir",
+    "log_dir",
+    "save_freq",
+    "keep",
+    "save_minutes",
+    "num_workers",
+    "pin_mem",
+    "device",
+    "world_size",
+    "local_rank",
+    "dist_on_itp",
+    "dist_url",
+    "dist_eval",
+    "dist_timeout",
+    "shard",
+    "compile",
+    "attention",
+    "grad_checkpoint",
+    "monitor_freq",
+}
 
 
 @dataclass
@@ -209,8 +230,12 @@ class Checkpoints:
             raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})
         self.newest = source
-        position = Position(checkpoint["epoch"] + 1, **checkpoint.get("position", {}), rng=checkpoint.get("rng", []),
-                            stats=checkpoint.get("stats", {}))  # fmt: skip
+        position = Position(
+            checkpoint["epoch"] + 1,
+            **checkpoint.get("position", {}),
+            rng=checkpoint.get("rng", []),
+            stats=checkpoint.get("stats", {}),
+        )
         # The sums of an epoch's beginning count batches: of the size that they had, not of today's.
         weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"] if position.totals else 1
         position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
@@ -295,7 +320,8 @@ def _newest(folder: Path, job: str, model: str) -> str:
         return str(path)
     if passed_over:
         raise UserError(
-            f"--resume auto: no checkpoint in {folder} can be used:\n  " + "\n  ".join(passed_over)
+            f"--resume auto: no checkpoint in {folder} can be used:\n  "
+            + "\n  ".join(passed_over)
             + "\n  Choose another --output_dir, or pass no --resume and --overwrite to remove them and start afresh"
         )
     dist.say(f"--resume auto: no checkpoint in {folder}: a fresh start")

@@ -25,9 +25,16 @@ class Monitor:
     """Holds the images to look at; a call measures the model as it is. All ranks call, each sees its share of val."""
 
     def __init__(
-        self, val: Feed | None, train: Feed, output_dir: str, log: RunLog, scaler: LossScaler, mask_ratio: float,
-        mask_sampling: str, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        val: Feed | None,
+        train: Feed,
+        output_dir: str,
+        log: RunLog,
+        scaler: LossScaler,
+        mask_ratio: float,
+        mask_sampling: str,
+        seed: int,
+    ) -> None:
         """val: every image once, shared by the ranks; train: some training images, likewise, as k-NN's neighbours and,
         where there is no val, for the pictures."""
         self.val, self.train, self.output_dir, self.log, self.scaler = val, train, output_dir, log, scaler

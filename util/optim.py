@@ -27,9 +27,7 @@ def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.o
     return torch.optim.AdamW(groups, lr=lr, fused=True, **more)
 
 
-def pretrain_optimizer(
-    model: nn.Module, lr: float, weight_decay: float, shard: bool = False
-) -> torch.optim.Optimizer:
+def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float, shard: bool = False) -> torch.optim.Optimizer:
     """AdamW with betas (0.9, 0.95); 1-D parameters don't decay, all others do, cls_token and mask_token too."""
     return adamw(param_groups_weight_decay(model, weight_decay), lr, shard, betas=(0.9, 0.95))
 

@@ -131,9 +131,11 @@ def finish(args: argparse.Namespace) -> argparse.Namespace:
 
 
 MODEL_FLAGS = {
-    "patch_size": "patch_size", "decoder_dim": "decoder_embed_dim", "decoder_depth": "decoder_depth",
+    "patch_size": "patch_size",
+    "decoder_dim": "decoder_embed_dim",
+    "decoder_depth": "decoder_depth",
     "decoder_heads": "decoder_num_heads",
-}  # fmt: skip
+}
 
 
 def model_size(args: argparse.Namespace) -> dict[str, int | tuple[int, int]]:
@@ -161,13 +163,41 @@ BETWEEN = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove a
 BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
 RANGES = {
     **dict.fromkeys(
-        ("batch_size", "accum_iter", "epochs", "save_freq", "eval_freq", "keep", "max_bad_steps", "nb_classes",
-         "input_size", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads", "recount"),
+        (
+            "batch_size",
+            "accum_iter",
+            "epochs",
+            "save_freq",
+            "eval_freq",
+            "keep",
+            "max_bad_steps",
+            "nb_classes",
+            "input_size",
+            "patch_size",
+            "in_chans",
+            "decoder_dim",
+            "decoder_depth",
+            "decoder_heads",
+            "recount",
+        ),
         AT_LEAST_1,
     ),
     **dict.fromkeys(
-        ("warmup_epochs", "num_workers", "start_epoch", "weight_decay", "min_lr", "save_minutes", "monitor_freq",
-         "mixup", "cutmix", "color_jitter", "lr", "blr"), NOT_NEGATIVE,
+        (
+            "warmup_epochs",
+            "num_workers",
+            "start_epoch",
+            "weight_decay",
+            "min_lr",
+            "save_minutes",
+            "monitor_freq",
+            "mixup",
+            "cutmix",
+            "color_jitter",
+            "lr",
+            "blr",
+        ),
+        NOT_NEGATIVE,
     ),
     **dict.fromkeys(("clip_grad", "layer_decay", "dist_timeout"), POSITIVE),
     "crop_pct": (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1"),
@@ -175,7 +205,7 @@ RANGES = {
     **dict.fromkeys(("train_fraction", "max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
     **dict.fromkeys(("drop_path", "smoothing", "model_ema_decay"), BELOW_1),
     "mask_ratio": BETWEEN,
-}  # fmt: skip
+}
 
 
 def check(args: argparse.Namespace, models: dict) -> None:
@@ -234,8 +264,9 @@ def _pixel_problems(args: argparse.Namespace) -> list[str]:
         return [f"--in_chans {C} needs --mean and --std, {C} numbers each: scripts/mean_std.py computes them"]
     problems = [
         f"--{name} needs {C} numbers, one for each of --in_chans {C}"
-        for name in ("mean", "std") if len(getattr(args, name)) != C
-    ]  # fmt: skip
+        for name in ("mean", "std")
+        if len(getattr(args, name)) != C
+    ]
     if min(args.std) <= 0:
         problems.append(f"--std {' '.join(map(str, args.std))}: must be greater than 0")
     return problems
@@ -259,8 +290,9 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
     if not getattr(args, "eval", False):
         problems += [
             f"--{name} {getattr(args, name)} must be less than --epochs {args.epochs}"
-            for name in ("warmup_epochs", "start_epoch") if getattr(args, name) >= args.epochs
-        ]  # fmt: skip
+            for name in ("warmup_epochs", "start_epoch")
+            if getattr(args, name) >= args.epochs
+        ]
     if hasattr(args, "mixup"):
         if mixes(args) and args.batch_size % 2:
             problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")

@@ -54,7 +54,8 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     left_out = {
         name
         for name in set(state) - own
-        if name.startswith("decoder_") or name in ("mask_token", "norm.weight", "norm.bias")
+        if name.startswith("decoder_")
+        or name in ("mask_token", "norm.weight", "norm.bias")
         or (name.startswith("fc_norm.") and "norm.weight" in state)
     }
     heads = (checkpoint.get("model_config") or {}).get("num_heads", model.config["num_heads"])
@@ -102,8 +103,9 @@ def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str,
             theirs, ours = (CentreCrop(args["input_size"], share).cover for share in (theirs, ours))
         if plain(theirs) != plain(ours):
             default = "at its default"
-            dist.say(f"notice: {source} was made with --{name} {stored[name] or default}, here it is "
-                     f"{args[name] or default}")  # fmt: skip
+            dist.say(
+                f"notice: {source} was made with --{name} {stored[name] or default}, here it is {args[name] or default}"
+            )
 
 
 def plain(value: object) -> object:
