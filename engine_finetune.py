@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util import dist
 from util.amp import LossScaler
-from util.folder import writing
-from util.loaders import in_step
+from util.checkpoint.output_dir import writing
+from util.data.loaders import in_step
+from util.distributed import dist
 from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
 

@@ -5,8 +5,9 @@ from collections.abc import Sized
 import torch
 from torch import Tensor, nn
 
-from util import dist, masking
+from util import masking
 from util.amp import LossScaler
+from util.distributed import dist
 from util.loop import Run, train_epoch
 from util.lr_sched import CosineSchedule
 

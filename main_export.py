@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 import models_mae
 import models_vit
-from util import errors, formats
-from util.augment import default_crop_pct
+from util import errors
+from util.checkpoint import formats
+from util.checkpoint.files import checkpoint_args, load_checkpoint
+from util.checkpoint.output_dir import unwritable
+from util.data.images import Pixels
+from util.data.transforms import default_crop_pct
 from util.errors import UserError
-from util.files import checkpoint_args, load_checkpoint
-from util.folder import unwritable
-from util.images import Pixels
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

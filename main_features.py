@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 import models_vit
-from util import errors, knn, views
+from util import errors, inference
+from util.checkpoint.files import load_checkpoint
+from util.data.images import Pixels
 from util.errors import UserError
-from util.files import load_checkpoint
-from util.images import Pixels
+from util.report import knn
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -29,14 +30,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="file to write, .npz")
     parser.add_argument("--tokens", default="pooled", choices=("class", "pooled", "all"), help="pooled: patches' mean")
     parser.add_argument("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that name the others")
-    views.add_flags(parser)
+    inference.add_flags(parser)
     return parser.parse_args(argv)
 
 
 def encode(model: models_vit.VisionTransformer, files: list[Path], pixels: Pixels, args: argparse.Namespace) -> Tensor:
     """The files' features [M, D] or [M, 1+L, D], on the CPU."""
     parts = []
-    for _, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
+    for _, imgs in inference.batches(files, model.patch_embed.img_size, pixels, args):
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
         part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[args.tokens]
         parts.append(part.float().cpu())
@@ -59,12 +60,12 @@ def labels_of(files: list[Path], root: Path, classes: list[str] | None = None) -
 def main(argv: list[str] | None = None) -> None:
     """Write the features (argv defaults to the command line's)."""
     args = get_args(argv)
-    views.check(args)
+    inference.check(args)
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output} must end in .npz")
-    files, others, classes = views.find([args.data_path]), [], None
+    files, others, classes = inference.find([args.data_path]), [], None
     if args.neighbours:
-        others = views.find([args.neighbours])
+        others = inference.find([args.neighbours])
         named, classes = labels_of(others, args.neighbours)
         if named is None:
             raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--neighbours needs class folders in --data_path, and one feature per image (--tokens)")
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
-    pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)
+    pixels = inference.pixels_as_trained(checkpoint, model.config["in_chans"], args)
     features = encode(model, files, pixels, args)
     inside = [path.relative_to(args.data_path) for path in files]
     found = {"features": features.numpy(), "files": np.array([str(path) for path in inside])}

@@ -23,11 +23,14 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import amp, dist, errors, loaders, misc, optim, options, speed, weights
-from util.augment import CentreCrop, FinetuneTransform
-from util.log import RunLog
+from util import amp, errors, misc, optim, options, speed
+from util.checkpoint import weights
+from util.data import loaders
+from util.data.transforms import CentreCrop, FinetuneTransform
+from util.distributed import dist
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
+from util.report.log import RunLog
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 import models_vit
-from util import errors, views
+from util import errors, inference
+from util.checkpoint.files import load_checkpoint
 from util.errors import UserError
-from util.files import load_checkpoint
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -24,7 +24,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", required=True, metavar="CKPT")
     parser.add_argument("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     parser.add_argument("--output", required=True, type=Path, help="CSV to write")
-    views.add_flags(parser)
+    inference.add_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -32,14 +32,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the predictions (argv defaults to the command line's)."""
     args = get_args(argv)
-    views.check(args)
-    files = views.find(args.images)
+    inference.check(args)
+    files = inference.find(args.images)
     checkpoint = load_checkpoint(args.resume)
     names = checkpoint.get("class_to_idx")
     if not names:
         raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
-    pixels = views.pixels_as_trained(checkpoint, model.config["in_chans"], args)
+    pixels = inference.pixels_as_trained(checkpoint, model.config["in_chans"], args)
     names = sorted(names, key=names.get)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="", encoding="utf-8") as out:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         k = min(5, len(names))
         ranks = [f"{word}{number}" for number in range(1, k + 1) for word in ("top", "p")]
         writer.writerow(["file", "class", "probability", *ranks])
-        for paths, imgs in views.batches(files, model.patch_embed.img_size, pixels, args):
+        for paths, imgs in inference.batches(files, model.patch_embed.img_size, pixels, args):
             top = model(imgs).float().softmax(dim=1).topk(k)
             for path, shares, numbers in zip(paths, top.values.tolist(), top.indices.tolist(), strict=True):
                 best = [word for share, n in zip(shares, numbers, strict=True) for word in (names[n], f"{share:.4f}")]

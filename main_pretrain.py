@@ -11,7 +11,7 @@ output_dir/
     checkpoint-{epoch}.pth      every --save_freq epochs and at the end (what is in it: util/misc.py)
     checkpoint-last.pth         the newest state, in mid-epoch too: what --resume auto goes on from
     log.txt                     a JSON line per epoch
-    reconstructions/            a picture every --monitor_freq epochs (more: util/monitor.py)
+    reconstructions/            a picture every --monitor_freq epochs (more: util/report/monitor.py)
     events.out.tfevents.*       TensorBoard
 """
 
@@ -19,12 +19,14 @@ import argparse
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import amp, dist, errors, loaders, masking, misc, optim, options, speed
-from util.augment import CentreCrop, Crop
-from util.log import RunLog
+from util import amp, errors, masking, misc, optim, options, speed
+from util.data import loaders
+from util.data.transforms import CentreCrop, Crop
+from util.distributed import dist
 from util.loop import run_epochs
 from util.lr_sched import CosineSchedule
-from util.monitor import Monitor
+from util.report.log import RunLog
+from util.report.monitor import Monitor
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 import models_mae
-from util import errors, loaders, masking, pictures, views
+from util import errors, inference, masking
+from util.checkpoint.files import load_checkpoint
+from util.data import loaders
 from util.errors import UserError
-from util.files import load_checkpoint
+from util.report import pictures
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +33,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", default=0, type=int, help="of the masks, together with each file's name")
     add("--num", default=8, type=int, help="at most so many images, evenly spread over those found")
     add("--norm_pix_loss", action="store_true", help="the targets were normalised; for files that don't say")
-    views.add_flags(parser)
+    inference.add_flags(parser)
     args = parser.parse_args(argv)
     if not 0 < args.mask_ratio < 1 or args.num < 1:
         parser.error("--mask_ratio must lie between 0 and 1, --num must be at least 1")
@@ -42,18 +44,18 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Write the pictures (argv defaults to the command line's)."""
     args = get_args(argv)
-    views.check(args)
+    inference.check(args)
     kind = Image.registered_extensions().get(args.output.suffix.lower())
     if not args.separate and kind not in Image.SAVE:
         raise UserError(f"--output {args.output}: a picture wanted, .png for example; or --separate and a folder")
-    files = views.find(args.images, args.num)
+    files = inference.find(args.images, args.num)
     checkpoint = load_checkpoint(args.resume)
     model = models_mae.from_checkpoint(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()
     size, grid, patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
     if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches")
-    pixels = views.pixels_as_trained(checkpoint, model.in_chans, args)
-    imgs = torch.cat([imgs for _, imgs in views.batches(files, size, pixels, args)])
+    pixels = inference.pixels_as_trained(checkpoint, model.in_chans, args)
+    imgs = torch.cat([imgs for _, imgs in inference.batches(files, size, pixels, args)])
     noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
     normalise = loaders.Normalise(pixels, imgs.device)
     rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import models_vit
 from models_vit import SIZES
+from util.checkpoint.files import checkpoint_args
 from util.errors import UserError
-from util.files import checkpoint_args
 from util.pos_embed import sincos_pos_embed
 
 

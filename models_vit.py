@@ -12,10 +12,10 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from util import dist
+from util.checkpoint.files import checkpoint_args
+from util.checkpoint.formats import TRUNK
+from util.distributed import dist
 from util.errors import UserError
-from util.files import checkpoint_args
-from util.formats import TRUNK
 
 # Width, depth and heads of the encoders; models_mae builds on the same.
 SIZES = {

@@ -24,15 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_name, link_images
-from util import augment
-from util.datasets import Images
-from util.images import Pixels, load_array
-from util.loaders import train_loader
+from util.data import transforms
+from util.data.datasets import Images
+from util.data.images import Pixels, load_array
+from util.data.loaders import train_loader
 
 CPU = torch.device("cpu")
 SCALE = (0.2, 1.0)
@@ -53,13 +53,13 @@ class Decoded(Dataset):
 
 def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
     """The rows' loaders."""
-    ours = train_loader(folder, augment.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
-    classic = transforms.Compose(
+    ours = train_loader(folder, transforms.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
+    classic = tv.Compose(
         [
-            transforms.RandomResizedCrop(224, scale=SCALE, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(Pixels().mean, Pixels().std),
+            tv.RandomResizedCrop(224, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
+            tv.RandomHorizontalFlip(),
+            tv.ToTensor(),
+            tv.Normalize(Pixels().mean, Pixels().std),
         ]
     )
     common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0, "shuffle": True}
@@ -110,7 +110,7 @@ def listing_costs(files: int) -> dict[str, float]:
             for image in range(1000):
                 (folder / f"n{number:08d}_{image:05d}.JPEG").touch()
         start = time.perf_counter()
-        transform = augment.Crop(8, SCALE)
+        transform = transforms.Crop(8, SCALE)
         feed = train_loader(f"{temporary}/data", transform, 500, 1, False, 0, Pixels(), CPU)
         took = time.perf_counter() - start
         feed.dataset.images.loader = lambda path: np.zeros((8, 8, 3), np.uint8)

@@ -43,8 +43,9 @@ import models_mae
 import models_vit
 from benchmarks.timing import Step, device_name, matmul_step, seconds
 from engine_finetune import head_losses
-from util import formats, optim, speed
+from util import optim, speed
 from util.amp import LossScaler
+from util.checkpoint import formats
 
 CLASSES = 1000
 ROWS = ("ours", "ours_eager", "off", "hf", "hf_best", "hf_compiled")

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util import errors, views
+from util import errors, inference
+from util.data.images import BadImage, load_array
 from util.errors import UserError
-from util.images import BadImage, load_array
 
 
 def statistics(files: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.in_chans < 1 or (args.num is not None and args.num < 1):
         raise UserError("--in_chans and --num must be at least 1")
-    files = views.find(args.folder, args.num)
+    files = inference.find(args.folder, args.num)
     mean, std = statistics(files, args.in_chans)
     # Without exponents: argparse takes -1e-05 for a flag.
     mean, std = (

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util import datasets, errors
+from util import errors
+from util.data import datasets
+from util.data.images import Pixels
 from util.errors import UserError
-from util.images import Pixels
 
 
 def pixels(images: datasets.Images) -> tuple[np.ndarray, np.ndarray]:

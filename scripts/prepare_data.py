@@ -26,7 +26,7 @@ from torchvision import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
-from util.datasets import is_image
+from util.data.datasets import is_image
 from util.errors import UserError
 
 COUNTS = {"fashion_mnist": (60000, 10000), "cifar10": (50000, 10000), "imagenette": (9469, 3925)}

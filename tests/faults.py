@@ -17,7 +17,9 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import models_mae
-from util import errors, files, log, misc
+from util import errors, misc
+from util.checkpoint import files
+from util.report import log
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import faults
 import torch
 
-from util import dist
+from util.distributed import dist
 
 
 def _rank(rank: int, world: int, port: int, work, args: tuple, out: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 
-from util.augment import CentreCrop, FinetuneTransform, random_box
+from util.data.transforms import CentreCrop, FinetuneTransform, random_box
 
 PHOTO = Path(__file__).parent / "photos" / "astronaut.jpg"
 

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 import models_mae
 import models_vit
-from util import loop, misc, optim, weights
+from util import loop, misc, optim
 from util.amp import LossScaler
+from util.checkpoint import weights
 from util.errors import UserError
 from util.misc import Position
 

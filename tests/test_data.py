@@ -17,9 +17,9 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util import loaders
+from util.data import loaders
+from util.data.images import BadImage, Pixels, load_array
 from util.errors import LocalError, UserError
-from util.images import BadImage, Pixels, load_array
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}

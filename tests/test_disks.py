@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from runs import EVERY_STEP, assert_same_end, finish, log, state, wait_for, words
 
-from util import folder
+from util.checkpoint import output_dir
 
 WRITING = [("half_written", 1), ("half_written", 4), *(("after_rename", n) for n in range(3, 8))]
 
@@ -130,7 +130,14 @@ def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
     third.join()
 
 
-HOLDER = "import sys; from util import folder; folder.hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+HOLDER = """
+import sys
+from util.checkpoint import output_dir
+
+output_dir.hold(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_the_holder_of_a_folder_is_named(tmp_path):
@@ -139,14 +146,14 @@ def test_the_holder_of_a_folder_is_named(tmp_path):
         [sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
         holder.stdout.readline()
-        assert re.fullmatch(rf"process {holder.pid} on \S+", folder.hold(tmp_path))
+        assert re.fullmatch(rf"process {holder.pid} on \S+", output_dir.hold(tmp_path))
         (tmp_path / ".lock").write_text("process 1 on elsewhere")
-        assert folder.hold(tmp_path) == (
+        assert output_dir.hold(tmp_path) == (
             f"process 1 on elsewhere; if that machine is down, remove {tmp_path / '.lock'}"
         )
         holder.kill()
         holder.wait()
-        assert folder.hold(tmp_path) == ""
+        assert output_dir.hold(tmp_path) == ""
 
 
 def test_a_run_that_goes_back_goes_on_from_there(images, undisturbed, tmp_path):

@@ -9,7 +9,7 @@ from models_mae import MaskedAutoencoderViT
 from util.amp import BadSteps, LossScaler, choose, micro_step
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
-from util.meters import Meters
+from util.report.meters import Meters
 
 CPU = torch.device("cpu")
 CONSTANT = CosineSchedule(0.1, 0.1, 0, 1)

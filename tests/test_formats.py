@@ -19,13 +19,14 @@ import main_pretrain
 import main_reconstruct
 import models_mae
 import models_vit
-from util import optim, weights
+from util import optim
 from util.amp import LossScaler
-from util.augment import CentreCrop
+from util.checkpoint import weights
+from util.checkpoint.files import load_checkpoint
+from util.checkpoint.formats import recognise, to_hugging_face
+from util.data.images import Pixels
+from util.data.transforms import CentreCrop
 from util.errors import UserError
-from util.files import load_checkpoint
-from util.formats import recognise, to_hugging_face
-from util.images import Pixels
 from util.misc import Checkpoints, Position
 
 CPU = torch.device("cpu")

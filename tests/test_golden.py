@@ -20,8 +20,9 @@ import engine_finetune
 import engine_pretrain
 from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, make_linear_probe
-from util import misc, optim, speed, weights
+from util import misc, optim, speed
 from util.amp import LossScaler
+from util.checkpoint import weights
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
 from util.pos_embed import resize_pos_embed, sincos_pos_embed

@@ -15,8 +15,9 @@ import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
-from util import dist, optim, speed
+from util import optim, speed
 from util.amp import LossScaler
+from util.distributed import dist
 from util.lr_sched import CosineSchedule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
+from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
-from util import augment, datasets, images, loaders
-from util.images import Pixels, load_array
+from util.data import datasets, images, loaders, transforms
+from util.data.images import Pixels, load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
 FOLDER = os.environ.get("MAE_PHOTOS")  # a folder of other photographs to compare on
@@ -33,11 +33,11 @@ def differences(file):
     levels = []
     for seed in range(BOXES):
         random.seed(seed)
-        ours = augment.Crop(224, (0.2, 1.0))(load_array(str(file)))
+        ours = transforms.Crop(224, (0.2, 1.0))(load_array(str(file)))
         random.seed(seed)
-        box = augment.random_box(picture.height, picture.width, (0.2, 1.0))
-        theirs = transforms.functional.resized_crop(picture, *box, [224, 224], transforms.InterpolationMode.BICUBIC)
-        theirs = transforms.functional.pil_to_tensor(theirs)
+        box = transforms.random_box(picture.height, picture.width, (0.2, 1.0))
+        theirs = tv.functional.resized_crop(picture, *box, [224, 224], tv.InterpolationMode.BICUBIC)
+        theirs = tv.functional.pil_to_tensor(theirs)
         if random.random() < 0.5:
             theirs = theirs.flip(2)
         levels.append((ours.int() - theirs.int()).abs().float())
@@ -84,14 +84,14 @@ def test_damaged_jpegs_are_pillows_to_judge(tmp_path):
 
 
 def test_flipped_pixels_are_the_same_ones_mirrored():
-    pixels, crop = load_array(str(PHOTOS[1])), augment.Crop(64, (0.2, 1.0))
+    pixels, crop = load_array(str(PHOTOS[1])), transforms.Crop(64, (0.2, 1.0))
     flips = 0
     for seed in range(400):
         random.seed(seed)
         ours = crop(pixels)
         random.seed(seed)
-        top, left, height, width = augment.random_box(*pixels.shape[:2], crop.scale)
-        plain = augment.to_size(pixels[top : top + height, left : left + width].copy(), (64, 64))
+        top, left, height, width = transforms.random_box(*pixels.shape[:2], crop.scale)
+        plain = transforms.to_size(pixels[top : top + height, left : left + width].copy(), (64, 64))
         flipped = random.random() < 0.5
         assert torch.equal(ours, plain.flip(2) if flipped else plain)
         flips += flipped
@@ -100,7 +100,7 @@ def test_flipped_pixels_are_the_same_ones_mirrored():
 
 def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
     picture = Image.open(PHOTOS[0])
-    usual = transforms.Compose([transforms.ToTensor(), transforms.Normalize(Pixels().mean, Pixels().std)])
+    usual = tv.Compose([tv.ToTensor(), tv.Normalize(Pixels().mean, Pixels().std)])
     batch = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], torch.zeros(1))
 
     class Loader(list):
@@ -115,7 +115,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
 def test_crops_follow_the_stated_distribution():
     """Area uniform, aspect log-uniform in 3/4 to 4/3, position uniform."""
     random.seed(0)
-    boxes = torch.tensor([augment.random_box(1000, 1000, (0.2, 0.5)) for _ in range(6000)]).double()
+    boxes = torch.tensor([transforms.random_box(1000, 1000, (0.2, 0.5)) for _ in range(6000)]).double()
     top, left, height, width = boxes.T
     area, aspect = (height * width / 1e6 - 0.2) / 0.3, torch.log(width / height) / np.log(4 / 3) / 2 + 0.5
     for uniform in (area, aspect, top / (1000 - height), left / (1000 - width)):
@@ -128,19 +128,19 @@ def test_pretraining_crops_are_distributed_as_torchvisions():
     """Where boxes may not fit: means and quantiles of 6,000 draws of each, and the same box when no draw can fit."""
     random.seed(0), torch.manual_seed(0)
     image = torch.zeros(3, 300, 500)
-    ours = torch.tensor([augment.random_box(300, 500, (0.2, 1.0)) for _ in range(6000)]).double()
-    theirs = [transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]
+    ours = torch.tensor([transforms.random_box(300, 500, (0.2, 1.0)) for _ in range(6000)]).double()
+    theirs = [tv.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]
     levels = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
     for mine, others in zip(ours.T, torch.tensor(theirs).double().T, strict=True):
         assert (mine.quantile(levels) - others.quantile(levels)).abs().max() <= 12, "pixels"
     narrow = torch.zeros(3, 400, 20)
-    box = transforms.RandomResizedCrop.get_params(narrow, [0.9, 1.0], [3 / 4, 4 / 3])
-    assert augment.random_box(400, 20, (0.9, 1.0)) == tuple(box)
-    wide = transforms.RandomResizedCrop.get_params(narrow.mT, [0.9, 1.0], [3 / 4, 4 / 3])
-    assert augment.random_box(20, 400, (0.9, 1.0)) == tuple(wide)
+    box = tv.RandomResizedCrop.get_params(narrow, [0.9, 1.0], [3 / 4, 4 / 3])
+    assert transforms.random_box(400, 20, (0.9, 1.0)) == tuple(box)
+    wide = tv.RandomResizedCrop.get_params(narrow.mT, [0.9, 1.0], [3 / 4, 4 / 3])
+    assert transforms.random_box(20, 400, (0.9, 1.0)) == tuple(wide)
 
 
-@pytest.mark.parametrize("make", [augment.Crop, lambda size, _: augment.CentreCrop(size)])
+@pytest.mark.parametrize("make", [transforms.Crop, lambda size, _: transforms.CentreCrop(size)])
 def test_transforms_ship_bytes(make):
     random.seed(0)
     out = make(64, (0.2, 1.0))(load_array(str(PHOTOS[2])))
@@ -155,7 +155,7 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
 
     def epoch(workers):
         loader = loaders.train_loader(
-            str(tmp_path), augment.Crop(32, (0.2, 1.0)), 5, workers, True, 7, Pixels(), torch.device("cpu")
+            str(tmp_path), transforms.Crop(32, (0.2, 1.0)), 5, workers, True, 7, Pixels(), torch.device("cpu")
         )
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])

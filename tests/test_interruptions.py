@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import EVERY_STEP, assert_same_end, finish, log, state, wait_for, words
 
-from util.loaders import EpochSampler
+from util.data.loaders import EpochSampler
 
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
@@ -189,8 +189,8 @@ def test_another_number_of_ranks_keeps_schedule_and_images(images, tmp_path, mon
     def order(world, batch_size, first_step):
         parts = []
         for rank in range(world):
-            monkeypatch.setattr("util.dist.world_size", lambda: world)
-            monkeypatch.setattr("util.dist.rank", lambda rank=rank: rank)
+            monkeypatch.setattr("util.distributed.dist.world_size", lambda: world)
+            monkeypatch.setattr("util.distributed.dist.rank", lambda rank=rank: rank)
             sampler = EpochSampler(83, batch_size, seed=0)
             sampler.set_epoch(1, first_step)
             parts.append([index for _, index in sampler])

@@ -14,7 +14,8 @@ from conftest import ROOT
 from runs import assert_same_end, words
 
 import main_submitit
-from util import launch, options
+from util import options
+from util.distributed import launchers
 from util.errors import UserError
 
 SRUN = {
@@ -44,7 +45,7 @@ def bare(monkeypatch):
 def test_sruns_variables_make_the_group(bare):
     for name, value in SRUN.items():
         bare.setenv(name, value)
-    assert launch.adopt() == []
+    assert launchers.adopt() == []
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")]
     assert found == ["9", "11", "1", "3", "node1"]
 
@@ -53,14 +54,14 @@ def test_a_batch_script_without_srun_is_one_process(bare):
     for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
         bare.setenv(name, SRUN[name])
     bare.setenv("SLURM_NTASKS", "8")
-    assert launch.adopt() == [] and "WORLD_SIZE" not in os.environ
+    assert launchers.adopt() == [] and "WORLD_SIZE" not in os.environ
 
 
 def test_submitits_own_processes_within_srun_are_a_group(bare):
     mine = {"GLOBALID": "1", "NTASKS": "2", "LOCALID": "1", "JOB_ID": "5"}
     for name, value in {**SRUN, **{f"SUBMITIT_LOCAL_{name}": value for name, value in mine.items()}}.items():
         bare.setenv(name, value)
-    assert launch.adopt() == [] and os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
+    assert launchers.adopt() == [] and os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
 
 
 def test_every_process_says_that_the_machine_has_too_few_gpus(bare):
@@ -75,39 +76,39 @@ def test_every_process_says_that_the_machine_has_too_few_gpus(bare):
     assert "the 4 processes of this machine take a GPU each" in options.device_problems("cuda:0")[0]
     bare.setattr(torch.cuda, "device_count", lambda: 1)
     bare.setenv("SLURM_STEP_NUM_TASKS", "4")  # which shows each its own
-    assert options.device_problems("cuda") == [] and launch.gpu_index(1) == 0
+    assert options.device_problems("cuda") == [] and launchers.gpu_index(1) == 0
 
 
 def test_torchrun_within_srun_decides(bare):
     for name, value in {**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         bare.setenv(name, value)
-    assert launch.adopt() == [] and os.environ["RANK"] == "3"
+    assert launchers.adopt() == [] and os.environ["RANK"] == "3"
 
 
 def test_open_mpis_variables_need_the_flag(bare):
     for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")):
         bare.setenv(f"OMPI_COMM_WORLD_{name}", value)
-    assert launch.adopt() == [] and "RANK" not in os.environ
-    assert launch.adopt(dist_on_itp=True) == []
+    assert launchers.adopt() == [] and "RANK" not in os.environ
+    assert launchers.adopt(dist_on_itp=True) == []
     assert os.environ["RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_ranks_without_an_address_to_meet_at_are_told(bare):
     bare.setenv("RANK", "0")
     bare.setenv("WORLD_SIZE", "2")
-    assert launch.adopt() == [launch.NO_HOST] and launch.adopt(dist_url="tcp://node1:1") == []
+    assert launchers.adopt() == [launchers.NO_HOST] and launchers.adopt(dist_url="tcp://node1:1") == []
     bare.setenv("MASTER_ADDR", "node1")
-    assert launch.adopt() == [] and os.environ["MASTER_PORT"] == "29500"
+    assert launchers.adopt() == [] and os.environ["MASTER_PORT"] == "29500"
 
 
 def test_the_cores_of_a_node_are_shared_out_once(bare):
     bare.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     bare.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launch.cores() == 4  # torchrun: all see all
+    assert launchers.cores() == 4  # torchrun: all see all
     bare.setenv("SLURM_CPUS_ON_NODE", "64")
-    assert launch.cores() == 16  # srun has bound each task to its own
+    assert launchers.cores() == 16  # srun has bound each task to its own
     bare.setenv("SLURM_CPUS_ON_NODE", "8")
-    assert launch.cores() == 2  # not bound, and only half of the node is the job's
+    assert launchers.cores() == 2  # not bound, and only half of the node is the job's
 
 
 def submission(images, folder, *more, job="pretrain", executor="local", tasks=2):

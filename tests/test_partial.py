@@ -11,10 +11,10 @@ import engine_finetune
 import main_finetune
 import main_linprobe
 import models_vit
-from util import augment, loaders
 from util.amp import LossScaler
+from util.data import loaders, transforms
+from util.data.images import Pixels
 from util.errors import UserError
-from util.images import Pixels
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 SMALL = (
@@ -90,7 +90,7 @@ def test_an_attentive_probe_runs_and_resumes(images, tmp_path):
 def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, images):
     def chosen(seed):
         loader = loaders.train_loader(
-            str(images), augment.Crop(28, (1.0, 1.0)), 5, 0, False, seed, Pixels(), torch.device("cpu"), fraction
+            str(images), transforms.Crop(28, (1.0, 1.0)), 5, 0, False, seed, Pixels(), torch.device("cpu"), fraction
         )
         dataset = loader.dataset
         assert len(dataset) == 10 * per_class == len(loader) * 5

@@ -14,9 +14,11 @@ import main_pretrain
 import main_reconstruct
 import models_mae
 import models_vit
-from util import datasets, knn, masking, pictures, views
+from util import inference, masking
+from util.data import datasets
+from util.data.images import Pixels
 from util.errors import UserError
-from util.images import Pixels
+from util.report import knn, pictures
 
 CPU = torch.device("cpu")
 MEAN, STD = (torch.tensor(values)[:, None, None] for values in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.25)))
@@ -252,10 +254,10 @@ def test_the_scripts_see_the_images_that_training_sees(images, tmp_path):
         file.symlink_to(next((images / "val" / "bag").iterdir()))
     for name in ("bag", "coat"):
         (tmp_path / "data" / name).symlink_to(images / "val" / name)
-    found = views.find([tmp_path / "data"])
+    found = inference.find([tmp_path / "data"])
     trained = datasets.Images(tmp_path / "data", None, Pixels())
     assert [str(path) for path in found] == [path for path, _ in trained.samples] and len(found) == 6
-    assert views.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # asked for by name
+    assert inference.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # asked for by name
 
 
 def test_of_a_sweeps_heads_the_best_one_speaks():
@@ -293,7 +295,7 @@ def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():
     checkpoint = {"args": {"crop_pct": 1.0, "exif": True, "mean": [0.1] * 3, "std": [0.2] * 3}}
     for given, taken in (((None, False), (1.0, True)), ((0.5, True), (0.5, True))):
         flags = argparse.Namespace(crop_pct=given[0], exif=given[1])
-        assert views.pixels_as_trained(checkpoint, 3, flags).mean == (0.1,) * 3
+        assert inference.pixels_as_trained(checkpoint, 3, flags).mean == (0.1,) * 3
         assert (flags.crop_pct, flags.exif) == taken
 
 

@@ -14,14 +14,16 @@ import engine_finetune
 import engine_pretrain
 import models_mae
 import models_vit
-from util import datasets, dist, listing, loaders, loop, misc, optim, signals
+from util import loop, misc, optim
 from util.amp import LossScaler
-from util.augment import CentreCrop, Crop
+from util.data import datasets, listing, loaders
+from util.data.images import Pixels
+from util.data.transforms import CentreCrop, Crop
+from util.distributed import dist, signals
 from util.errors import UserError
-from util.images import Pixels
-from util.log import RunLog
 from util.lr_sched import CosineSchedule
-from util.monitor import Monitor
+from util.report.log import RunLog
+from util.report.monitor import Monitor
 
 CPU = torch.device("cpu")
 

@@ -16,10 +16,10 @@ import main_pretrain
 import main_reconstruct
 import models_mae
 from scripts import mean_std
-from util import datasets, loaders
-from util.augment import CentreCrop, Crop
+from util.data import datasets, loaders
+from util.data.images import Pixels, WrongChannels, load_array
+from util.data.transforms import CentreCrop, Crop
 from util.errors import UserError
-from util.images import Pixels, WrongChannels, load_array
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
 
 SMALL = "--batch_size 4 --num_workers 0 --device cpu --amp off --warmup_epochs 0 --epochs 1 --monitor_freq 1"

@@ -50,7 +50,8 @@ def test_ddp_leaves_compiled_blocks_whole(script):
 import torch
 from torch._dynamo.utils import counters
 import models_mae
-from util import dist, speed
+from util import speed
+from util.distributed import dist
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 cpu = torch.device("cpu")
 model = models_mae.MaskedAutoencoderViT(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from util import dist
+from util.distributed import dist
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 

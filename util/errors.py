@@ -15,7 +15,7 @@ from signal import SIGINT
 import torch
 import torch.distributed
 
-from util import dist
+from util.distributed import dist
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # How gloo, NCCL and the store say that another process is gone.

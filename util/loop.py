@@ -7,15 +7,15 @@ from signal import Signals
 import torch
 from torch import Tensor, nn
 
-from util import dist
 from util.amp import BadSteps, LossScaler, micro_step
+from util.data.loaders import Feed
+from util.distributed import dist
+from util.distributed.signals import Requests
 from util.errors import Stopped, UserError
-from util.loaders import Feed
-from util.log import RunLog
 from util.lr_sched import CosineSchedule
-from util.meters import Meters
 from util.misc import Checkpoints, Position, set_rng_state
-from util.signals import Requests
+from util.report.log import RunLog
+from util.report.meters import Meters
 
 
 class Run:

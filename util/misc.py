@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from util import dist
 from util.amp import LossScaler
+from util.checkpoint.files import checkpoint_args, damage, digest_file, is_url, load_checkpoint, write
+from util.checkpoint.formats import describe
+from util.checkpoint.weights import load_model, plain
+from util.distributed import dist
 from util.errors import UserError
-from util.files import checkpoint_args, damage, digest_file, is_url, load_checkpoint, write
-from util.formats import describe
-from util.weights import load_model, plain
 
 # Flags that change how far a step of the schedule goes, or where it lies; with lr and the effective batch.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")

@@ -5,7 +5,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from util import dist
+from util.distributed import dist
 from util.lars import LARS
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from util import dist, folder, launch, speed
-from util.augment import FinetuneTransform
+from util import speed
+from util.checkpoint import output_dir
+from util.checkpoint.files import is_url
+from util.checkpoint.formats import weights_in
+from util.data.images import Pixels
+from util.data.transforms import FinetuneTransform
+from util.distributed import dist, launchers
 from util.errors import UserError
-from util.files import is_url
-from util.formats import weights_in
-from util.images import Pixels
 from util.misc import is_inside
 
 
@@ -210,7 +212,7 @@ RANGES = {
 
 def check(args: argparse.Namespace, models: dict) -> None:
     """Raise UserError with every problem of the arguments at once, before any data is read."""
-    problems = launch.adopt(args.dist_on_itp, args.dist_url) + flag_problems(args, models) + _place_problems(args)
+    problems = launchers.adopt(args.dist_on_itp, args.dist_url) + flag_problems(args, models) + _place_problems(args)
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
@@ -218,7 +220,7 @@ def check(args: argparse.Namespace, models: dict) -> None:
 def take_output_dir(args: argparse.Namespace) -> None:
     """From here to its end the run has output_dir for itself. Raises UserError, on all ranks, where another has it."""
     if args.output_dir and not getattr(args, "eval", False):
-        holder = dist.from_rank0(lambda: folder.hold(args.output_dir))
+        holder = dist.from_rank0(lambda: output_dir.hold(args.output_dir))
         if holder:
             raise UserError(f"--output_dir {args.output_dir} is in use by another run, {holder}")
 
@@ -334,7 +336,7 @@ def device_problems(name: str) -> list[str]:
         return [f"--device {name}: no CUDA GPU was found; leave the flag out to take what is there"]
     if device.type == "cuda":
         gpus = torch.cuda.device_count()
-        processes = launch.gpus_needed(gpus)
+        processes = launchers.gpus_needed(gpus)
         if device.index is not None and processes > 1:
             return [f"--device {name}: the {processes} processes of this machine take a GPU each: --device cuda"]
         needed = processes if device.index is None else device.index + 1
@@ -356,7 +358,7 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
         if not known and not weights_in(Path(source)):
             problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
     if table := getattr(args, "confusion", ""):
-        why = "it is a folder" if Path(table).is_dir() else folder.unwritable(Path(table).parent)
+        why = "it is a folder" if Path(table).is_dir() else output_dir.unwritable(Path(table).parent)
         problems += [f"--confusion {table} can't be written to: {why}"] if why else []
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks into --output_dir, which is empty")
@@ -367,7 +369,7 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for name in ("output_dir", "log_dir"):
         path = getattr(args, name)
-        if path and (why := folder.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
+        if path and (why := output_dir.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
             problems.append(f"--{name} {path} can't be written to: {why}")
     start = Path(getattr(args, "finetune", ""))
     if args.overwrite and fnmatch(start.name, "checkpoint-*.pth") and is_inside(str(start), args.output_dir):

@@ -9,7 +9,7 @@ from timm.layers import Attention, DropPath
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from util import dist
+from util.distributed import dist
 from util.errors import UserError
 
 ATTENTION = ("auto", "fused", "plain")

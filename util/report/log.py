@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from util import dist
-from util.folder import replace
+from util.checkpoint.output_dir import replace
+from util.distributed import dist
 
 
 class RunLog:

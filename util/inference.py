@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from util import datasets, dist, listing, loaders
-from util.augment import CentreCrop
+from util.checkpoint.files import checkpoint_args
+from util.checkpoint.output_dir import unwritable
+from util.data import datasets, listing, loaders
+from util.data.images import BadImage, Pixels, load_array
+from util.data.transforms import CentreCrop
+from util.distributed import dist
 from util.errors import UserError
-from util.files import checkpoint_args
-from util.folder import unwritable
-from util.images import BadImage, Pixels, load_array
 from util.options import device_problems
 
 

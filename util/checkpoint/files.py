@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from util import dist, formats
+from util.checkpoint import formats
+from util.checkpoint.output_dir import sync
+from util.distributed import dist
 from util.errors import UserError
-from util.folder import sync
 
 
 def is_url(source: str) -> bool:

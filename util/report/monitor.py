@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from util import dist, knn, masking, pictures
+from util import masking
 from util.amp import LossScaler
-from util.folder import writing
-from util.loaders import Feed, in_step
-from util.log import RunLog
+from util.checkpoint.output_dir import writing
+from util.data.loaders import Feed, in_step
+from util.distributed import dist
+from util.report import knn, pictures
+from util.report.log import RunLog
 
 PICTURES = 8
 

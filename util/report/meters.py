@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from util import dist
+from util.distributed import dist
 
 
 class Meters:

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as td
 
-from util import dist
+from util.distributed import dist
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 ECHO_S = 1.0

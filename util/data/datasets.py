@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import dist, listing
+from util.data import listing
+from util.data.images import BadImage, Pixels, WrongChannels, load_array
+from util.distributed import dist
 from util.errors import LocalError, UserError
-from util.images import BadImage, Pixels, WrongChannels, load_array
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 TRIES = 100  # unreadable images in a row before the disk is suspected

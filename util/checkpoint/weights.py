@@ -5,12 +5,12 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from util import dist
-from util.augment import CentreCrop
-from util.datasets import class_differences, some
+from util.checkpoint.files import checkpoint_args, load_checkpoint
+from util.checkpoint.formats import describe
+from util.data.datasets import class_differences, some
+from util.data.transforms import CentreCrop
+from util.distributed import dist
 from util.errors import UserError
-from util.files import checkpoint_args, load_checkpoint
-from util.formats import describe
 from util.pos_embed import resize_pos_embed
 
 

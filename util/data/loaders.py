@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util import dist, launch
-from util.datasets import EvalImages, Images, SpareImages, TrainImages, check_classes, open_split
+from util.data.datasets import EvalImages, Images, SpareImages, TrainImages, check_classes, open_split
+from util.data.images import Pixels
+from util.distributed import dist, launchers
+from util.distributed.signals import shield_worker
 from util.errors import LocalError, UserError
-from util.images import Pixels
-from util.signals import shield_worker
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def _loader(
     **more,
 ) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
-    workers = min(num_workers, launch.cores())
+    workers = min(num_workers, launchers.cores())
     return DataLoader(
         dataset,
         batch_size,

@@ -17,7 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from util import launch
+from util.distributed import launchers
 
 _patience = timedelta(minutes=30)  # the longest wait for another rank
 
@@ -34,15 +34,14 @@ def default_device() -> str:
 
 
 def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: float = 30) -> torch.device:
-    """Join the process group that the environment describes (util.launch; none: a single process), seed this rank's
-    random numbers with seed + rank, and return its device.
+    """Join the process group that the environment describes, seed this rank's random numbers, and return its device.
 
     Raises UserError where the others do not come in time; later a wait for one of them ends as a RuntimeError.
     """
     place = torch.device(device)
     if place.type == "cuda":
         if place.index is None:
-            place = torch.device("cuda", launch.gpu_index(torch.cuda.device_count()))
+            place = torch.device("cuda", launchers.gpu_index(torch.cuda.device_count()))
         torch.cuda.set_device(place)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
-from util.images import Pixels
+from util.data.images import Pixels
 
 LOG_ASPECT = math.log(4 / 3)
 
