@@ -9,61 +9,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.amp import LossScaler
-from util.checkpoint.output_dir import writing
-from util.data.loaders import in_step
+from util.checkpoint.output_dir import raise_write_errors
+from util.data.loaders import lockstep
 from util.distributed import dist
-from util.loop import Run, train_epoch
-from util.lr_sched import CosineSchedule
+from util.loop import Run
+from util.report.meters import Meters
+from util.updater import Updater
 
 
 def train_one_epoch(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
     loader: Sized,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    updater: Updater,
     epoch: int,
-    scaler: LossScaler,
-    schedule: CosineSchedule,
     *,
-    accum_iter: int = 1,
-    clip_grad: float | None = None,
     mixup_fn: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     run: Run | None = None,
     print_freq: int = 20,
-    on_update: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Train the classifier on every batch (imgs [N, C, H, W], targets [N]; on the device) of the loader.
+    """Train the classifier on every batch of the epoch that is left.
 
-    mixup_fn mixes images and targets first. Accumulation, learning rate, result and errors: util.loop.train_epoch.
+    Args:
+        model: The classifier, in DDP where there are several ranks.
+        criterion: Loss of (logits, targets); with mixup_fn the targets are [N, classes].
+        loader: Yields (imgs [N, C, H, W], targets [N]), both on the device.
+        updater: Turns losses into updates.
+        epoch: Number of the epoch, from 0.
+        mixup_fn: Mixes images and targets first.
+        run: Logs, saves, and stops where it has to; None: nothing of the kind.
+        print_freq: Steps between progress lines.
+
+    Returns:
+        The epoch's mean loss and learning rate over all ranks.
+
+    Raises:
+        Stopped, FloatingPointError, UserError: As Run.after_update and Run.report do, on every rank.
     """
+    model.train()
+    meters = run.start_meters("loss") if run else Meters(updater.device)
 
-    def loss_of(imgs: Tensor, targets: Tensor) -> Tensor:
-        if mixup_fn:
-            imgs, targets = mixup_fn(imgs, targets)
-        return criterion(model(imgs), targets)
+    for step, (imgs, targets) in meters.log_every(loader, print_freq, epoch):
+        with updater.micro_step(epoch, step, len(loader)):
+            if mixup_fn:
+                imgs, targets = mixup_fn(imgs, targets)
+            loss = criterion(model(imgs), targets)
+        skipped = updater.backward(loss)  # None inside an accumulation group
 
-    return train_epoch(
-        model,
-        loader,
-        optimizer,
-        device,
-        epoch,
-        scaler,
-        schedule,
-        loss_of,
-        accum_iter=accum_iter,
-        clip_grad=clip_grad,
-        run=run,
-        loss_tag="loss",
-        print_freq=print_freq,
-        on_update=on_update,
-    )
+        meters.update(loss=loss, lr=updater.lr)
+        if run and skipped is not None:
+            run.after_update(step, skipped, meters)  # counts bad updates; saves on time or on a signal
+
+    if run:
+        run.end_of_training(meters)
+    return meters.averages()
 
 
 def head_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy; of several heads' logits [N, heads, classes] the sum over heads, so that each gets the gradient
-    that it would get alone."""
+    """Return the cross-entropy; of several heads' logits [N, heads, classes] its sum over the heads.
+
+    So each head gets the gradient that it would get alone.
+    """
     if logits.ndim == 2:
         return F.cross_entropy(logits, targets)
     return torch.stack([F.cross_entropy(head, targets) for head in logits.unbind(1)]).sum()
@@ -75,67 +81,96 @@ def evaluate(
     loader: Sized,
     device: torch.device,
     scaler: LossScaler,
-    shared: bool = False,
+    distributed: bool = False,
     poll: Callable[[], None] | None = None,
-    names: list[str] | None = None,
+    head_names: list[str] | None = None,
     confusion: str = "",
 ) -> dict[str, float]:
-    """Exact top-1 and top-5 accuracy (percent; k at most the number of classes) and mean cross-entropy.
+    """Compute exact top-1 and top-5 accuracy and mean cross-entropy over every image, each counted once.
 
-    Every image counts once, whatever the sizes of the batches; `shared` says that the ranks hold different images,
-    whose counts are then added up. `poll` is called once per batch, on all ranks equally often. Prints the line
-    `* Acc@1 83.664 Acc@5 96.530 loss 0.731`. Of several heads, whose names are given, every one is printed and
-    returned (acc1_NAME), and the one of best top-1 stands for all. confusion: CSV file to write the counts of (class,
-    predicted class) to, of that head.
+    Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`.
+
+    Args:
+        model: The classifier; with several heads its logits are [N, heads, classes].
+        loader: Yields (imgs, targets) on the device, in batches of any size.
+        device: Where the model is.
+        scaler: Mixed precision.
+        distributed: The ranks hold different images, whose counts are added up.
+        poll: Called once per batch, on all ranks equally often.
+        head_names: Names of the heads of a sweep. Every head is printed and returned (acc1_NAME), and the one of best
+            top-1 stands for all.
+        confusion: CSV file for the confusion matrix, of the best head.
+
+    Returns:
+        acc1 and acc5 in per cent (k is at most the number of classes), and loss.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
-    dist.share(model.buffers())  # a probe's BatchNorm statistics
+    dist.broadcast_from_rank0(model.buffers())  # a probe's BatchNorm statistics
     images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(len(names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
+    sums = torch.zeros(len(head_names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
     C = len(loader.dataset.classes) if confusion else 0
     tables = torch.zeros(len(sums), C * C, dtype=torch.long, device=device)
-    for batch in in_step(loader):
+
+    for batch in lockstep(loader):
         if poll:
             poll()
         if batch is None:
             continue
         imgs, targets = batch
         with scaler.autocast():
-            logits = model(imgs)
-        for head, one in enumerate(logits.float().unbind(1) if names else [logits.float()]):
-            ranked = one.topk(min(5, one.shape[1]), dim=1).indices == targets[:, None]  # [N, k]
-            loss = F.cross_entropy(one, targets, reduction="sum")
-            sums[head] += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss])
-            if confusion:
-                tables[head] += torch.bincount(targets * C + one.argmax(dim=1), minlength=C * C)
+            logits = model(imgs).float()
+        logits = logits if head_names else logits[:, None]  # [N, heads, classes]
+        sums += _sums(logits, targets)
+        if confusion:
+            for table, predicted in zip(tables, logits.argmax(dim=2).unbind(1), strict=True):
+                table += torch.bincount(targets * C + predicted, minlength=C * C)
         images += len(imgs)
-    counts = [images, *sums.flatten().tolist()]  # the first wait for the device
-    images, *counts = dist.sum_over_ranks(counts, device) if shared else counts
+
+    # Only here does anything wait for the device.
+    counts = [images, *sums.flatten().tolist()]
+    images, *counts = dist.sum_over_ranks(counts, device) if distributed else counts
     heads = [_stats(counts[i : i + 3], images) for i in range(0, len(counts), 3)]
     best = max(range(len(heads)), key=lambda head: heads[head]["acc1"])
     stats = dict(heads[best])
     if confusion:
-        write_confusion(confusion, tables[best], loader.dataset.classes, shared, device)
-    for name, head in zip(names, heads, strict=True) if names else ():
-        dist.say(f"{name}: {_line(head)}")
+        write_confusion(confusion, tables[best], loader.dataset.classes, distributed, device)
+    for name, head in zip(head_names or [], heads if head_names else [], strict=True):
+        dist.print_rank0(f"{name}: {_line(head)}")
         stats |= {f"{key}_{name}": value for key, value in head.items()}
-    dist.say(f"* {_line(stats)}")
+    dist.print_rank0(f"* {_line(stats)}")
     return stats
 
 
-def write_confusion(file: str, table: Tensor, classes: list[str], shared: bool, device: torch.device) -> None:
-    """A row per class: how many were taken for each class, and the share that was right (percent). table [C * C], this
-    rank's counts."""
-    counts = dist.sum_over_ranks(table.tolist(), device) if shared else table.tolist()
+def _sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Count what each head got right in a batch, and sum its loss.
+
+    logits [N, heads, classes], targets [N] -> [heads, top-1 and top-5 and loss].
+    """
+    ranked = logits.topk(min(5, logits.shape[2]), dim=2).indices == targets[:, None, None]  # [N, heads, k]
+    losses = [F.cross_entropy(head, targets, reduction="sum") for head in logits.unbind(1)]
+    return torch.stack([ranked[..., 0].sum(dim=0), ranked.sum(dim=(0, 2)), torch.stack(losses)], dim=1)
+
+
+def write_confusion(file: str, table: Tensor, classes: list[str], distributed: bool, device: torch.device) -> None:
+    """Write the confusion matrix as CSV, a row per class, with the class's accuracy in per cent at its end.
+
+    Args:
+        file: To write to, on rank 0.
+        table: This rank's counts [C * C], by class and predicted class.
+        classes: Names of the C classes.
+        distributed: Whether the ranks' counts are to be added up.
+        device: Where the table is.
+    """
+    counts = dist.sum_over_ranks(table.tolist(), device) if distributed else table.tolist()
     rows = [["class", *classes, "accuracy"]]
     for number, name in enumerate(classes):
         row = counts[number * len(classes) : (number + 1) * len(classes)]
         rows.append([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
-    dist.from_rank0(lambda: _write_csv(Path(file), rows))
+    dist.run_on_rank0(lambda: _write_csv(Path(file), rows))
 
 
 def _write_csv(file: Path, rows: list[list]) -> None:
-    with writing(file):
+    with raise_write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows(rows)

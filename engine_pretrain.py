@@ -2,55 +2,60 @@
 
 from collections.abc import Sized
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from util import masking
-from util.amp import LossScaler
 from util.distributed import dist
-from util.loop import Run, train_epoch
-from util.lr_sched import CosineSchedule
+from util.loop import Run
+from util.report.meters import Meters
+from util.updater import Updater
 
 
 def train_one_epoch(
     model: nn.Module,
     loader: Sized,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    updater: Updater,
     epoch: int,
-    scaler: LossScaler,
-    schedule: CosineSchedule,
     *,
     mask_ratio: float = 0.75,
     mask_sampling: str = "random",
-    accum_iter: int = 1,
-    clip_grad: float | None = None,
     run: Run | None = None,
     print_freq: int = 20,
 ) -> dict[str, float]:
-    """Train the autoencoder on every batch (imgs [N, C, H, W] on the device, anything) of the loader that is left.
+    """Pre-train the autoencoder on every batch of the epoch that is left.
 
-    Accumulation, learning rate, result and errors: util.loop.train_epoch.
+    Args:
+        model: The autoencoder, in DDP where there are several ranks.
+        loader: Yields (imgs [N, C, H, W] on the device, anything).
+        updater: Turns losses into updates.
+        epoch: Number of the epoch, from 0.
+        mask_ratio: Share of the patches that is removed.
+        mask_sampling: Which patches are removed, one of util.masking.KINDS.
+        run: Logs, saves, and stops where it has to; None: nothing of the kind.
+        print_freq: Steps between progress lines.
+
+    Returns:
+        The epoch's mean loss and learning rate over all ranks.
+
+    Raises:
+        Stopped, FloatingPointError, UserError: As Run.after_update and Run.report do, on every rank.
     """
+    model.train()
+    grid = dist.unwrap(model).patch_embed.grid_size if mask_sampling != "random" else None
+    meters = run.start_meters("train_loss") if run else Meters(updater.device)
 
-    def loss_of(imgs: Tensor, _) -> Tensor:
-        if mask_sampling == "random":  # the model's own
-            return model(imgs, mask_ratio=mask_ratio)[0]
-        grid = dist.unwrap(model).patch_embed.grid_size
-        return model(imgs, mask_ratio=mask_ratio, noise=masking.noise(mask_sampling, len(imgs), grid, device))[0]
+    for step, (imgs, _) in meters.log_every(loader, print_freq, epoch):
+        # Random masks are the model's own; others are noise whose order removes blocks or a grid.
+        noise = masking.noise(mask_sampling, len(imgs), grid, imgs.device) if grid else None
 
-    return train_epoch(
-        model,
-        loader,
-        optimizer,
-        device,
-        epoch,
-        scaler,
-        schedule,
-        loss_of,
-        accum_iter=accum_iter,
-        clip_grad=clip_grad,
-        run=run,
-        loss_tag="train_loss",
-        print_freq=print_freq,
-    )
+        with updater.micro_step(epoch, step, len(loader)):
+            loss, _, _ = model(imgs, mask_ratio=mask_ratio, noise=noise)
+        skipped = updater.backward(loss)  # None inside an accumulation group
+
+        meters.update(loss=loss, lr=updater.lr)
+        if run and skipped is not None:
+            run.after_update(step, skipped, meters)  # counts bad updates; saves on time or on a signal
+
+    if run:
+        run.end_of_training(meters)
+    return meters.averages()

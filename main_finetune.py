@@ -16,6 +16,7 @@ output_dir/ as in main_pretrain.py, with a checkpoint per epoch, of which the ne
 
 import argparse
 
+import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
@@ -23,14 +24,16 @@ from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import amp, errors, misc, optim, options, speed
+from util import errors, misc, optim, options, speed
+from util.amp import LossScaler
 from util.checkpoint import weights
 from util.data import loaders
+from util.data.loaders import DeviceLoader
 from util.data.transforms import CentreCrop, FinetuneTransform
 from util.distributed import dist
-from util.loop import run_epochs
+from util.loop import Run, Stats
 from util.lr_sched import CosineSchedule
-from util.report.log import RunLog
+from util.updater import Updater
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,8 +75,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return options.finish(parser.parse_args(argv))
 
 
-def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
-    """Mixup or cutmix, if any, and the loss that goes with it."""
+def build_mixup_and_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
+    """Return timm's Mixup (None if disabled) and the matching criterion."""
     if options.mixes(args):
         mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -89,132 +92,114 @@ def mixing(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
     return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
 
-def running_average(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
-    """Of the model's weights. Says where a run of so many updates is too short for it."""
+def build_ema(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
+    """Create an EMA of the weights; warn if the run has too few updates for this decay."""
     if (start := decay**updates) > 0.01:
-        dist.say(
-            f"warning: {start:.0%} of the running average is still the untrained start after all {updates} "
-            f"updates: pass --model_ema_decay {max(0.0, 1 - 10 / updates):.4g}"
+        dist.print_rank0(
+            f"warning: {start:.0%} of the EMA is still the untrained start after all {updates} updates: pass "
+            f"--model_ema_decay {max(0.0, 1 - 10 / updates):.4g}"
         )
     return ModelEmaV3(model, decay)
 
 
-def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, *common, **more) -> dict[str, float]:
-    """evaluate() of the model, and where a running average is kept of that, too, as ema_*."""
+def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, *common, **more) -> Stats:
+    """Evaluate the model, and where there is an EMA of its weights that, too, as ema_*."""
     stats = evaluate(model, *common, **more)
     averaged = evaluate(ema.module, *common) if ema else {}
     return stats | {f"ema_{name}": value for name, value in averaged.items()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Fine-tune or evaluate as the flags say (argv defaults to the command line's)."""
-    args = get_args(argv)
-    options.check(args, models_vit.MODELS)
-    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    options.take_output_dir(args)
-
+def open_data(args: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader | None, DeviceLoader]:
+    """Open train/ (None with --eval) and val/."""
     pixels = options.pixels(args)
     augmentation = FinetuneTransform(
-        args.input_size, args.crop_scale, args.color_jitter, args.aa, args.reprob, args.remode, args.recount, pixels
+        args.input_size,
+        args.crop_scale,
+        args.color_jitter,
+        args.aa,
+        args.reprob,
+        args.remode,
+        args.recount,
+        pixels,
     )
-    train_loader, val_loader = loaders.classifier_loaders(
+    return loaders.classifier_loaders(
         args.data_path,
         args.nb_classes,
         None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct),
-        args.batch_size,
-        args.num_workers,
-        args.pin_mem,
-        args.seed,
-        args.dist_eval,
         pixels,
-        device,
-        args.train_fraction,
+        options.loading(args, device),
+        fraction=args.train_fraction,
+        distributed_eval=args.dist_eval,
     )
-    source = misc.find(args.resume, args.output_dir, "finetune", args.model)
+
+
+def build_model(args: argparse.Namespace, pretrained: bool) -> nn.Module:
+    """Build the classifier; pretrained: start from the encoder that --finetune names."""
     model = models_vit.MODELS[args.model](
         **options.model_size(args),
         num_classes=args.nb_classes,
         global_pool=args.global_pool,
         drop_path_rate=args.drop_path,
     )
-    if args.finetune and not source:
+    if pretrained:
         weights.load_pretrained(args.finetune, model, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    model.to(device)
-    scaler = amp.LossScaler(args.amp, device)
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tune or evaluate as the flags say (argv defaults to the command line's)."""
+    args = get_args(argv)
+    options.check(args, models_vit.MODELS)
+
+    # Join the other processes; the run has output_dir for itself.
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
+    options.lock_output_dir(args)
+
+    # Data and model. A run that is resumed has its encoder already.
+    train_loader, val_loader = open_data(args, device)
+    classes = val_loader.dataset.class_to_idx
+    source = misc.resolve_resume(args.resume, args.output_dir, "finetune", args.model)
+    model = build_model(args, pretrained=bool(args.finetune) and not source).to(device)
+    scaler = LossScaler(args.amp, device)
+
+    # With --eval that is all.
     if args.eval:
-        weights.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
+        weights.load_for_eval(source, model, vars(args), classes)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
         evaluate(model, val_loader, device, scaler, args.dist_eval, confusion=args.confusion)
         return
 
+    # Optimizer and loss.
     if args.trainable_blocks is not None:
         models_vit.train_last(model, args.trainable_blocks)
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    mixup_fn, criterion = mixing(args)
+    mixup_fn, criterion = build_mixup_and_loss(args)
     updates = args.epochs * -(-len(train_loader) // args.accum_iter)
-    ema = running_average(model, args.model_ema_decay, updates) if args.model_ema else None
+    ema = build_ema(model, args.model_ema_decay, updates) if args.model_ema else None
+
+    # Resume, or start afresh.
     checkpoints = misc.Checkpoints(
-        args.output_dir,
-        "finetune",
-        model,
-        optimizer,
-        scaler,
-        vars(args),
-        val_loader.dataset.class_to_idx,
-        ema.module if ema else None,
+        args.output_dir, "finetune", model, optimizer, scaler, vars(args), classes, ema.module if ema else None
     )
-    position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(train_loader.dataset))
-    checkpoints.prepare(source)
+    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, args.eval_freq), lr)
     if ema:
-        dist.share(ema.module.state_dict().values())  # as DDP does with the model
+        dist.broadcast_from_rank0(ema.module.state_dict().values())  # as DDP does with the model
+
+    # Compile the blocks and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
+    updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad, ema=ema)
 
-    log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
-    log.summary(
-        args.model,
-        model,
-        train_loader.dataset,
-        train_loader.dataset.images.root,
-        args.batch_size * args.accum_iter * dist.world_size(),
-        lr,
-        device,
-        scaler.amp,
-    )
-    run_epochs(
-        train_loader,
-        args.epochs,
-        checkpoints,
-        log,
-        position,
-        device,
-        save_freq=args.save_freq,
-        save_minutes=args.save_minutes,
-        max_bad_steps=args.max_bad_steps,
-        max_bad_images=args.max_bad_images,
-        train=lambda epoch, run: train_one_epoch(
-            model,
-            criterion,
-            train_loader,
-            optimizer,
-            device,
-            epoch,
-            scaler,
-            schedule,
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            mixup_fn=mixup_fn,
-            run=run,
-            on_update=(lambda: ema.update(dist.unwrap(model))) if ema else None,
-        ),
-        evaluate=lambda poll: evaluate_both(
+    # Epochs.
+    run.fit(
+        train=lambda epoch: train_one_epoch(model, criterion, train_loader, updater, epoch, mixup_fn=mixup_fn, run=run),
+        evaluate=lambda _, poll: evaluate_both(
             model, ema, val_loader, device, scaler, args.dist_eval, poll, confusion=args.confusion
         ),
-        eval_freq=args.eval_freq,
     )
 
 

@@ -14,16 +14,21 @@ output_dir/ as in main_finetune.py.
 
 import argparse
 
+import torch
+from torch import nn
+
 import models_vit
 from engine_finetune import evaluate, head_losses, train_one_epoch
-from util import amp, errors, misc, optim, options, speed
+from util import errors, misc, optim, options, speed
+from util.amp import LossScaler
 from util.checkpoint import weights
 from util.data import loaders
+from util.data.loaders import DeviceLoader
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist
-from util.loop import run_epochs
+from util.loop import Run
 from util.lr_sched import CosineSchedule
-from util.report.log import RunLog
+from util.updater import Updater
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,93 +57,75 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def open_data(args: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader | None, DeviceLoader]:
+    """Open train/ (None with --eval) and val/."""
+    return loaders.classifier_loaders(
+        args.data_path,
+        args.nb_classes,
+        None if args.eval else Crop(args.input_size, args.crop_scale, one_draw=True),
+        CentreCrop(args.input_size, args.crop_pct),
+        options.pixels(args),
+        options.loading(args, device),
+        fraction=args.train_fraction,
+        distributed_eval=args.dist_eval,
+    )
+
+
+def build_model(args: argparse.Namespace, rates: list[float], pretrained: bool) -> nn.Module:
+    """Build the probe, with a head per learning rate; pretrained: on the encoder that --finetune names."""
+    model = models_vit.MODELS[args.model](
+        **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
+    )
+    if pretrained:
+        weights.load_pretrained(args.finetune, model, vars(args))
+    return models_vit.make_linear_probe(model, len(rates), args.probe == "attentive")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Probe or evaluate as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
     options.check(args, models_vit.MODELS)
-    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    options.take_output_dir(args)
 
-    pixels = options.pixels(args)
-    augmentation = Crop(args.input_size, args.crop_scale, one_draw=True)
-    train_loader, val_loader = loaders.classifier_loaders(
-        args.data_path,
-        args.nb_classes,
-        None if args.eval else augmentation,
-        CentreCrop(args.input_size, args.crop_pct),
-        args.batch_size,
-        args.num_workers,
-        args.pin_mem,
-        args.seed,
-        args.dist_eval,
-        pixels,
-        device,
-        args.train_fraction,
-    )
-    source = misc.find(args.resume, args.output_dir, "linprobe", args.model)
-    model = models_vit.MODELS[args.model](
-        **options.model_size(args), num_classes=args.nb_classes, global_pool=args.global_pool
-    )
-    if args.finetune and not source:
-        weights.load_pretrained(args.finetune, model, vars(args))
-    names = [f"blr{blr:g}" for blr in args.blr] if isinstance(args.blr, list) else None
+    # Join the other processes; the run has output_dir for itself.
+    device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
+    options.lock_output_dir(args)
+
+    # Data and model, with a head for each of several learning rates. A run that is resumed has its encoder already.
+    train_loader, val_loader = open_data(args, device)
+    classes = val_loader.dataset.class_to_idx
+    source = misc.resolve_resume(args.resume, args.output_dir, "linprobe", args.model)
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
-    model = models_vit.make_linear_probe(model, len(rates), args.probe == "attentive").to(device)
-    scaler = amp.LossScaler(args.amp, device)
+    head_names = [f"blr{blr:g}" for blr in rates] if len(rates) > 1 else None
+    model = build_model(args, rates, pretrained=bool(args.finetune) and not source).to(device)
+    scaler = LossScaler(args.amp, device)
+
+    # With --eval that is all.
     if args.eval:
-        weights.load_for_eval(source, model, vars(args), val_loader.dataset.class_to_idx)
+        weights.load_for_eval(source, model, vars(args), classes)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-        evaluate(model, val_loader, device, scaler, args.dist_eval, names=names, confusion=args.confusion)
+        evaluate(model, val_loader, device, scaler, args.dist_eval, None, head_names, args.confusion)
         return
 
+    # Optimizer.
     lrs = [optim.actual_lr(args.lr, blr, args.batch_size, args.accum_iter) for blr in rates]
     optimizer = optim.probe_optimizer(model, lrs, args.weight_decay)
     schedule = CosineSchedule(lrs[0], args.min_lr, args.warmup_epochs, args.epochs)
-    checkpoints = misc.Checkpoints(
-        args.output_dir, "linprobe", model, optimizer, scaler, vars(args), val_loader.dataset.class_to_idx
-    )
-    position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(train_loader.dataset))
-    checkpoints.prepare(source)
+
+    # Resume, or start afresh.
+    checkpoints = misc.Checkpoints(args.output_dir, "linprobe", model, optimizer, scaler, vars(args), classes)
+    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, args.eval_freq), lrs[0])
+
+    # Compile the blocks and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
+    updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad)
 
-    log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / train_loader.sampler.images_per_epoch)
-    log.summary(
-        args.model,
-        model,
-        train_loader.dataset,
-        train_loader.dataset.images.root,
-        args.batch_size * args.accum_iter * dist.world_size(),
-        lrs[0],
-        device,
-        scaler.amp,
-    )
-    run_epochs(
-        train_loader,
-        args.epochs,
-        checkpoints,
-        log,
-        position,
-        device,
-        save_freq=args.save_freq,
-        save_minutes=args.save_minutes,
-        max_bad_steps=args.max_bad_steps,
-        max_bad_images=args.max_bad_images,
-        train=lambda epoch, run: train_one_epoch(
-            model,
-            head_losses,
-            train_loader,
-            optimizer,
-            device,
-            epoch,
-            scaler,
-            schedule,
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            run=run,
+    # Epochs.
+    run.fit(
+        train=lambda epoch: train_one_epoch(model, head_losses, train_loader, updater, epoch, run=run),
+        evaluate=lambda _, poll: evaluate(
+            model, val_loader, device, scaler, args.dist_eval, poll, head_names, args.confusion
         ),
-        evaluate=lambda poll: evaluate(model, val_loader, device, scaler, args.dist_eval, poll, names, args.confusion),
-        eval_freq=args.eval_freq,
     )
 
 

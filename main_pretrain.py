@@ -16,17 +16,20 @@ output_dir/
 """
 
 import argparse
+from functools import partial
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import amp, errors, masking, misc, optim, options, speed
+from util import errors, masking, misc, optim, options, speed
+from util.amp import LossScaler
 from util.data import loaders
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist
-from util.loop import run_epochs
+from util.loop import Run
 from util.lr_sched import CosineSchedule
-from util.report.log import RunLog
+from util.masking import MaskSettings
 from util.report.monitor import Monitor
+from util.updater import Updater
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,86 +65,49 @@ def main(argv: list[str] | None = None) -> None:
     """Pre-train as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
     options.check(args, models_mae.MODELS)
+
+    # Join the other processes; the run has output_dir for itself.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    options.take_output_dir(args)
+    options.lock_output_dir(args)
 
-    pixels = options.pixels(args)
+    # Data.
+    pixels, loading = options.pixels(args), options.loading(args, device)
     transform = Crop(args.input_size, args.crop_scale)
-    loader = loaders.train_loader(
-        args.data_path,
-        transform,
-        args.batch_size,
-        args.num_workers,
-        args.pin_mem,
-        args.seed,
-        pixels,
-        device,
-        flat=True,
-    )
+    loader = loaders.train_loader(args.data_path, transform, pixels, loading, flat=True)
 
-    source = misc.find(args.resume, args.output_dir, "pretrain", args.model)
+    # Model.
+    source = misc.resolve_resume(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
+
+    # Optimizer.
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.pretrain_optimizer(model, lr, args.weight_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    scaler = amp.LossScaler(args.amp, device)
+    scaler = LossScaler(args.amp, device)
+
+    # Resume, or start afresh.
     checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))
-    position = checkpoints.resume(source, args.start_epoch, args.resume_override, len(loader.dataset))
-    checkpoints.prepare(source)
+    run = Run.start(checkpoints, loader, source, options.run_settings(args, args.monitor_freq), lr)
+
+    # Compile the blocks and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
+    updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad)
 
-    log = RunLog(args.output_dir, args.log_dir, position.epoch, position.images / loader.sampler.images_per_epoch)
-    log.summary(
-        args.model,
-        model,
-        loader.dataset,
-        loader.dataset.images.root,
-        args.batch_size * args.accum_iter * dist.world_size(),
-        lr,
-        device,
-        scaler.amp,
-    )
-    look = None
+    # What is looked at every few epochs: pictures, loss and k-NN.
+    evaluate = None
     if args.monitor_freq:
-        views = loaders.monitor_loaders(
-            args.data_path,
-            CentreCrop(args.input_size),
-            args.batch_size,
-            args.num_workers,
-            args.pin_mem,
-            pixels,
-            device,
-        )
-        monitor = Monitor(*views, args.output_dir, log, scaler, args.mask_ratio, args.mask_sampling, args.seed)
-        look = lambda poll: monitor(model, position.epoch, poll)  # noqa: E731
-    run_epochs(
-        loader,
-        args.epochs,
-        checkpoints,
-        log,
-        position,
-        device,
-        evaluate=look,
-        eval_freq=args.monitor_freq,
-        save_freq=args.save_freq,
-        save_minutes=args.save_minutes,
-        max_bad_steps=args.max_bad_steps,
-        max_bad_images=args.max_bad_images,
-        train=lambda epoch, run: train_one_epoch(
-            model,
-            loader,
-            optimizer,
-            device,
-            epoch,
-            scaler,
-            schedule,
-            mask_ratio=args.mask_ratio,
-            mask_sampling=args.mask_sampling,
-            accum_iter=args.accum_iter,
-            clip_grad=args.clip_grad,
-            run=run,
+        views = loaders.monitor_loaders(args.data_path, CentreCrop(args.input_size), pixels, loading)
+        masks = MaskSettings(args.mask_ratio, args.mask_sampling, args.seed)
+        monitor = Monitor(*views, args.output_dir, run.log, scaler, masks)
+        evaluate = partial(monitor, model)
+
+    # Epochs.
+    run.fit(
+        train=lambda epoch: train_one_epoch(
+            model, loader, updater, epoch, mask_ratio=args.mask_ratio, mask_sampling=args.mask_sampling, run=run
         ),
+        evaluate=evaluate,
     )
 
 

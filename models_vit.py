@@ -128,7 +128,7 @@ def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransfor
         shares = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in rates]
         best = shares.index(max(shares))
         why = f"of best accuracy, {shares[best]:.2f} %" if shares[best] >= 0 else "the first: none was evaluated"
-        dist.say(f"the head of --blr {rates[best]:g} is taken, {why}")
+        dist.print_rank0(f"the head of --blr {rates[best]:g} is taken, {why}")
         model.head[1] = model.head[1].heads[best]
         model.config["probe_heads"] = 1
     return model

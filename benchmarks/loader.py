@@ -32,7 +32,7 @@ from benchmarks.timing import device_name, link_images
 from util.data import transforms
 from util.data.datasets import Images
 from util.data.images import Pixels, load_array
-from util.data.loaders import train_loader
+from util.data.loaders import Loading, train_loader
 
 CPU = torch.device("cpu")
 SCALE = (0.2, 1.0)
@@ -53,7 +53,7 @@ class Decoded(Dataset):
 
 def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
     """The rows' loaders."""
-    ours = train_loader(folder, transforms.Crop(224, SCALE), batch_size, workers, True, 0, Pixels(), CPU)
+    ours = train_loader(folder, transforms.Crop(224, SCALE), Pixels(), Loading(batch_size, workers, True, 0, CPU))
     classic = tv.Compose(
         [
             tv.RandomResizedCrop(224, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
@@ -111,7 +111,7 @@ def listing_costs(files: int) -> dict[str, float]:
                 (folder / f"n{number:08d}_{image:05d}.JPEG").touch()
         start = time.perf_counter()
         transform = transforms.Crop(8, SCALE)
-        feed = train_loader(f"{temporary}/data", transform, 500, 1, False, 0, Pixels(), CPU)
+        feed = train_loader(f"{temporary}/data", transform, Pixels(), Loading(500, 1, False, 0, CPU))
         took = time.perf_counter() - start
         feed.dataset.images.loader = lambda path: np.zeros((8, 8, 3), np.uint8)
         sizes = []

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import models_mae
 import models_vit
-from util import loop, misc, optim
+from util import loop, misc, optim, rng
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.errors import UserError
@@ -132,7 +132,7 @@ def test_a_folder_that_changed_begins_its_epoch_anew(tmp_path, capsys):
 
 
 class Batches(list):
-    dataset = None
+    device = CPU
 
 
 def test_fewer_ranks_do_not_begin_in_the_midst_of_an_updates_batches(tmp_path):
@@ -142,16 +142,17 @@ def test_fewer_ranks_do_not_begin_in_the_midst_of_an_updates_batches(tmp_path):
 
     def first_step(images):
         position = Position(0, images=images)
-        return loop.Run(Batches(range(391)), keeper, None, position, CPU, None, 1, 0.1).first_step
+        settings = loop.RunSettings(1, save_freq=1, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=0.1)
+        return loop.Run(Batches(range(391)), keeper, None, position, settings).first_step
 
     assert first_step(195 * 256) == 391
     assert first_step(48 * 4 * 256) == 384
 
 
 def test_random_streams_come_back():
-    state = misc.rng_state()
+    state = rng.get_rng_state()
     drawn = torch.rand(1), np.random.rand(), random.random()
-    misc.set_rng_state(state)
+    rng.set_rng_state(state)
     assert drawn == (torch.rand(1), np.random.rand(), random.random())
 
 
@@ -342,9 +343,9 @@ def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path):
         keeper.save(Position(epoch), whole_epoch=True)
     left = {f"checkpoint-{name}.pth" for name in (4, 5, 7, 8, "last")}
     assert {path.name for path in tmp_path.glob("*.pth")} == left
-    assert misc.find("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-last.pth")
+    assert misc.resolve_resume("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-last.pth")
     (tmp_path / "checkpoint-last.pth").unlink()
-    assert misc.find("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-5.pth")
+    assert misc.resolve_resume("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-5.pth")
 
 
 def test_with_another_effective_batch_the_epoch_starts_again(tmp_path, capsys):

@@ -134,7 +134,7 @@ HOLDER = """
 import sys
 from util.checkpoint import output_dir
 
-output_dir.hold(sys.argv[1])
+output_dir.lock_output_dir(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -146,14 +146,14 @@ def test_the_holder_of_a_folder_is_named(tmp_path):
         [sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
         holder.stdout.readline()
-        assert re.fullmatch(rf"process {holder.pid} on \S+", output_dir.hold(tmp_path))
+        assert re.fullmatch(rf"process {holder.pid} on \S+", output_dir.lock_output_dir(tmp_path))
         (tmp_path / ".lock").write_text("process 1 on elsewhere")
-        assert output_dir.hold(tmp_path) == (
+        assert output_dir.lock_output_dir(tmp_path) == (
             f"process 1 on elsewhere; if that machine is down, remove {tmp_path / '.lock'}"
         )
         holder.kill()
         holder.wait()
-        assert output_dir.hold(tmp_path) == ""
+        assert output_dir.lock_output_dir(tmp_path) == ""
 
 
 def test_a_run_that_goes_back_goes_on_from_there(images, undisturbed, tmp_path):

@@ -6,10 +6,11 @@ from torch import nn
 
 import engine_finetune
 from models_mae import MaskedAutoencoderViT
-from util.amp import BadSteps, LossScaler, choose, micro_step
+from util.amp import BadSteps, LossScaler, choose
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
 from util.report.meters import Meters
+from util.updater import Updater, split_into_groups
 
 CPU = torch.device("cpu")
 CONSTANT = CosineSchedule(0.1, 0.1, 0, 1)
@@ -21,13 +22,8 @@ def train(model, batches, accum_iter, clip_grad=None):
         model,
         nn.CrossEntropyLoss(),
         batches,
-        optimizer,
-        CPU,
+        Updater(model, optimizer, CONSTANT, LossScaler("off", CPU), accum_iter=accum_iter, clip_grad=clip_grad),
         0,
-        LossScaler("off", CPU),
-        CONSTANT,
-        accum_iter=accum_iter,
-        clip_grad=clip_grad,
     )
     return model
 
@@ -56,7 +52,7 @@ def test_an_incomplete_last_group_is_an_update_of_its_own_mean():
 
 
 def test_micro_steps_cover_an_epoch():
-    parts = [micro_step(step, 7, 3) for step in range(7)]
+    parts = [split_into_groups(step, 7, 3) for step in range(7)]
     assert [p.size for p in parts] == [3, 3, 3, 3, 3, 3, 1]
     assert [p.first for p in parts] == [True, False, False, True, False, False, True]
     assert [p.last for p in parts] == [False, False, True, False, False, True, True]

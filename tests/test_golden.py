@@ -26,6 +26,7 @@ from util.checkpoint import weights
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
+from util.updater import Updater
 
 GOLDEN = Path(os.environ.get("MAE_GOLDEN") or Path(__file__).parent / "golden")
 META = json.loads((GOLDEN / "meta.json").read_text())
@@ -100,7 +101,7 @@ class Recorder(nn.Module):
         self.model, self.optimizer, self.noise = model, optimizer, iter(noise if noise is not None else [])
         self.losses, self.lrs = [], []
 
-    def forward(self, imgs, mask_ratio=None):
+    def forward(self, imgs, mask_ratio=None, noise=None):
         # A group's own lr divided by its scale is the schedule's.
         group = self.optimizer.param_groups[0]
         self.lrs.append(group["lr"] / group.get("lr_scale", 1.0))
@@ -109,6 +110,12 @@ class Recorder(nn.Module):
         loss, pred, mask = self.model(imgs, mask_ratio=mask_ratio, noise=next(self.noise))
         self.losses.append(loss.item())
         return loss, pred, mask
+
+
+def updater_of(run, recorder, device, amp):
+    scaler = LossScaler(amp, device)
+    settings = {"accum_iter": run["accum_iter"], "clip_grad": run.get("clip_grad")}
+    return Updater(recorder, recorder.optimizer, schedule_of(run), scaler, **settings)
 
 
 def check_final(model, final, lr_sum, looser):
@@ -214,21 +221,12 @@ def run_pretraining(golden, run, fast, device, amp="off"):
     fast(model)
     optimizer = optim.pretrain_optimizer(model, run["lr"], run["weight_decay"])
     recorder = Recorder(model, optimizer, golden["noise"])
-    loader, stats = [(imgs, None) for imgs in golden["imgs"]], []
-    for epoch in range(run["epochs"]):
-        stats.append(
-            engine_pretrain.train_one_epoch(
-                recorder,
-                loader,
-                optimizer,
-                device,
-                epoch,
-                LossScaler(amp, device),
-                schedule_of(run),
-                mask_ratio=run["mask_ratio"],
-                accum_iter=run["accum_iter"],
-            )
-        )
+    updater = updater_of(run, recorder, device, amp)
+    loader = [(imgs, None) for imgs in golden["imgs"]]
+    stats = [
+        engine_pretrain.train_one_epoch(recorder, loader, updater, epoch, mask_ratio=run["mask_ratio"])
+        for epoch in range(run["epochs"])
+    ]
     return model, optimizer, recorder, stats
 
 
@@ -265,20 +263,9 @@ def run_classifier(golden, run, model, optimizer, criterion, device, amp="off"):
         return losses[-1]
 
     loader = list(zip(golden["train/imgs"].split(size), golden["train/targets"].split(size), strict=True))
+    updater = updater_of(run, recorder, device, amp)
     stats = [
-        engine_finetune.train_one_epoch(
-            recorder,
-            noting,
-            loader,
-            optimizer,
-            device,
-            epoch,
-            LossScaler(amp, device),
-            schedule_of(run),
-            accum_iter=run["accum_iter"],
-            clip_grad=run.get("clip_grad"),
-        )
-        for epoch in range(run["epochs"])
+        engine_finetune.train_one_epoch(recorder, noting, loader, updater, epoch) for epoch in range(run["epochs"])
     ]
     return recorder.lrs, [loss.item() for loss in losses], stats
 

@@ -19,6 +19,7 @@ from util import optim, speed
 from util.amp import LossScaler
 from util.distributed import dist
 from util.lr_sched import CosineSchedule
+from util.updater import Updater
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CUDA = torch.device("cuda")
@@ -59,12 +60,14 @@ def test_no_step_waits_for_the_device(job, amp):
         else:
             optimizer = optim.finetune_optimizer(model.to(CUDA), 1e-3, 0.05, 0.75)
     speed.prepare(model, CUDA, scaler.amp, "auto", False, False)
-    common = (loader, optimizer, CUDA, 0, scaler, CosineSchedule(1e-3, 0.0, 0, 1))
+    clip_grad = 1.0 if job in ("pretrain", "grid", "block") else None
+    schedule = CosineSchedule(1e-3, 0.0, 0, 1)
+    updater = Updater(model, optimizer, schedule, scaler, accum_iter=2, clip_grad=clip_grad)
     if job in ("pretrain", "grid", "block"):
         sampling = "random" if job == "pretrain" else job
-        stats = engine_pretrain.train_one_epoch(model, *common, accum_iter=2, clip_grad=1.0, mask_sampling=sampling)
+        stats = engine_pretrain.train_one_epoch(model, loader, updater, 0, mask_sampling=sampling)
     else:
-        stats = engine_finetune.train_one_epoch(model, nn.CrossEntropyLoss(), *common, accum_iter=2)
+        stats = engine_finetune.train_one_epoch(model, nn.CrossEntropyLoss(), loader, updater, 0)
     assert stats["loss"] > 0
 
 

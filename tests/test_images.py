@@ -107,7 +107,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
         dataset = sampler = None
         num_workers = 0
 
-    feed = loaders.Feed(Loader([batch]), torch.device("cpu"), Pixels())
+    feed = loaders.DeviceLoader(Loader([batch]), torch.device("cpu"), Pixels())
     ((imgs, _),) = feed
     assert torch.equal(imgs[0], usual(picture))
 
@@ -155,7 +155,10 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
 
     def epoch(workers):
         loader = loaders.train_loader(
-            str(tmp_path), transforms.Crop(32, (0.2, 1.0)), 5, workers, True, 7, Pixels(), torch.device("cpu")
+            str(tmp_path),
+            transforms.Crop(32, (0.2, 1.0)),
+            Pixels(),
+            loaders.Loading(5, workers, True, 7, torch.device("cpu")),
         )
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])

@@ -148,8 +148,8 @@ import engine_pretrain, main_pretrain
 from util import errors, loop
 marker, after = pathlib.Path(sys.argv[1]), loop.Run.after_update
 
-def dying(self, step, meters):
-    after(self, step, meters)
+def dying(self, step, skipped, meters):
+    after(self, step, skipped, meters)
     if self.position.epoch == 1 and step == 2 and os.environ["RANK"] == "1" and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), 9)

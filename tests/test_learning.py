@@ -11,6 +11,7 @@ import models_mae
 from util import optim
 from util.amp import LossScaler
 from util.lr_sched import CosineSchedule
+from util.updater import Updater
 
 CPU = torch.device("cpu")
 
@@ -27,11 +28,10 @@ def spread_of_masked_predictions(zero_positions: bool) -> float:
         model.pos_embed.zero_(), model.decoder_pos_embed.zero_()
     epochs = 15
     optimizer, schedule = optim.pretrain_optimizer(model, 2e-3, 0.05), CosineSchedule(2e-3, 0, 2, epochs)
+    updater = Updater(model, optimizer, schedule, LossScaler("off", CPU))
     for epoch in range(epochs):
         batches = [(batch, None) for batch in imgs[torch.randperm(len(imgs))].split(50)]
-        engine_pretrain.train_one_epoch(
-            model, batches, optimizer, CPU, epoch, LossScaler("off", CPU), schedule, print_freq=100
-        )
+        engine_pretrain.train_one_epoch(model, batches, updater, epoch, print_freq=100)
     model.eval()
     with torch.no_grad():
         _, pred, mask = model(imgs[:100])

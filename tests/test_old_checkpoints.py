@@ -17,6 +17,7 @@ import main_pretrain
 import models_mae
 import models_vit
 from util import misc
+from util.rng import set_rng_state
 
 OLD = Path(__file__).parent / "old_checkpoints"
 ENCODER = {"embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -44,7 +45,7 @@ def resume(images, tmp_path, monkeypatch):
 
         def resume_and_save(self, *args, **kwargs):
             position = resumed(self, *args, **kwargs)
-            misc.set_rng_state(position.rng[0])
+            set_rng_state(position.rng[0])
             self.save(position, whole_epoch=False)
             states.append(torch.load(tmp_path / "checkpoint-last.pth", weights_only=True))
             return position

@@ -90,7 +90,11 @@ def test_an_attentive_probe_runs_and_resumes(images, tmp_path):
 def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, images):
     def chosen(seed):
         loader = loaders.train_loader(
-            str(images), transforms.Crop(28, (1.0, 1.0)), 5, 0, False, seed, Pixels(), torch.device("cpu"), fraction
+            str(images),
+            transforms.Crop(28, (1.0, 1.0)),
+            Pixels(),
+            loaders.Loading(5, 0, False, seed, torch.device("cpu")),
+            fraction=fraction,
         )
         dataset = loader.dataset
         assert len(dataset) == 10 * per_class == len(loader) * 5
@@ -150,7 +154,7 @@ def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
         batches,
         torch.device("cpu"),
         LossScaler("off", torch.device("cpu")),
-        names=["low", "high"],
+        head_names=["low", "high"],
         confusion=str(tmp_path / "confusion.csv"),
     )
     assert stats["acc1"] == 100 and stats["acc1_low"] == 0
@@ -169,7 +173,7 @@ def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_w
 
 def test_a_run_too_short_for_its_running_average_is_told(capsys):
     model = torch.nn.Linear(2, 2)
-    main_finetune.running_average(model, 0.9999, 1950)
-    assert "82% of the running average is still the untrained start after all 1950" in capsys.readouterr().out
-    main_finetune.running_average(model, 1 - 10 / 1950, 1950)
+    main_finetune.build_ema(model, 0.9999, 1950)
+    assert "82% of the EMA is still the untrained start after all 1950" in capsys.readouterr().out
+    main_finetune.build_ema(model, 1 - 10 / 1950, 1950)
     assert capsys.readouterr().out == ""

@@ -22,8 +22,10 @@ from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist, signals
 from util.errors import UserError
 from util.lr_sched import CosineSchedule
+from util.masking import MaskSettings
 from util.report.log import RunLog
 from util.report.monitor import Monitor
+from util.updater import Updater
 
 CPU = torch.device("cpu")
 
@@ -59,14 +61,10 @@ def batches(updates, accum):
 
 def train(job, model, loader, optimizer, epoch=0, accum=1):
     schedule = CosineSchedule(optimizer.param_groups[0]["lr"], 0.0, 0, 20)
-    more = {"accum_iter": accum}
+    updater = Updater(model, optimizer, schedule, LossScaler("off", CPU), accum_iter=accum)
     if job == "pretrain":
-        return engine_pretrain.train_one_epoch(
-            model, loader, optimizer, CPU, epoch, LossScaler("off", CPU), schedule, **more
-        )
-    return engine_finetune.train_one_epoch(
-        model, torch.nn.CrossEntropyLoss(), loader, optimizer, CPU, epoch, LossScaler("off", CPU), schedule, **more
-    )
+        return engine_pretrain.train_one_epoch(model, loader, updater, epoch)
+    return engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, updater, epoch)
 
 
 def one_update(job, accum=1):
@@ -129,21 +127,12 @@ def own_opinions(images, folder):
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
     keeper = misc.Checkpoints(str(folder), "finetune", model, optimizer, LossScaler("off", CPU), args)
     keeper.prepare("")
-    loader = loaders.train_loader(str(images), Crop(28, (1.0, 1.0)), 4, 0, False, 0, Pixels(), CPU)
+    loader = loaders.train_loader(str(images), Crop(28, (1.0, 1.0)), Pixels(), loaders.Loading(4, 0, False, 0, CPU))
     position = misc.Position(0)
-    loop.run_epochs(
-        loader,
-        3,
-        keeper,
-        RunLog("", "", 0, 0.0),
-        position,
-        CPU,
-        lambda epoch, run: {"loss": 1.0},
-        save_freq=100,
-        save_minutes=0,
-        max_bad_steps=1,
-        max_bad_images=1.0,
-        evaluate=lambda poll: {"acc1": 50.0 - dist.rank() * (-1) ** position.epoch},
+    settings = loop.RunSettings(3, save_freq=100, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=1.0)
+    loop.Run(loader, keeper, RunLog("", "", 0, 0.0), position, settings).fit(
+        train=lambda epoch: {"loss": 1.0},
+        evaluate=lambda epoch, poll: {"acc1": 50.0 - dist.rank() * (-1) ** epoch},
     )
     return position.best
 
@@ -155,8 +144,8 @@ def test_ranks_whose_accuracies_differ_agree_on_the_best(images, tmp_path):
 
 def watched(data):
     """What pre-training's monitor says; the masks follow from the file names."""
-    views = loaders.monitor_loaders(str(data), CentreCrop(28), 4, 0, False, Pixels(), CPU)
-    watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), 0.75, "random", 0)
+    views = loaders.monitor_loaders(str(data), CentreCrop(28), Pixels(), loaders.Loading(4, 0, False, 0, CPU))
+    watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
     return watch(make("pretrain"), 0, lambda: None)
 
 
@@ -171,10 +160,10 @@ def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
 
 def evaluated_with_a_bad_image(root):
     images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
-    loader = loaders.eval_loader(images, 2, 0, False, CPU, share=True)
+    loader = loaders.eval_loader(images, loaders.Loading(2, 0, False, 0, CPU), distributed=True)
     poll = signals.Requests(save_minutes=0).poll
     try:
-        engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), shared=True, poll=poll)
+        engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True, poll=poll)
     except UserError as error:
         return str(error)
 
@@ -226,8 +215,10 @@ def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
 
 def evaluated(root):
     images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
-    loader = loaders.eval_loader(images, 8, 0, False, CPU, share=True)
-    return len(images), engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), shared=True)
+    loader = loaders.eval_loader(images, loaders.Loading(8, 0, False, 0, CPU), distributed=True)
+    return len(images), engine_finetune.evaluate(
+        make("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True
+    )
 
 
 def test_101_images_give_the_same_counts_on_one_two_and_three_ranks(tmp_path):

@@ -162,7 +162,9 @@ def test_files_of_8_and_16_bits_meet_in_a_batch(tmp_path):
     pixels = Pixels(1, (0.0,), (1.0,))
     for workers in (0, 1):
         crop = Crop(16, (1.0, 1.0))
-        loader = loaders.train_loader(str(tmp_path), crop, 2, workers, False, 0, pixels, torch.device("cpu"))
+        loader = loaders.train_loader(
+            str(tmp_path), crop, pixels, loaders.Loading(2, workers, False, 0, torch.device("cpu"))
+        )
         ((imgs, _),) = loader
         assert imgs.dtype == torch.float32 and imgs.max() < 1.3 and (imgs.amax(dim=(1, 2, 3)) > 0.2).all()
 

@@ -1,9 +1,8 @@
-"""Mixed precision: which one, the loss scaler, and the accumulation of gradients over micro-steps."""
+"""Mixed precision: which one, the loss scaler, and the updates that were skipped."""
 
 import time
 from collections.abc import Iterable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ def choose(amp: str, device: torch.device) -> str:
         return amp
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and dist.from_rank0(bf16_is_faster_on_cpu) else "off"
+    return "bf16" if device.type == "cpu" and dist.run_on_rank0(bf16_is_faster_on_cpu) else "off"
 
 
 @cache
@@ -42,22 +41,6 @@ def bf16_is_faster_on_cpu() -> bool:
             a @ a
             best[a.dtype] = min(best[a.dtype], time.perf_counter() - start)
     return best[torch.bfloat16] < 0.75 * best[torch.float32]
-
-
-class MicroStep(NamedTuple):
-    """Where a batch stands in its accumulation group of `size` batches."""
-
-    size: int
-    first: bool
-    last: bool
-
-
-def micro_step(step: int, steps: int, accum_iter: int) -> MicroStep:
-    """Batch `step` of an epoch of `steps`. The epoch's last group may be smaller than accum_iter; it makes an update
-    of its own, averaged over the batches that it has, so that it is neither lost nor mis-scaled."""
-    start = step - step % accum_iter
-    size = min(accum_iter, steps - start)
-    return MicroStep(size, first=step == start, last=step == start + size - 1)
 
 
 class LossScaler:

@@ -74,7 +74,7 @@ def _complain(error: Exception) -> int:
             ". A loader process died; out of memory is the usual reason: lower --num_workers. "
             "Go on from the newest checkpoint with --resume auto"
         )
-    elif isinstance(error, dist.LostError):
+    elif isinstance(error, dist.RendezvousError):
         pass
     elif isinstance(error, RuntimeError) and dist.world_size() > 1 and PEERS.search(str(error)):
         text = (

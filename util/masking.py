@@ -5,11 +5,27 @@ Shapes: N images, a grid of h x w patches, L = h*w.
 
 import math
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 KINDS = ("random", "block", "grid")
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """Which masks a model is looked at under.
+
+    Attributes:
+        ratio: Share of the patches that is removed.
+        sampling: One of KINDS.
+        seed: Fixes the masks, together with the images' names.
+    """
+
+    ratio: float
+    sampling: str
+    seed: int
 
 
 def noise(

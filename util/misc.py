@@ -17,13 +17,11 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
     job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
 """
 
-import random
 import re
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -33,11 +31,12 @@ from util.checkpoint.formats import describe
 from util.checkpoint.weights import load_model, plain
 from util.distributed import dist
 from util.errors import UserError
+from util.rng import get_rng_state
 
 # Flags that change how far a step of the schedule goes, or where it lies; with lr and the effective batch.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 # Flags that say where and how a run goes on, not what it computes.
-PLACE = {
+NEUTRAL_FLAGS = {
     "resume",
     "resume_override",
     "overwrite",
@@ -77,24 +76,6 @@ class Position:
     best_epoch: int = -1
     rng: list[dict] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)  # log.txt's line of the last epoch
-
-
-def rng_state() -> dict:
-    """This process's random streams, as plain types and tensors."""
-    name, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
-    if torch.cuda.is_initialized():  # available, but unused: asking would take memory there
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict) -> None:
-    """Put the streams back to where rng_state() found them."""
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(tuple(state["numpy"]))
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 class Checkpoints:
@@ -154,7 +135,7 @@ class Checkpoints:
     def save(self, position: Position, whole_epoch: bool) -> None:
         """Write checkpoint-last.pth, and after a whole epoch (position.epoch) checkpoint-{epoch}.pth, too; then remove
         what --keep no longer wants. Raises UserError, on all ranks, where it can't be written."""
-        rng = dist.gather(rng_state())
+        rng = dist.gather(get_rng_state())
         if self.folder is None:
             return
         dist.gather_optimizer(self.optimizer)
@@ -168,7 +149,7 @@ class Checkpoints:
             write(self._state(position, rng), paths)
             self._prune(position)
 
-        dist.from_rank0(on_rank0)
+        dist.run_on_rank0(on_rank0)
         self.newest = str(paths[0])
 
     def _state(self, position: Position, rng: list[dict]) -> dict:
@@ -215,7 +196,9 @@ class Checkpoints:
             self.ema.load_state_dict(checkpoint.get("model_ema") or self.model.state_dict())
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             what = describe(checkpoint)
-            dist.say(f"weights from {source} ({what}), which holds no optimiser: starting at epoch {start_epoch}")
+            dist.print_rank0(
+                f"weights from {source} ({what}), which holds no optimiser: starting at epoch {start_epoch}"
+            )
             return Position(start_epoch, dataset=dataset)
         if checkpoint.get("job", self.job) != self.job:
             raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
@@ -240,14 +223,16 @@ class Checkpoints:
         weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"] if position.totals else 1
         position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
         if batch_changed and position.images:
-            dist.say(f"batch size changed: epoch {position.epoch} starts again")
+            dist.print_rank0(f"batch size changed: epoch {position.epoch} starts again")
             position.images, position.totals = 0, {}
         if dataset and position.dataset not in (0, dataset) and position.images:
-            dist.say(f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts anew")
+            dist.print_rank0(
+                f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts anew"
+            )
             position.images, position.totals = 0, {}
         position.dataset = dataset
         where = f"in epoch {position.epoch} after {position.images} images" if position.images else "after epoch "
-        dist.say(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
+        dist.print_rank0(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
         return position
 
     def _compare(self, source: str, stored: dict, override: bool) -> bool:
@@ -258,7 +243,7 @@ class Checkpoints:
         differing = [
             f"--{name} {stored[name]} -> {value}"
             for name, value in self.args.items()
-            if name not in PLACE and name in stored and plain(stored[name]) != plain(value)
+            if name not in NEUTRAL_FLAGS and name in stored and plain(stored[name]) != plain(value)
         ]
         before, now = _schedule(stored), _schedule(self.args)
         changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
@@ -268,7 +253,7 @@ class Checkpoints:
                 "--resume_override to go on with the new ones"
             )
         if differing:
-            dist.say(f"flags that differ from the checkpoint's: {', '.join(differing)}")
+            dist.print_rank0(f"flags that differ from the checkpoint's: {', '.join(differing)}")
         return before.get("effective batch") != now.get("effective batch")
 
 
@@ -291,10 +276,10 @@ def is_inside(source: str, folder: str | Path) -> bool:
     return Path(folder).resolve() in (Path(source).parent.resolve(), Path(source).resolve().parent)
 
 
-def find(source: str, output_dir: str, job: str, model: str) -> str:
+def resolve_resume(source: str, output_dir: str, job: str, model: str) -> str:
     """What --resume means: itself, or for "auto" the newest valid checkpoint of this job and model in output_dir, ""
     where there is none. Says which and why. Raises UserError where every checkpoint is broken or another run's."""
-    return source if source != "auto" else dist.from_rank0(lambda: _newest(Path(output_dir), job, model))
+    return source if source != "auto" else dist.run_on_rank0(lambda: _newest(Path(output_dir), job, model))
 
 
 def _newest(folder: Path, job: str, model: str) -> str:
@@ -315,8 +300,8 @@ def _newest(folder: Path, job: str, model: str) -> str:
             passed_over.append(problem)
             continue
         for reason in passed_over:
-            dist.say(f"warning: passed over: {reason}")
-        dist.say(f"--resume auto: {path} is the newest checkpoint that is whole")
+            dist.print_rank0(f"warning: passed over: {reason}")
+        dist.print_rank0(f"--resume auto: {path} is the newest checkpoint that is whole")
         return str(path)
     if passed_over:
         raise UserError(
@@ -324,5 +309,5 @@ def _newest(folder: Path, job: str, model: str) -> str:
             + "\n  ".join(passed_over)
             + "\n  Choose another --output_dir, or pass no --resume and --overwrite to remove them and start afresh"
         )
-    dist.say(f"--resume auto: no checkpoint in {folder}: a fresh start")
+    dist.print_rank0(f"--resume auto: no checkpoint in {folder}: a fresh start")
     return ""

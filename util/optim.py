@@ -14,7 +14,9 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
     ranks = dist.world_size()
     effective = batch_size * accum_iter * ranks
     lr = blr * effective / 256 if lr is None else lr
-    dist.say(f"effective batch size {effective} = {batch_size} x {accum_iter} x {ranks} ranks, learning rate {lr:.3g}")
+    dist.print_rank0(
+        f"effective batch size {effective} = {batch_size} x {accum_iter} x {ranks} ranks, learning rate {lr:.3g}"
+    )
     return lr
 
 

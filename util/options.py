@@ -12,9 +12,11 @@ from util.checkpoint import output_dir
 from util.checkpoint.files import is_url
 from util.checkpoint.formats import weights_in
 from util.data.images import Pixels
+from util.data.loaders import Loading
 from util.data.transforms import FinetuneTransform
 from util.distributed import dist, launchers
 from util.errors import UserError
+from util.loop import RunSettings
 from util.misc import is_inside
 
 
@@ -151,6 +153,23 @@ def pixels(args: argparse.Namespace) -> Pixels:
     return Pixels(args.in_chans, tuple(args.mean), tuple(args.std), args.exif)
 
 
+def loading(args: argparse.Namespace, device: torch.device) -> Loading:
+    """Return how batches are loaded."""
+    return Loading(args.batch_size, args.num_workers, args.pin_mem, args.seed, device)
+
+
+def run_settings(args: argparse.Namespace, eval_freq: int) -> RunSettings:
+    """Return how the run goes on, saves, and stops."""
+    return RunSettings(
+        epochs=args.epochs,
+        save_freq=args.save_freq,
+        save_minutes=args.save_minutes,
+        eval_freq=eval_freq,
+        max_bad_steps=args.max_bad_steps,
+        max_bad_images=args.max_bad_images,
+    )
+
+
 def mixes(args: argparse.Namespace) -> bool:
     """Whether fine-tuning mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
@@ -217,10 +236,10 @@ def check(args: argparse.Namespace, models: dict) -> None:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
 
-def take_output_dir(args: argparse.Namespace) -> None:
+def lock_output_dir(args: argparse.Namespace) -> None:
     """From here to its end the run has output_dir for itself. Raises UserError, on all ranks, where another has it."""
     if args.output_dir and not getattr(args, "eval", False):
-        holder = dist.from_rank0(lambda: output_dir.hold(args.output_dir))
+        holder = dist.run_on_rank0(lambda: output_dir.lock_output_dir(args.output_dir))
         if holder:
             raise UserError(f"--output_dir {args.output_dir} is in use by another run, {holder}")
 

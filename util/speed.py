@@ -76,7 +76,7 @@ def compiles(device: torch.device, wanted: bool | None) -> bool:
     if problem and wanted:
         raise UserError(f"--compile: torch.compile does not work here: {problem}. Install what it lacks or omit it")
     if problem:
-        dist.say(f"notice: the blocks are not compiled, since torch.compile does not work here: {problem}")
+        dist.print_rank0(f"notice: the blocks are not compiled, since torch.compile does not work here: {problem}")
     return not problem
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from util.checkpoint import formats
-from util.checkpoint.output_dir import sync
+from util.checkpoint.output_dir import fsync_dir
 from util.distributed import dist
 from util.errors import UserError
 
@@ -68,7 +68,7 @@ def write(state: dict, paths: list[Path]) -> None:
             _copy(unfinished[0], copy)
         for path, temporary in zip(paths, unfinished, strict=True):
             os.replace(temporary, path)
-            sync(path.parent)
+            fsync_dir(path.parent)
             digest_file(path).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         cause = (noting and noting.error) or error
@@ -172,7 +172,9 @@ def _folder(folder: Path, parts: list[Path]) -> dict:
     if not str(config.get("model_type", "")).startswith("vit"):
         return known | formats.from_our_config(config)
     if abs(config.get("layer_norm_eps", 1e-12) - 1e-6) > 1e-7:
-        dist.say(f"notice: {folder} has LayerNorms with eps {config.get('layer_norm_eps', 1e-12):g}, ours is 1e-6")
+        dist.print_rank0(
+            f"notice: {folder} has LayerNorms with eps {config.get('layer_norm_eps', 1e-12):g}, ours is 1e-6"
+        )
     return known | formats.from_hugging_face_config(config)
 
 

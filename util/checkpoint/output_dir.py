@@ -31,7 +31,7 @@ def unwritable(folder: str) -> str:
         return f"{place}: {error.strerror}"
 
 
-def hold(folder: str) -> str:
+def lock_output_dir(folder: str) -> str:
     """Take the folder for this process until it ends, however it ends; returns who has it already, or "".
 
     A POSIX record lock: unlike flock's, the loader's processes don't inherit it and keep it when this one is killed.
@@ -58,7 +58,7 @@ def hold(folder: str) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def raise_write_errors(path: Path) -> Iterator[None]:
     """Around what writes a file on rank 0 for all: raises UserError, every rank's error, where it can't be written."""
     try:
         yield
@@ -66,7 +66,7 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def sync(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Make renames in a folder last."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

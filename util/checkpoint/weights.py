@@ -35,7 +35,7 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
     checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
     load_model(source, checkpoint, model, args, class_to_idx)
     _compare_pixels(source, checkpoint, args, ("mean", "std", "crop_pct", "exif"))
-    dist.say(f"weights from {source}")
+    dist.print_rank0(f"weights from {source}")
 
 
 def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
@@ -71,7 +71,9 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     model.load_state_dict(state, strict=False)
     surplus |= unused
     new, dropped = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
-    dist.say(f"encoder from {source} ({describe(checkpoint)}); new here: {new}; in the file but not used: {dropped}")
+    dist.print_rank0(
+        f"encoder from {source} ({describe(checkpoint)}); new here: {new}; in the file but not used: {dropped}"
+    )
     return missing, surplus
 
 
@@ -80,7 +82,7 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
     if "pos_embed" not in state:
         return
     if not state["pos_embed"].any():
-        dist.say("warning: the file's positions are all zero, so its model cannot tell where a patch was")
+        dist.print_rank0("warning: the file's positions are all zero, so its model cannot tell where a patch was")
     grid, rows = model.patch_embed.grid_size, state["pos_embed"].shape[1] - 1
     config = checkpoint.get("model_config") or {}
     side = round(rows**0.5)
@@ -89,7 +91,7 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
         old = tuple(length // config["patch_size"] for length in to_2tuple(config["img_size"]))
     if rows == old[0] * old[1] and old != grid:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], old, grid)
-        dist.say(f"positions resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]}")
+        dist.print_rank0(f"positions resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]}")
 
 
 def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
@@ -103,7 +105,7 @@ def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str,
             theirs, ours = (CentreCrop(args["input_size"], share).cover for share in (theirs, ours))
         if plain(theirs) != plain(ours):
             default = "at its default"
-            dist.say(
+            dist.print_rank0(
                 f"notice: {source} was made with --{name} {stored[name] or default}, here it is {args[name] or default}"
             )
 

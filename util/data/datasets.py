@@ -7,7 +7,6 @@ Pre-training also takes images without class folders, in data_path/train, or in 
 """
 
 import os
-import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +23,7 @@ from util.data import listing
 from util.data.images import BadImage, Pixels, WrongChannels, load_array
 from util.distributed import dist
 from util.errors import LocalError, UserError
+from util.rng import seed_all
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 TRIES = 100  # unreadable images in a row before the disk is suspected
@@ -46,7 +46,7 @@ class Images(ImageFolder):
     @staticmethod
     def make_dataset(directory: str, class_to_idx: dict[str, int], *_, **__) -> listing.Listing:
         """All (path, class); rank 0 looks them up for all."""
-        return dist.from_rank0(lambda: listing.list_files(directory, class_to_idx, is_image))
+        return dist.run_on_rank0(lambda: listing.list_files(directory, class_to_idx, is_image))
 
     def name(self, index: int) -> str:
         """The path within the split."""
@@ -61,7 +61,9 @@ class Images(ImageFolder):
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
         if self.flat and _has_images(directory):
             if names:
-                dist.say(f"notice: images lie beside the folders in {directory}: all are taken, without classes")
+                dist.print_rank0(
+                    f"notice: images lie beside the folders in {directory}: all are taken, without classes"
+                )
             names = [""]
         if not names:
             raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
@@ -83,7 +85,7 @@ class EvalImages(Images):
             raise LocalError(f"{error}; evaluation counts every image: mend or remove the file") from error
 
 
-class SpareImages(Images):
+class MonitorImages(Images):
     """A split to look at: the next image takes the place of a bad one."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -125,7 +127,7 @@ class TrainImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        _seed(self.seed, epoch, index)
+        seed_all(self.seed, epoch, index)
         for _ in range(TRIES):
             try:
                 return self.images[index if self.chosen is None else int(self.chosen[index])]
@@ -135,14 +137,6 @@ class TrainImages(Dataset):
                     print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
                 index = int(torch.randint(len(self), ()))
         raise LocalError(f"{TRIES} images in a row in {self.images.root} cannot be read: is the disk all right?")
-
-
-def _seed(*key: int) -> None:
-    """Seed all that transforms draw from."""
-    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
-    random.seed(seeds[0])
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(seeds[2])
 
 
 def open_split(

@@ -1,10 +1,9 @@
 """Loaders over the splits: which image comes when, in whose share, and the batches on the device."""
 
 import gc
-import random
 import sys
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util.data.datasets import EvalImages, Images, SpareImages, TrainImages, check_classes, open_split
+from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
 from util.data.images import Pixels
 from util.distributed import dist, launchers
 from util.distributed.signals import shield_worker
 from util.errors import LocalError, UserError
+from util.rng import preserve_rng
 
 
-@contextmanager
-def _streams_kept(kept: bool) -> Iterator[None]:
-    """Give the training loop its random streams back, where samples are made in its own process."""
-    if not kept:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+@dataclass(frozen=True)
+class Loading:
+    """How batches are loaded.
+
+    Attributes:
+        batch_size: Images per batch of a process.
+        num_workers: Loader processes, at most one per core is used.
+        pin_mem: Pin the memory of batches that go to a GPU.
+        seed: Of the order and the augmentations.
+        device: Where batches are sent.
+    """
+
+    batch_size: int
+    num_workers: int
+    pin_mem: bool
+    seed: int
+    device: torch.device
 
 
 class EpochSampler(Sampler):
@@ -77,7 +81,7 @@ class Normalise:
         return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
 
 
-class Feed:
+class DeviceLoader:
     """A loader's batches on the device, normalised there unless the transform has done it: 8 bits are a quarter of the
     bytes to send."""
 
@@ -98,7 +102,7 @@ class Feed:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.loader)
         while True:
-            with _streams_kept(self.loader.num_workers == 0):
+            with preserve_rng(self.loader.num_workers == 0):
                 batch = next(batches, None)
             if batch is None:
                 return
@@ -122,7 +126,7 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return default_collate(imgs), torch.tensor([target for _, target in samples])
 
 
-def in_step(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
+def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
     """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones. Raises
     UserError at the end, on all ranks, where one of them met a LocalError."""
     longest, done, problem = max(dist.gather(len(loader))), 0, ""
@@ -142,22 +146,15 @@ def spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
-def _loader(
-    dataset: Dataset,
-    batch_size: int,
-    num_workers: int,
-    pin_mem: bool,
-    device: torch.device,
-    persistent: bool = True,
-    **more,
-) -> DataLoader:
+def _loader(dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True, **more) -> DataLoader:
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
-    workers = min(num_workers, launchers.cores())
+    workers = min(loading.num_workers, launchers.cores())
     return DataLoader(
         dataset,
-        batch_size,
+        loading.batch_size,
+        sampler=sampler,
         num_workers=workers,  # each of one thread: so torch sets them up
-        pin_memory=pin_mem and device.type == "cuda",
+        pin_memory=loading.pin_mem and loading.device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
@@ -177,64 +174,66 @@ def _start_worker(_: int) -> None:
 def train_loader(
     data_path: str,
     transform: Callable,
-    batch_size: int,
-    num_workers: int,
-    pin_mem: bool,
-    seed: int,
     pixels: Pixels,
-    device: torch.device,
+    loading: Loading,
+    *,
     fraction: float = 1.0,
     flat: bool = False,
-) -> Feed:
-    """Shuffled batches of data_path/train, each rank a share of its own; the epoch's incomplete last batch is dropped.
+) -> DeviceLoader:
+    """Open shuffled batches of data_path/train, of which each rank has a share of its own.
 
-    The sampler's set_epoch(epoch) gives every epoch its order. Raises UserError if not one batch can be filled.
+    The epoch's incomplete last batch is dropped. The sampler's set_epoch(epoch) gives every epoch its order.
+
+    Args:
+        data_path: Holds train/<class>/<images>.
+        transform: From an array [H, W, C] to a tensor [C, H, W].
+        pixels: How files become the model's input.
+        loading: How batches are loaded.
+        fraction: Share of the images of every class to train on, chosen by the seed.
+        flat: Images without class folders are taken, too.
+
+    Raises:
+        UserError: There are no images, or not one batch can be filled.
     """
     images = open_split(Images, data_path, "train", transform, pixels, flat)
-    dataset = TrainImages(images, seed, fraction)
-    sampler = EpochSampler(len(dataset), batch_size, seed)
+    dataset = TrainImages(images, loading.seed, fraction)
+    sampler = EpochSampler(len(dataset), loading.batch_size, loading.seed)
     if not sampler.steps:
+        ranks = dist.world_size()
         raise UserError(
-            f"{len(dataset)} training images on {dist.world_size()} processes don't fill one batch of {batch_size}: "
-            f"lower --batch_size to {len(dataset) // dist.world_size()} or less"
+            f"{len(dataset)} training images on {ranks} processes don't fill one batch of {loading.batch_size}: lower "
+            f"--batch_size to {len(dataset) // ranks} or less"
         )
-    loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=sampler, drop_last=True)
-    return Feed(loader, device, pixels, getattr(transform, "normalised", False))
+    loader = _loader(dataset, loading, sampler, drop_last=True)
+    return DeviceLoader(loader, loading.device, pixels, getattr(transform, "normalised", False))
 
 
-def eval_loader(
-    dataset: Images, batch_size: int, num_workers: int, pin_mem: bool, device: torch.device, share: bool
-) -> Feed:
-    """Every image once and in order; with `share` each rank takes every world_size-th, without padding."""
-    rank, world = (dist.rank(), dist.world_size()) if share else (0, 1)
-    loader = _loader(dataset, batch_size, num_workers, pin_mem, device, sampler=range(rank, len(dataset), world))
-    return Feed(loader, device, dataset.pixels)
+def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceLoader:
+    """Open every image once and in order; distributed: each rank takes every world_size-th, without padding."""
+    rank, world = (dist.rank(), dist.world_size()) if distributed else (0, 1)
+    loader = _loader(dataset, loading, range(rank, len(dataset), world))
+    return DeviceLoader(loader, loading.device, dataset.pixels)
 
 
 def monitor_loaders(
-    data_path: str,
-    transform: Callable,
-    batch_size: int,
-    num_workers: int,
-    pin_mem: bool,
-    pixels: Pixels,
-    device: torch.device,
-) -> tuple[Feed | None, Feed]:
-    """For pre-training to look at: up to 5,000 images of val/, None where there is no usable one, and up to 10,000 of
-    train/, evenly spread, shared among the ranks."""
+    data_path: str, transform: Callable, pixels: Pixels, loading: Loading
+) -> tuple[DeviceLoader | None, DeviceLoader]:
+    """Open images for monitoring pre-training: up to 5,000 of val/ and up to 10,000 of train/, evenly spread.
 
-    def feed(split: str, count: int) -> Feed:
-        images = open_split(SpareImages, data_path, split, transform, pixels, flat=True)
+    The ranks share them. The first is None where there is no usable val/.
+    """
+
+    def open_loader(split: str, count: int) -> DeviceLoader:
+        images = open_split(MonitorImages, data_path, split, transform, pixels, flat=True)
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
-        loader = _loader(images, batch_size, num_workers, pin_mem, device, False, sampler=share)
-        return Feed(loader, device, pixels)
+        return DeviceLoader(_loader(images, loading, share, persistent=False), loading.device, pixels)
 
     try:
-        val = feed("val", 5000) if (Path(data_path) / "val").is_dir() else None
+        val = open_loader("val", 5000) if (Path(data_path) / "val").is_dir() else None
     except UserError as error:
-        dist.say(f"warning: no monitoring on val/: {error}")
+        dist.print_rank0(f"warning: no monitoring on val/: {error}")
         val = None
-    return val, feed("train", 10000)
+    return val, open_loader("train", 10000)
 
 
 def classifier_loaders(
@@ -242,21 +241,30 @@ def classifier_loaders(
     nb_classes: int,
     train_transform: Callable | None,
     eval_transform: Callable,
-    batch_size: int,
-    num_workers: int,
-    pin_mem: bool,
-    seed: int,
-    share_eval: bool,
     pixels: Pixels,
-    device: torch.device,
+    loading: Loading,
+    *,
     fraction: float = 1.0,
-) -> tuple[Feed | None, Feed]:
-    """Loaders over train/ (None without a train_transform) and val/, whose classes agree; errors as above."""
+    distributed_eval: bool = False,
+) -> tuple[DeviceLoader | None, DeviceLoader]:
+    """Open train/ and val/, whose classes must agree.
+
+    Args:
+        data_path: Holds train/<class>/<images> and val/<class>/<images>.
+        nb_classes: Width of the head: so many classes there must be.
+        train_transform: Of training images; None: train/ is not opened.
+        eval_transform: Of validation images.
+        pixels: How files become the model's input.
+        loading: How batches are loaded.
+        fraction: Share of the training images of every class, chosen by the seed.
+        distributed_eval: The ranks share val/ rather than each evaluate all of it.
+
+    Raises:
+        UserError: As train_loader does; the classes differ.
+    """
     train = None
     if train_transform:
-        train = train_loader(
-            data_path, train_transform, batch_size, num_workers, pin_mem, seed, pixels, device, fraction
-        )
+        train = train_loader(data_path, train_transform, pixels, loading, fraction=fraction)
     val_set = open_split(EvalImages, data_path, "val", eval_transform, pixels)
     check_classes(train.dataset.images if train else None, val_set, nb_classes)
-    return train, eval_loader(val_set, batch_size, num_workers, pin_mem, device, share_eval)
+    return train, eval_loader(val_set, loading, distributed_eval)

@@ -22,7 +22,7 @@ from util.distributed import launchers
 _patience = timedelta(minutes=30)  # the longest wait for another rank
 
 
-class LostError(RuntimeError):
+class RendezvousError(RuntimeError):
     """The processes of a run don't find each other."""
 
 
@@ -63,7 +63,7 @@ def _join(backend: str, dist_url: str, patience: timedelta) -> None:
             store = td.PrefixStore(_fresh_name(store, rank_here, world, patience), store)
         td.init_process_group(backend, store=store, rank=rank_here, world_size=world, timeout=patience)
     except (TimeoutError, RuntimeError, ValueError) as error:
-        raise LostError(
+        raise RendezvousError(
             f"rank {rank_here} of {world} did not meet the others at {meeting} within {patience.total_seconds():g} s "
             f"(--dist_timeout): {str(error).splitlines()[0]}. Were all processes started, is that the first node's "
             "address, is the port free and open, and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name the network?"
@@ -110,7 +110,7 @@ def cpu_group() -> td.ProcessGroup | None:
     return td.new_group(backend="gloo", timeout=_patience) if td.is_initialized() else None
 
 
-def say(*words: object) -> None:
+def print_rank0(*words: object) -> None:
     """Print on rank 0 only, at once."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)), file=sys.stdout)  # above the bar, where there is one
@@ -135,7 +135,7 @@ def gather(value: object) -> list:
     return values
 
 
-def from_rank0(work: Callable[[], object]) -> object:
+def run_on_rank0(work: Callable[[], object]) -> object:
     """Rank 0's result of work(), on all ranks; what it raises is raised on all."""
     if not td.is_initialized():
         return work()
@@ -199,7 +199,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
             kept["step"] = kept["step"].to(parameter.device)
 
 
-def share(tensors: Iterable[Tensor]) -> None:
+def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
     """Give every rank rank 0's values, those that a checkpoint holds, in place."""
     if td.is_initialized():
         for tensor in tensors:

@@ -2,15 +2,15 @@
 
 import json
 import math
-from collections.abc import Sized
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from util.checkpoint.output_dir import replace
+from util.data.loaders import DeviceLoader
 from util.distributed import dist
+from util.misc import Checkpoints
 
 
 class RunLog:
@@ -30,28 +30,28 @@ class RunLog:
             kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
-    def summary(
-        self,
-        name: str,
-        model: nn.Module,
-        images: Sized,
-        root: Path | str,
-        batch: int,
-        lr: float,
-        device: torch.device,
-        amp: str,
-    ) -> None:
+    def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
         """Say what is about to be trained, and keep the number of trained parameters for log.txt.
 
-        images: those to train on, from root; batch: effective, over all ranks and accumulated batches.
+        Args:
+            checkpoints: Of the run: its model, precision and flags.
+            loader: Training images.
+            lr: Learning rate after warm-up.
         """
+        model, args, ranks = checkpoints.model, checkpoints.args, dist.world_size()
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        dist.say(f"data      {len(images)} images in {root}")
-        dist.say(f"model     {name}, {total / 1e6:.2f} M parameters, {self.n_parameters / 1e6:.2f} M of them trained")
-        ranks = dist.world_size()
-        dist.say(f"training  effective batch {batch} on {ranks} process(es), lr {lr:.3g}, {device}, amp {amp}")
-        dist.say(f"output    {self.file.parent if self.file else 'none'}")
+        batch = args["batch_size"] * args["accum_iter"] * ranks
+        dist.print_rank0(f"data      {len(loader.dataset)} images in {loader.dataset.images.root}")
+        dist.print_rank0(
+            f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
+            f"{self.n_parameters / 1e6:.2f} M of them trained"
+        )
+        dist.print_rank0(
+            f"training  effective batch {batch} on {ranks} process(es), lr {lr:.3g}, {loader.device}, "
+            f"amp {checkpoints.scaler.amp}"
+        )
+        dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Values on TensorBoard's x axis of epoch * 1000, which lines up runs of different batch sizes."""

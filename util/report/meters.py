@@ -11,21 +11,43 @@ from tqdm import tqdm
 
 from util.distributed import dist
 
+# Called at every logging step with (step, steps, means of the window, values that were not finite by rank, speed).
+Report = Callable[[int, int, dict[str, float], list[int], dict[str, float]], None]
+
 
 class Meters:
     """Means over the window since the last report and over the whole epoch, over all ranks.
 
-    Values stay on their device until a report reads them, so that a step need not wait for the device. What is not
-    finite is left out of the means and counted, by rank.
+    Values stay on their device until a report reads them, so that a step need not wait for the device. Values that
+    are not finite are left out of the means and counted, by rank.
     """
 
-    def __init__(self, device: torch.device, totals: dict[str, list[float]] | None = None) -> None:
-        """totals: the sums and counts, over all ranks, of an epoch's beginning."""
-        self.device = device
+    def __init__(
+        self,
+        device: torch.device,
+        totals: dict[str, list[float]] | None = None,
+        *,
+        first_step: int = 0,
+        images_per_step: int = 0,
+        epochs: int = 0,
+        on_report: Report | None = None,
+    ) -> None:
+        """Start the meters of an epoch.
+
+        Args:
+            device: Where the values are.
+            totals: Sums and counts, over all ranks, of the epoch's beginning, where it is resumed.
+            first_step: Batches of the epoch that are done already.
+            images_per_step: Images in a batch of all ranks; 0: unknown, no images per second are shown.
+            epochs: Epochs of the whole run, for the time left; 0: unknown.
+            on_report: Called at every logging step.
+        """
+        self.device, self.first_step, self.images_per_step, self.epochs = device, first_step, images_per_step, epochs
+        self.on_report = on_report
         self._window: dict[str, tuple[Tensor | float, Tensor | int]] = {}
         self.totals = {name: list(pair) for name, pair in (totals or {}).items()}
         self._not_finite = 0.0
-        self.waited = self.elapsed = 0.0  # seconds, for the loader and in all, of this process
+        self.waited = self.elapsed = 0.0  # seconds of this process: waiting for the loader, in all
 
     def update(self, **values: Tensor | float) -> None:
         """Add one step's scalars."""
@@ -40,13 +62,17 @@ class Meters:
                 self._window[name] = (total + value, count + 1)
 
     def window(self) -> tuple[dict[str, float], list[int]]:
-        """Means since the last call, over all ranks (which must all call), and how many values were not finite on
-        each rank; waits for the device."""
+        """Close the window: return its means over all ranks, and how many values were not finite on each rank.
+
+        All ranks must call; waits for the device.
+        """
+        # One exchange for everything: the sums and counts, and a slot per rank for the values that were not finite.
         names = list(self._window)
         flat = [float(x) for name in names for x in self._window[name]]
         by_rank = [0.0] * dist.world_size()
         by_rank[dist.rank()] = float(self._not_finite)
         flat = dist.sum_over_ranks(flat + by_rank, self.device)
+
         means = {}
         for index, name in enumerate(names):
             total, count = flat[2 * index : 2 * index + 2]
@@ -57,7 +83,7 @@ class Meters:
         return means, [int(count) for count in flat[2 * len(names) :]]
 
     def totals_so_far(self) -> dict[str, list[float]]:
-        """The epoch's sums and counts, the window's included, which goes on. All ranks must call."""
+        """Return the epoch's sums and counts, those of the open window included; all ranks must call."""
         window, totals, not_finite = self._window, self.totals, self._not_finite
         self.totals = {name: list(pair) for name, pair in totals.items()}
         self.window()
@@ -66,71 +92,46 @@ class Meters:
         return result
 
     def averages(self) -> dict[str, float]:
-        """Means over everything that was reported so far."""
+        """Return the means over everything that was reported so far."""
         return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
 
-    def watch(
-        self,
-        loader: Sized,
-        first_step: int,
-        epoch: int,
-        print_freq: int,
-        images_per_step: int,
-        epochs: int,
-        report: Callable[[int, dict[str, float], list[int], dict[str, float]], None],
-    ) -> Iterator[tuple[int, object]]:
-        """Yield (step, batch) from first_step on; every print_freq batches and after the last, call report(step, means
-        of the window, values that were not finite by rank, speed) and print a line, or on a terminal move the bar on.
+    def log_every(self, loader: Sized, print_freq: int, epoch: int) -> Iterator[tuple[int, object]]:
+        """Yield (step, batch) for every batch that is left, and report every print_freq batches and after the last.
 
-        images_per_step: over all ranks; epochs: of the whole run, for the time left.
+        A report closes the window, shows its means and the speed, and calls on_report.
         """
-        steps, header = len(loader), f"{epoch}/{epochs}" if epochs else str(epoch)
-        start = window_start = time.perf_counter()
-        bar = None
-        if dist.rank() == 0 and sys.stdout.isatty():
-            bar = tqdm(
-                total=steps,
-                initial=first_step,
-                desc=header,
-                file=sys.stdout,
-                dynamic_ncols=True,
-                bar_format="{desc} {n_fmt}/{total_fmt} {bar:4}{postfix}",
-            )
-        in_window, waited_before = 0, 0.0
-        for step, batch in enumerate(self._timed(loader), first_step):
+        steps = len(loader)
+        progress = _Progress(steps, self.first_step, epoch, self.epochs)
+        window_start, window_steps, waited_before = time.perf_counter(), 0, 0.0
+        for step, batch in enumerate(self._timed(loader), self.first_step):
             yield step, batch
-            in_window += 1
+            window_steps += 1
             if step % print_freq and step != steps - 1:
                 continue
+
             means, not_finite = self.window()
             now = time.perf_counter()
-            per_step = (now - start) / (step + 1 - first_step)
-            left, run_left = per_step * (steps - step - 1), per_step * (steps * (epochs - epoch) - step - 1)
-            took = now - window_start
-            words = [f"{name} {_short(value)}" for name, value in means.items()]
             speed = {
-                "images_per_s": in_window * images_per_step / took,
-                "data_wait": (self.waited - waited_before) / took,
+                "images_per_s": window_steps * self.images_per_step / (now - window_start),
+                "data_wait": (self.waited - waited_before) / (now - window_start),
             }
-            words += [f"{speed['images_per_s']:.0f} img/s"] * (images_per_step > 0)
-            words += [f"data {speed['data_wait']:.0%}"]
-            if self.device.type == "cuda":
-                words += [f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G"]
-            clocks = _clock(left), _clock(run_left)
-            window_start, in_window, waited_before = now, 0, self.waited
-            if bar is not None:
-                short = " ".join(words).replace(" img/s", "/s")  # 80 columns are soon full
-                bar.set_postfix_str(" ".join([short, *clocks[: 1 + (epochs > 0)]]), refresh=False)
-                bar.update(step + 1 - bar.n)
-            else:
-                whole = f" (run: {clocks[1]})" if epochs else ""
-                dist.say(f"epoch {header} [{step + 1}/{steps}]  {'  '.join(words)}  left {clocks[0]}{whole}")
-            report(step, means, not_finite, speed)
-        if bar is not None:
-            bar.close()
+            progress.show(step, self._words(means, speed))
+            window_start, window_steps, waited_before = now, 0, self.waited
+            if self.on_report:
+                self.on_report(step, steps, means, not_finite, speed)
+        progress.close()
+
+    def _words(self, means: dict[str, float], speed: dict[str, float]) -> list[str]:
+        words = [f"{name} {_short(value)}" for name, value in means.items()]
+        if self.images_per_step:
+            words.append(f"{speed['images_per_s']:.0f} img/s")
+        words.append(f"data {speed['data_wait']:.0%}")
+        if self.device.type == "cuda":
+            words.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G")
+        return words
 
     def _timed(self, loader: Sized) -> Iterator[object]:
-        """The batches; takes note of the seconds waited for them, and in all."""
+        """Yield the loader's batches; take note of the seconds waited for them, and in all."""
         batches, begun = iter(loader), time.perf_counter()
         while True:
             start = time.perf_counter()
@@ -140,6 +141,42 @@ class Meters:
             self.waited += time.perf_counter() - start
             yield batch
             self.elapsed = time.perf_counter() - begun
+
+
+class _Progress:
+    """An epoch's progress on rank 0: a bar on a terminal, elsewhere a line with a time stamp per report."""
+
+    def __init__(self, steps: int, first_step: int, epoch: int, epochs: int) -> None:
+        self.steps, self.first_step, self.epoch, self.epochs = steps, first_step, epoch, epochs
+        self.header = f"{epoch}/{epochs}" if epochs else str(epoch)
+        self.start, self.bar = time.perf_counter(), None
+        if dist.rank() == 0 and sys.stdout.isatty():
+            self.bar = tqdm(
+                total=steps,
+                initial=first_step,
+                desc=self.header,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                bar_format="{desc} {n_fmt}/{total_fmt} {bar:4}{postfix}",
+            )
+
+    def show(self, step: int, words: list[str]) -> None:
+        per_step = (time.perf_counter() - self.start) / (step + 1 - self.first_step)
+        left = _clock(per_step * (self.steps - step - 1))
+        run_left = _clock(per_step * (self.steps * (self.epochs - self.epoch) - step - 1))
+        if self.bar is None:
+            whole = f" (run: {run_left})" if self.epochs else ""
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            where = f"epoch {self.header} [{step + 1}/{self.steps}]"
+            dist.print_rank0(f"{stamp}  {where}  {'  '.join(words)}  left {left}{whole}")
+            return
+        short = " ".join(words).replace(" img/s", "/s")  # 80 columns are soon full
+        self.bar.set_postfix_str(" ".join([short, left, run_left][: 2 + (self.epochs > 0)]), refresh=False)
+        self.bar.update(step + 1 - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _short(value: float) -> str:

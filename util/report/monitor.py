@@ -14,9 +14,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util import masking
 from util.amp import LossScaler
-from util.checkpoint.output_dir import writing
-from util.data.loaders import Feed, in_step
+from util.checkpoint.output_dir import raise_write_errors
+from util.data.loaders import DeviceLoader, lockstep
 from util.distributed import dist
+from util.masking import MaskSettings
 from util.report import knn, pictures
 from util.report.log import RunLog
 
@@ -28,19 +29,25 @@ class Monitor:
 
     def __init__(
         self,
-        val: Feed | None,
-        train: Feed,
+        val: DeviceLoader | None,
+        train: DeviceLoader,
         output_dir: str,
         log: RunLog,
         scaler: LossScaler,
-        mask_ratio: float,
-        mask_sampling: str,
-        seed: int,
+        masks: MaskSettings,
     ) -> None:
-        """val: every image once, shared by the ranks; train: some training images, likewise, as k-NN's neighbours and,
-        where there is no val, for the pictures."""
+        """Hold what is needed to look at a model.
+
+        Args:
+            val: Validation images, shared by the ranks, each once; None: there are none.
+            train: Some training images, likewise: k-NN's neighbours and, where there is no val, the pictures.
+            output_dir: Where pictures are written; "": nowhere.
+            log: Gets the pictures for TensorBoard.
+            scaler: Mixed precision.
+            masks: The masks under which loss and pictures are made.
+        """
         self.val, self.train, self.output_dir, self.log, self.scaler = val, train, output_dir, log, scaler
-        self.mask_ratio, self.mask_sampling, self.seed = mask_ratio, mask_sampling, seed
+        self.masks = masks
         self.shown: Tensor | None = None
 
     def __call__(self, model: nn.Module, epoch: int, poll: Callable[[], None]) -> dict[str, float]:
@@ -49,14 +56,14 @@ class Monitor:
         model = dist.unwrap(model).eval()
         with torch.compiler.set_stance("force_eager"):  # shapes of its own are not worth a compilation
             stats = self._loss_and_neighbours(model, poll) if self.val is not None else {}
-            dist.from_rank0(lambda: self._picture(model, epoch))
+            dist.run_on_rank0(lambda: self._picture(model, epoch))
         if stats:
             words = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
-            dist.say(f"monitor after epoch {epoch}: {words}")
+            dist.print_rank0(f"monitor after epoch {epoch}: {words}")
         return stats
 
     def _noise(self, model: nn.Module, names: list[str], device: torch.device) -> Tensor:
-        return masking.fixed_noise(self.mask_sampling, names, self.seed, model.patch_embed.grid_size, device)
+        return masking.fixed_noise(self.masks.sampling, names, self.masks.seed, model.patch_embed.grid_size, device)
 
     @torch.inference_mode()
     def _loss_and_neighbours(self, model: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
@@ -66,7 +73,7 @@ class Monitor:
             features = [torch.empty(0, model.pos_embed.shape[2])]  # a rank may have no image of a small folder
             classes = [torch.empty(0, dtype=torch.long)]
             order = [feed.dataset.name(index) for index in feed.sampler]
-            for batch in in_step(feed):
+            for batch in lockstep(feed):
                 poll()
                 if batch is None:
                     continue
@@ -75,7 +82,7 @@ class Monitor:
                 with self.scaler.autocast():
                     if name == "val":
                         noise = self._noise(model, names, device)
-                        loss = model(imgs, mask_ratio=self.mask_ratio, noise=noise)[0]
+                        loss = model(imgs, mask_ratio=self.masks.ratio, noise=noise)[0]
                         total, images = total + loss.cpu().double() * len(imgs), images + len(imgs)
                     all_kept = torch.arange(model.patch_embed.num_patches, device=device).expand(len(imgs), -1)
                     latent = model.forward_encoder(imgs, 0.0, all_kept)[0]  # [N, 1+L, D]
@@ -99,11 +106,11 @@ class Monitor:
         if self.shown is None:
             self.shown, self.names = feed.some(PICTURES)
         noise = self._noise(model, self.names, feed.device)
-        rows = pictures.reconstruct(model, self.shown, self.mask_ratio, noise, feed.normalise.mean, feed.normalise.std)
-        caption = [f"epoch {epoch}, {self.mask_ratio:.0%} masked ({self.mask_sampling})"]
+        rows = pictures.reconstruct(model, self.shown, self.masks.ratio, noise, feed.normalise.mean, feed.normalise.std)
+        caption = [f"epoch {epoch}, {self.masks.ratio:.0%} masked ({self.masks.sampling})"]
         sheet = pictures.grid(rows, caption + [pictures.NORMALISED] * model.norm_pix_loss)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
-        with writing(file):
+        with raise_write_errors(file):
             file.parent.mkdir(exist_ok=True)
             sheet.save(file)
         self.log.picture(epoch, "reconstructions", pil_to_tensor(sheet))

@@ -1,0 +1,49 @@
+"""The random streams of a process: Python's, NumPy's, PyTorch's, and the current GPU's."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def seed_all(*key: int) -> None:
+    """Seed the streams of the CPU from a key of one or more numbers."""
+    seeds = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(seeds[2])
+
+
+def get_rng_state() -> dict:
+    """Return the state of every stream, as plain types and tensors."""
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
+    if torch.cuda.is_initialized():  # available, but unused: asking would take memory there
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Put the streams back to where get_rng_state() found them."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(tuple(state["numpy"]))
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def preserve_rng(enabled: bool = True) -> Iterator[None]:
+    """Within the context, random draws of the CPU leave no trace in the streams."""
+    if not enabled:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,103 @@
+"""How losses become updates: learning rate, mixed precision, gradient accumulation, clipping, skipping, EMA."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from util.amp import LossScaler
+from util.distributed import dist
+from util.lr_sched import CosineSchedule
+
+
+class MicroStep(NamedTuple):
+    """Where a batch stands in its accumulation group of `size` batches."""
+
+    size: int
+    first: bool
+    last: bool
+
+
+def split_into_groups(step: int, steps: int, accum_iter: int) -> MicroStep:
+    """Return where batch `step` of an epoch of `steps` stands in its accumulation group.
+
+    The epoch's last group may be smaller than accum_iter; it makes an update of its own, averaged over the batches
+    that it has, so that it is neither lost nor mis-scaled.
+    """
+    start = step - step % accum_iter
+    size = min(accum_iter, steps - start)
+    return MicroStep(size, first=step == start, last=step == start + size - 1)
+
+
+class Updater:
+    """Turns the losses of a model into updates of its weights.
+
+        with updater.micro_step(epoch, step, steps):    # learning rate, autocast, exchange of gradients
+            loss = ...
+        skipped = updater.backward(loss)                # None inside an accumulation group
+
+    A batch's loss is divided by the number of batches in its accumulation group. An update whose gradients are not
+    finite changes nothing: neither weights, nor the optimizer's state, nor buffers (a probe's BatchNorm statistics).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: CosineSchedule,
+        scaler: LossScaler,
+        *,
+        accum_iter: int = 1,
+        clip_grad: float | None = None,
+        ema: ModelEmaV3 | None = None,
+    ) -> None:
+        """Collect what an update needs.
+
+        Args:
+            model: The model that is trained, in DDP where there are several ranks.
+            optimizer: Over its parameters.
+            schedule: Sets the learning rate at the start of every accumulation group.
+            scaler: Mixed precision.
+            accum_iter: Batches per update.
+            clip_grad: Largest norm of all gradients together; None: no clipping.
+            ema: EMA of the weights, updated after every update of the weights.
+        """
+        self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
+        self.accum_iter, self.clip_grad, self.ema = accum_iter, clip_grad, ema
+        self.lr = 0.0
+        self.device = next(model.parameters()).device
+        self._buffers = list(model.buffers())
+        self._buffers_before: list[Tensor] = []
+        dist.zero_grad(optimizer)
+
+    @contextmanager
+    def micro_step(self, epoch: int, step: int, steps: int) -> Iterator[None]:
+        """Prepare for batch `step` of `steps`; within the context the model's forward pass runs under autocast."""
+        self.part = split_into_groups(step, steps, self.accum_iter)
+        if self.part.first:
+            self.lr = self.schedule.apply(self.optimizer, epoch + step / steps)
+            self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        with dist.grad_sync(self.model, self.part.last), self.scaler.autocast():
+            yield
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """Add the loss's gradients, and at the end of an accumulation group update the weights.
+
+        Returns:
+            Whether the update was skipped, a boolean tensor on the device, for which nothing has waited; None within
+            an accumulation group.
+        """
+        with dist.grad_sync(self.model, self.part.last):
+            self.scaler.backward(loss / self.part.size)
+        if not self.part.last:
+            return None
+
+        skipped = self.scaler.step(self.optimizer, self.model.parameters(), self.clip_grad)
+        for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
+            buffer.copy_(torch.where(skipped, before, buffer))
+        if self.ema is not None:
+            self.ema.update(dist.unwrap(self.model))
+        return skipped
