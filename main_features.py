@@ -17,7 +17,6 @@ from torch import Tensor
 import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
-from util.data.images import Pixels
 from util.errors import UserError
 from util.report import knn
 
@@ -34,12 +33,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def encode(model: models_vit.VisionTransformer, files: list[Path], pixels: Pixels, args: argparse.Namespace) -> Tensor:
-    """The files' features [M, D] or [M, 1+L, D], on the CPU."""
+def encode(
+    model: models_vit.VisionTransformer, files: list[Path], preprocessing: inference.Preprocessing, kind: str
+) -> Tensor:
+    """Return the files' features [M, D], or with kind "all" tokens [M, 1+L, D], on the CPU."""
     parts = []
-    for _, imgs in inference.batches(files, model.patch_embed.img_size, pixels, args):
+    for _, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
-        part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[args.tokens]
+        part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[kind]
         parts.append(part.float().cpu())
     return torch.cat(parts)
 
@@ -74,14 +75,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--neighbours needs class folders in --data_path, and one feature per image (--tokens)")
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
-    pixels = inference.pixels_as_trained(checkpoint, model.config["in_chans"], args)
-    features = encode(model, files, pixels, args)
+    preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
+    features = encode(model, files, preprocessing, args.tokens)
     inside = [path.relative_to(args.data_path) for path in files]
     found = {"features": features.numpy(), "files": np.array([str(path) for path in inside])}
     if labels is not None:
         found |= {"labels": labels.numpy(), "classes": np.array(classes)}
         if others:
-            accuracy = knn.accuracy(encode(model, others, pixels, args), named, features, labels)
+            accuracy = knn.accuracy(encode(model, others, preprocessing, args.tokens), named, features, labels)
             print(f"k-NN among {len(others)} images of {args.neighbours.name}: {accuracy:.2f} %")
         elif features.ndim == 2 and len(files) > 1:
             accuracy = knn.accuracy(features, labels, features, labels, same=True)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if not names:
         raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
-    pixels = inference.pixels_as_trained(checkpoint, model.config["in_chans"], args)
+    preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
     names = sorted(names, key=names.get)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("w", newline="", encoding="utf-8") as out:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         k = min(5, len(names))
         ranks = [f"{word}{number}" for number in range(1, k + 1) for word in ("top", "p")]
         writer.writerow(["file", "class", "probability", *ranks])
-        for paths, imgs in inference.batches(files, model.patch_embed.img_size, pixels, args):
+        for paths, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
             top = model(imgs).float().softmax(dim=1).topk(k)
             for path, shares, numbers in zip(paths, top.values.tolist(), top.indices.tolist(), strict=True):
                 best = [word for share, n in zip(shares, numbers, strict=True) for word in (names[n], f"{share:.4f}")]

@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> None:
     size, grid, patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
     if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
         raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches")
-    pixels = inference.pixels_as_trained(checkpoint, model.in_chans, args)
-    imgs = torch.cat([imgs for _, imgs in inference.batches(files, size, pixels, args)])
+    preprocessing = inference.preprocessing_as_trained(checkpoint, model.in_chans, args)
+    imgs = torch.cat([imgs for _, imgs in inference.batches(files, size, preprocessing)])
     noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
-    normalise = loaders.Normalise(pixels, imgs.device)
+    normalise = loaders.Normalise(preprocessing.pixels, imgs.device)
     rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
 
     epoch = checkpoint.get("epoch")

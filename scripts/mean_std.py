@@ -25,7 +25,7 @@ def statistics(files: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray
         try:
             pixels = load_array(str(path), channels=channels)
         except BadImage as error:
-            raise UserError(f"{error}; mend or remove the file, or pass its number of channels") from error
+            raise UserError(f"{error}; fix or remove the file, or pass its number of channels") from error
         values = pixels.reshape(-1, channels).astype(np.float64) / (255 if pixels.dtype == np.uint8 else 1)
         count, total, squares = count + len(values), total + values.sum(0), squares + np.square(values).sum(0)
     mean = total / count

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp
+from timm.data import auto_augment, create_transform
 
 from util.data.transforms import CentreCrop, FinetuneTransform, random_box
 
@@ -42,12 +41,38 @@ def test_probing_crop_draws_once_and_clips():
 def test_the_strongest_draws_of_randaugment_do_not_stop_a_run():
     """Posterize down to 0 bits, which Pillow 13 refuses, is black as it was before; and many draws of the default."""
     image = Image.effect_noise((40, 40), 80).convert("RGB")
-    strongest = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10, hparams={})
-    pixels = np.asarray(image)
-    assert strongest(image).getextrema() == ((0, 0),) * 3
-    random.seed(0)
     transform = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1)
+    (policy,) = [step for step in transform.steps.transforms if hasattr(step, "ops")]
+    (strongest,) = [op for op in policy.ops if op.name == "PosterizeIncreasing"]
+    assert strongest.aug_fn(image, 0).getextrema() == ((0, 0),) * 3
+    assert strongest.aug_fn(image, 4) == auto_augment.posterize(image, 4)
+    random.seed(0)
+    pixels = np.asarray(image)
     assert all(transform(pixels).isfinite().all() for _ in range(300))
+
+
+@pytest.mark.parametrize("policy", ["original", "v0", "3a", "rand-m9", "augmix-m5-w4-d2"])
+def test_every_policy_survives_its_strongest_posterize(policy):
+    transform = FinetuneTransform(32, (0.08, 1.0), None, policy, 0.0, "pixel", 1)
+    ops = [
+        op
+        for step in transform.steps.transforms
+        for ops in (getattr(step, "ops", []), *getattr(step, "policy", []))
+        for op in ops
+        if op.name.startswith("Posterize")
+    ]
+    assert all(op.aug_fn is not auto_augment.posterize for op in ops) and (ops or policy == "3a")
+
+
+def test_the_project_leaves_timm_as_it_was(script):
+    words = """
+from timm.data import auto_augment
+before = dict(auto_augment.NAME_TO_OP)
+import main_finetune
+main_finetune.FinetuneTransform(32, (0.08, 1.0), None, "rand-m9", 0.25, "pixel", 1)
+print(before == auto_augment.NAME_TO_OP)
+"""
+    assert script("-c", words).stdout == "True\n"
 
 
 def test_finetuning_augments_as_timm_does():

@@ -128,7 +128,7 @@ def test_a_folder_that_changed_begins_its_epoch_anew(tmp_path, capsys):
     for dataset, images in ((200, 64), (0, 64), (209, 0)):
         position = keeper.resume(str(tmp_path / "checkpoint-last.pth"), dataset=dataset)
         assert (position.epoch, position.images, bool(position.totals)) == (3, images, images > 0)
-    assert "200 training images then, 209 now: epoch 3 starts anew" in capsys.readouterr().out
+    assert "200 training images then, 209 now: epoch 3 starts again" in capsys.readouterr().out
 
 
 class Batches(list):
@@ -211,11 +211,16 @@ def test_anything_unexpected_in_a_pretrained_file_is_an_error_that_names_it(chec
 
 def test_resuming_another_architecture_names_both_sides(checkpoint):
     path, _ = checkpoint
-    with pytest.raises(UserError, match=r"does not fit: --model, --patch_size(.|\n)*the file lacks blocks\.2"):
+    with pytest.raises(
+        UserError,
+        match=r"does not fit: pass the flags(.|\n)*blocks: 2 in the file, 3 here .--model.\n  the file lacks blocks\.2",
+    ):
         resume(path, autoencoder(depth=3))
     with pytest.raises(UserError, match=r"cls_token is \[1, 1, 16\] in the file and \[1, 1, 32\] in the model"):
         resume(path, autoencoder(embed_dim=32))
-    with pytest.raises(UserError, match="it holds small, --model is large: pass --model small"):
+    with pytest.raises(
+        UserError, match=r"model: small in the file, large here \(--model\)\n  encoder width: 16 in the file, 32 here"
+    ):
         resume(path, autoencoder(embed_dim=32), model="large")
 
 
@@ -234,7 +239,10 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         stored["model"] = {k: v for k, v in stored["model"].items() if not k.startswith("decoder")}
 
     file = spoiled(path, tmp_path / "encoder.pth", no_decoder)
-    with pytest.raises(UserError, match="has no decoder.*--finetune"):
+    with pytest.raises(
+        UserError,
+        match=r"pass it as --finetune\n  kind: encoder, without head or decoder in the file, autoencoder",
+    ):
         resume(file, autoencoder())
     file = spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="other"))
     with pytest.raises(UserError, match="of another job, other: pass it as --finetune"):
@@ -245,14 +253,19 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
     keeper.save(Position(7), whole_epoch=True)
     file, args = str(tmp_path / "checkpoint-7.pth"), {"model": "small"}
     for model, message in (
-        (classifier(num_classes=5), "its head has 3 classes, --nb_classes is 5"),
-        (models_vit.make_linear_probe(classifier()), "its head is that of main_finetune.py"),
-        (classifier(global_pool=False), "pass --global_pool"),
-        (autoencoder(), "has no decoder"),
+        (classifier(num_classes=5), r"classes: 3 in the file, 5 here \(--nb_classes\)"),
+        (
+            models_vit.make_linear_probe(classifier()),
+            r"kind: classifier \(main_finetune.py\) in the file, probe \(main_lin",
+        ),
+        (classifier(global_pool=False), "pooling: mean of the patches in the file, class token here .--global_pool, "),
+        (autoencoder(), r"kind: classifier \(main_finetune.py\) in the file, autoencoder"),
     ):
         with pytest.raises(UserError, match=message):
             weights.load_for_eval(file, model, args, {})
-    with pytest.raises(UserError, match="it is an autoencoder, of pre-training: pass it as --finetune"):
+    with pytest.raises(
+        UserError, match=r"pass it as --finetune\n  kind: autoencoder \(main_pretrain.py\) in the file, classifier"
+    ):
         weights.load_for_eval(path, classifier(), args, {})
     with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a; only in --data_path: b"):
         weights.load_for_eval(file, classifier(), args, {"b": 0})
@@ -426,3 +439,15 @@ def test_missing_and_unreachable_sources_say_so(tmp_path, server):
     for source in (str(tmp_path / "none.pth"), f"{server}/none.pth", "http://127.0.0.1:9/none.pth"):
         with pytest.raises(UserError, match="none.pth"):
             misc.load_checkpoint(source)
+
+
+def test_a_resumed_run_keeps_the_precision_that_was_chosen_for_it(tmp_path, monkeypatch):
+    """--amp auto measures on a CPU, and could come out differently at the next start."""
+    model = autoencoder()
+    optimizer, here = optim.pretrain_optimizer(model, 1.0, 0.5), {"amp": "auto", "device": "cpu"}
+    checkpoints(tmp_path, model, optimizer, scaler=LossScaler("bf16", CPU), **here).save(Position(0), whole_epoch=True)
+    monkeypatch.setattr("util.amp.bf16_is_faster_on_cpu", lambda: False)
+    for flags, kept in ((here, "bf16"), ({**here, "device": "cuda"}, "off"), ({**here, "amp": "off"}, "off")):
+        scaler = LossScaler("auto", CPU)
+        checkpoints("", model, optimizer, scaler=scaler, **flags).resume(str(tmp_path / "checkpoint-0.pth"))
+        assert scaler.amp == kept and (scaler.dtype == torch.bfloat16) == (kept == "bf16")

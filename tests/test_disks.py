@@ -84,7 +84,7 @@ def test_auto_passes_over_a_spoilt_checkpoint_and_a_path_does_not(spoil, images,
         said = (tmp_path / "out").read_text()
         assert f"checkpoint-{name}.pth is " in said and "--resume auto" in said and "Traceback" not in said
     said = finish(images, run, "--num_workers", 0)
-    assert said.count("warning: passed over") == 2 and "checkpoint-1.pth is the newest checkpoint that is whole" in said
+    assert said.count("warning: skipped") == 2 and "checkpoint-1.pth is the newest valid checkpoint" in said
     assert_same_end(run, undisturbed / "pretrain")
 
 
@@ -125,7 +125,7 @@ def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
     first.kill()  # its loader processes outlive it for seconds, and must not keep the folder
     first.join()
     third = faults.start("pretrain", words(images, tmp_path, "--resume", "auto", "--epochs", 300), tmp_path / "third")
-    wait_for(tmp_path / "third", "going on from")
+    wait_for(tmp_path / "third", "resuming from")
     third.kill()
     third.join()
 

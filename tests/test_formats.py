@@ -340,11 +340,11 @@ def test_what_the_other_library_cannot_run_is_said(model, to, message, tmp_path)
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        ({"patch_size": 16}, "its patches are 16 pixels wide: pass --patch_size 16"),
-        ({"in_chans": 5}, "it is for images of 5 channels, --in_chans is 3"),
-        ({"embed_dim": 64}, "its encoder is 64 wide, --model small is 48"),
-        ({"depth": 2}, "it has 2 blocks, --model small has 3"),
-        ({"num_heads": 2}, "its attention has 2 heads, --model small has 4"),
+        ({"patch_size": 16}, r"patch size: 16 in the file, 8 here \(--patch_size\)"),
+        ({"in_chans": 5}, r"channels: 5 in the file, 3 here \(--in_chans\)"),
+        ({"embed_dim": 64}, r"encoder width: 64 in the file, 48 here \(--model\)"),
+        ({"depth": 2}, r"encoder blocks: 2 in the file, 3 here \(--model\)"),
+        ({"num_heads": 2}, r"attention heads: 2 in the file, 4 here \(--model small\)"),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_told_with_both_sides(theirs, message, tmp_path):

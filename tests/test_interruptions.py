@@ -44,7 +44,7 @@ def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, 
     stopped = state(tmp_path)
     assert stopped["epoch"] == 0 and 0 < stopped["position"]["images"] < 80
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-last.pth"]
-    assert "going on from" in finish(images, tmp_path, "--num_workers", 0)
+    assert "resuming from" in finish(images, tmp_path, "--num_workers", 0)
     assert_same_end(tmp_path, undisturbed / "pretrain")
 
 
@@ -179,7 +179,7 @@ def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
     )
     assert [faults.ended(process) for process in whole] == [0, 0]
     assert done.returncode == 0 and (tmp_path / "marker").exists(), done.stderr[-3000:]
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -220,7 +220,7 @@ def test_another_number_of_ranks_keeps_schedule_and_images(images, tmp_path, mon
         processes = go_on("pretrain", argv, folder / "b")
         assert {faults.ended(process) for process in processes} == {0}
         said = (folder / ("b" if name == "shrink" else "b-0")).read_text()
-        assert f"in epoch 1 after {at} images" in said and state(folder)["optimizer"]["state"][0]["step"] == 15
+        assert f"(epoch 1, {at} images done)" in said and state(folder)["optimizer"]["state"][0]["step"] == 15
         assert _rates(folder) == pytest.approx(undisturbed_rates, rel=1e-6)
 
 

@@ -149,7 +149,7 @@ def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, t
     said = job.communicate(timeout=180)[0]
     logs = "\n".join(path.read_text() for path in (tmp_path / "job" / "submitit").glob("*_log.*"))
     assert job.returncode == 0, said + logs[-3000:]
-    assert "stopped by SIGUSR2" in logs and "going on from" in logs
+    assert "stopped by SIGUSR2" in logs and "resuming from" in logs
     assert_same_end(tmp_path / "job", tmp_path / "whole")
 
 

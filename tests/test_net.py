@@ -86,7 +86,7 @@ def test_a_node_that_was_cut_off_comes_back_and_the_run_ends_as_undisturbed(cabl
         codes = [nodes[host].wait(180) for host in "ab"]
         said = (tmp_path / "a").read_text() + (tmp_path / "b").read_text()
         assert codes == [0, 0], said[-4000:]
-        assert "going on from" in said
+        assert "resuming from" in said
         assert_same_end(folder, whole)
     finally:
         for process in nodes.values():

@@ -110,7 +110,7 @@ def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(cluster, images, un
     run(cluster, "scontrol", "requeue", job)
     wait(cluster, job, tmp_path)
     said = output(tmp_path)
-    assert "stopped by SIGTERM" in said and "going on from" in said
+    assert "stopped by SIGTERM" in said and "resuming from" in said
     assert_same_end(tmp_path, undisturbed)
 
 
@@ -121,5 +121,5 @@ def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(cluster, images
     run(cluster, "scancel", "--signal=USR2", job)
     wait(cluster, job, tmp_path)
     said = output(tmp_path)
-    assert "stopped by SIGUSR2" in said and "going on from" in said
+    assert "stopped by SIGUSR2" in said and "resuming from" in said
     assert_same_end(tmp_path, undisturbed)

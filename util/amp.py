@@ -47,10 +47,14 @@ class LossScaler:
     """Autocast, the loss scaling that fp16 needs, clipping and the optimiser's step. `state_dict` is torch's."""
 
     def __init__(self, amp: str, device: torch.device) -> None:
-        """amp: --amp, "auto", "bf16", "fp16" or "off"."""
-        self.amp = choose(amp, device)
-        self.dtype, self.device_type = DTYPES[self.amp], device.type
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == "fp16")
+        """Set up a precision: --amp, "auto", "bf16", "fp16" or "off"."""
+        self.device_type = device.type
+        self.use(choose(amp, device))
+
+    def use(self, amp: str) -> None:
+        """Change the precision to "bf16", "fp16" or "off", before the first step."""
+        self.amp, self.dtype = amp, DTYPES[amp]
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp == "fp16")
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)

@@ -72,14 +72,14 @@ def _complain(error: Exception) -> int:
     elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         text += (
             ". A loader process died; out of memory is the usual reason: lower --num_workers. "
-            "Go on from the newest checkpoint with --resume auto"
+            "Resume from the newest checkpoint with --resume auto"
         )
     elif isinstance(error, dist.RendezvousError):
         pass
     elif isinstance(error, RuntimeError) and dist.world_size() > 1 and PEERS.search(str(error)):
         text = (
             f"error: rank {dist.rank()} lost another process: {str(error).splitlines()[0]}. Look for that one's own "
-            "message; go on from the newest checkpoint with --resume auto"
+            "message; resume from the newest checkpoint with --resume auto"
         )
     else:
         raise error

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,23 +59,46 @@ def find(places: list[Path], num: int | None = None) -> list[Path]:
     return [files[number] for number in loaders.spread(len(files), num or len(files))]
 
 
-def pixels_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Pixels:
-    """How the checkpoint's job took images. Where the flags leave crop and EXIF open, they become that job's."""
+@dataclass(frozen=True)
+class Preprocessing:
+    """How image files become batches for a trained model.
+
+    Attributes:
+        pixels: Channels, their mean and standard deviation, EXIF orientation.
+        crop_pct: Share of the image that the centre crop keeps; None: the default for the model's size.
+        batch_size: Images per batch.
+        device: Where batches are sent.
+    """
+
+    pixels: Pixels
+    crop_pct: float | None
+    batch_size: int
+    device: torch.device
+
+
+def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Preprocessing:
+    """Return how the checkpoint's job took images; --crop_pct and --exif, where they are given, come first."""
     flags = checkpoint_args(checkpoint)
-    args.crop_pct = args.crop_pct or flags.get("crop_pct")
-    args.exif = args.exif or bool(flags.get("exif"))
-    return Pixels.of(flags, channels)
+    pixels = Pixels.of(flags, channels)._replace(exif=args.exif or bool(flags.get("exif")))
+    crop_pct = args.crop_pct or flags.get("crop_pct")
+    return Preprocessing(pixels, crop_pct, args.batch_size, torch.device(args.device))
 
 
 def batches(
-    files: list[Path], size: tuple[int, int], pixels: Pixels, args: argparse.Namespace
+    files: list[Path], size: tuple[int, int], preprocessing: Preprocessing
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """(files, imgs [N, C, H, W] normalised, on the device), by the batch. Raises UserError for an unreadable image."""
-    crop, normalise = CentreCrop(size, args.crop_pct), loaders.Normalise(pixels, torch.device(args.device))
-    for start in range(0, len(files), args.batch_size):
-        part = files[start : start + args.batch_size]
+    """Yield (files, imgs [N, C, H, W]), normalised and on the device.
+
+    Raises:
+        UserError: An image is unreadable.
+    """
+    pixels = preprocessing.pixels
+    crop = CentreCrop(size, preprocessing.crop_pct)
+    normalise = loaders.Normalise(pixels, preprocessing.device)
+    for start in range(0, len(files), preprocessing.batch_size):
+        part = files[start : start + preprocessing.batch_size]
         try:
-            imgs, _ = loaders.collate([(crop(load_array(str(path), args.exif, pixels.channels)), 0) for path in part])
+            imgs, _ = loaders.collate([(crop(load_array(str(path), pixels.exif, pixels.channels)), 0) for path in part])
         except BadImage as error:
-            raise UserError(f"{error}; mend or remove the file") from error
+            raise UserError(f"{error}; fix or remove the file") from error
         yield part, normalise(imgs)

@@ -8,6 +8,7 @@ A checkpoint holds, all of it plain types and tensors (torch.load with weights_o
     model         parameters and buffers, under the names of the released weights
     model_config  the model's name and the arguments that build it
     optimizer, scaler, epoch (the last one completed; -1: none), args (a dict)
+    amp           the precision: "bf16", "fp16" or "off"
     class_to_idx  classifiers only
     model_ema     the running average of the weights, with --model_ema
     position      of the epoch under way: images used, of how many, sums of what is averaged; the best accuracy and its
@@ -158,6 +159,7 @@ class Checkpoints:
             "model_config": {"model": self.args["model"], **self.model.config},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "amp": self.scaler.amp,
             "epoch": position.epoch - 1,
             "args": self.args,
             "position": {
@@ -211,6 +213,7 @@ class Checkpoints:
             dist.load_optimizer(self.optimizer, state)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
+        self._keep_precision(checkpoint)
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})
         self.newest = source
         position = Position(
@@ -227,13 +230,21 @@ class Checkpoints:
             position.images, position.totals = 0, {}
         if dataset and position.dataset not in (0, dataset) and position.images:
             dist.print_rank0(
-                f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts anew"
+                f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts again"
             )
             position.images, position.totals = 0, {}
         position.dataset = dataset
-        where = f"in epoch {position.epoch} after {position.images} images" if position.images else "after epoch "
-        dist.print_rank0(f"going on from {source}, {where}{'' if position.images else checkpoint['epoch']}")
+        where = f"epoch {position.epoch}, {position.images:,} images done"
+        where = where if position.images else f"after epoch {checkpoint['epoch']}"
+        dist.print_rank0(f"resuming from {source} ({where})")
         return position
+
+    def _keep_precision(self, checkpoint: dict) -> None:
+        """Go on in the precision that --amp auto chose when the run began, on the same kind of device."""
+        stored, now = checkpoint_args(checkpoint).get("device"), self.args.get("device")
+        same_device = stored and now and torch.device(stored).type == torch.device(now).type
+        if self.args.get("amp") == "auto" and "amp" in checkpoint and same_device:
+            self.scaler.use(checkpoint["amp"])
 
     def _compare(self, source: str, stored: dict, override: bool) -> bool:
         """List the flags that differ from the checkpoint's; refuse those that change the schedule. Returns whether the
@@ -250,7 +261,7 @@ class Checkpoints:
         if changes and not override:
             raise UserError(
                 f"the schedule is not that of {source}: {', '.join(changes)}. Take the flags it was made with, or pass "
-                "--resume_override to go on with the new ones"
+                "--resume_override to resume with the new ones"
             )
         if differing:
             dist.print_rank0(f"flags that differ from the checkpoint's: {', '.join(differing)}")
@@ -283,31 +294,31 @@ def resolve_resume(source: str, output_dir: str, job: str, model: str) -> str:
 
 
 def _newest(folder: Path, job: str, model: str) -> str:
-    found, passed_over = [], []
+    found, skipped = [], []
     for path in folder.glob("checkpoint-*.pth"):
         try:
             head = load_checkpoint(str(path), peek=True)
         except UserError as error:
-            passed_over.append(str(error))
+            skipped.append(str(error))
             continue
         theirs = head.get("job", job), head.get("model_config", {}).get("model", model)
         if theirs != (job, model):
-            passed_over.append(f"{path} is of {theirs[1]}, {theirs[0]}")
+            skipped.append(f"{path} is of {theirs[1]}, {theirs[0]}")
         else:
             found.append((head.get("saved", path.stat().st_mtime), path.name == "checkpoint-last.pth", path))
     for *_, path in sorted(found, reverse=True):
         if problem := damage(path):
-            passed_over.append(problem)
+            skipped.append(problem)
             continue
-        for reason in passed_over:
-            dist.print_rank0(f"warning: passed over: {reason}")
-        dist.print_rank0(f"--resume auto: {path} is the newest checkpoint that is whole")
+        for reason in skipped:
+            dist.print_rank0(f"warning: skipped: {reason}")
+        dist.print_rank0(f"--resume auto: {path} is the newest valid checkpoint")
         return str(path)
-    if passed_over:
+    if skipped:
         raise UserError(
             f"--resume auto: no checkpoint in {folder} can be used:\n  "
-            + "\n  ".join(passed_over)
+            + "\n  ".join(skipped)
             + "\n  Choose another --output_dir, or pass no --resume and --overwrite to remove them and start afresh"
         )
-    dist.print_rank0(f"--resume auto: no checkpoint in {folder}: a fresh start")
+    dist.print_rank0(f"--resume auto: no valid checkpoint in {folder}; starting from scratch")
     return ""

@@ -78,7 +78,7 @@ def write(state: dict, paths: list[Path]) -> None:
             raise cause from error
         raise UserError(
             f"cannot write {paths[0]}: {cause.strerror or cause}. Earlier checkpoints are untouched: "
-            "make room and go on with --resume auto"
+            "make room and resume with --resume auto"
         ) from error
 
 

@@ -1,6 +1,8 @@
 """Weights out of a checkpoint into a model: all of them, or an encoder into a classifier; and what to say where they
 don't fit."""
 
+import re
+
 import torch
 from timm.layers import to_2tuple
 from torch import nn
@@ -19,7 +21,7 @@ def load_model(
 ) -> None:
     """Load a checkpoint's weights; every key must match, and so must the classes. Raises UserError otherwise."""
     state, own = checkpoint["model"], model.state_dict()
-    _complain(source, _likely(checkpoint, model, args), model, state, set(own) - set(state), set(state) - set(own))
+    _refuse_misfits(source, checkpoint, model, args, set(own) - set(state), set(state) - set(own))
     stored = checkpoint.get("class_to_idx")
     if stored and class_to_idx and stored != class_to_idx:
         differing = class_differences(list(stored), list(class_to_idx), source, "--data_path") or "their order differs"
@@ -43,30 +45,46 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
 
     What the classifier has and the file lacks must be the head (and fc_norm when pooling); what the file has beyond
     it must be a decoder, a head (never taken over), or the norm of the other pooling. Positions are resized to the
-    model's grid. Prints and returns the names that are new and those that were not used; raises UserError, naming the
-    keys, for anything else. args: the run's flags, for the messages.
+    model's grid.
+
+    Args:
+        source: File or address.
+        model: The classifier.
+        args: The run's flags, for the messages.
+
+    Returns:
+        The names that are new in the model, and those of the file that were not used; both are printed, too.
+
+    Raises:
+        UserError: Anything else is missing or surplus; it is named.
     """
     args = args or {}
-    checkpoint, own = load_checkpoint(source), set(model.state_dict())
+    checkpoint, own = load_checkpoint(source), model.state_dict()
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
-    head = {name for name in own if name.startswith(("head.", "attn_pool.", "fc_norm."))}
-    left_out = {
-        name
-        for name in set(state) - own
-        if name.startswith("decoder_")
-        or name in ("mask_token", "norm.weight", "norm.bias")
-        or (name.startswith("fc_norm.") and "norm.weight" in state)
-    }
     heads = (checkpoint.get("model_config") or {}).get("num_heads", model.config["num_heads"])
     if heads != model.config["num_heads"]:  # they leave no trace in the weights
         raise UserError(
-            f"{source} does not fit: its attention has {heads} heads, --model {args.get('model')} has "
-            f"{model.config['num_heads']}"
+            f"{source} does not fit: attention heads: {heads} in the file, {model.config['num_heads']} here "
+            f"(--model {args.get('model')})"
         )
     resize_positions(state, checkpoint, model)
-    missing, surplus = own - set(state), set(state) - own
-    _complain(source, _pretrained_hint(checkpoint, model, args), model, state, missing - head, surplus - left_out)
+
+    # What may be missing, what may be left over.
+    missing, surplus = set(own) - set(state), set(state) - set(own)
+    head = {name for name in own if name.startswith(("head.", "attn_pool.", "fc_norm."))}
+    decoder = {name for name in surplus if name.startswith("decoder_") or name == "mask_token"}
+    other_norm = surplus & {"norm.weight", "norm.bias"}
+    if "norm.weight" in state:
+        other_norm |= {name for name in surplus if name.startswith("fc_norm.")}
+
+    # The file is described with the model's own head, which it need not have.
+    encoder = {name: value for name, value in state.items() if name not in decoder}
+    encoder |= {name: own[name] for name in head if "norm.weight" in state or not name.startswith("fc_norm.")}
+    config = {**(checkpoint.get("model_config") or {}), "model": None}  # an autoencoder's name is never a classifier's
+    described = {**checkpoint, "model": encoder, "model_config": config}
+    _refuse_misfits(source, described, model, args, missing - head, surplus - decoder - other_norm)
+
     _compare_pixels(source, checkpoint, args, ("mean", "std"))
     model.load_state_dict(state, strict=False)
     surplus |= unused
@@ -115,67 +133,94 @@ def plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _complain(source: str, hint: str, model: nn.Module, state: dict, missing: set[str], surplus: set[str]) -> None:
-    """Raise UserError, with a hint at the reason, if keys are missing or surplus, or shapes differ."""
-    own = model.state_dict()
+def _refuse_misfits(
+    source: str, checkpoint: dict, model: nn.Module, args: dict, missing: set[str], surplus: set[str]
+) -> None:
+    """Raise UserError if keys are missing or surplus, or shapes differ, with file and model described side by side.
+
+    Args:
+        source: The file's name.
+        checkpoint: What it holds.
+        model: The model that is to take it.
+        args: The run's flags.
+        missing: Keys that the model needs and the file lacks.
+        surplus: Keys of the file that the model has no place for.
+    """
+    state, own = checkpoint["model"], model.state_dict()
     shapes = [
         f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    problems = [f"the file lacks {some(sorted(missing), 6)}"] if missing else []
+    if not missing and not surplus and not shapes:
+        return
+    config = checkpoint.get("model_config") or {}
+    theirs = describe_weights(state, {"model": args.get("model"), **config})
+    ours = describe_weights(own, {**model.config, "model": args.get("model")})
+    problems = [
+        f"{name}: {theirs[name]} in the file, {ours[name]} here ({FLAGS[name]})"
+        for name in theirs
+        if name in ours and theirs[name] != ours[name]
+    ]
+    problems += [f"the file lacks {some(sorted(missing), 6)}"] if missing else []
     problems += [f"the model has no {some(sorted(surplus), 6)}"] if surplus else []
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
-    if problems:
-        raise UserError("\n  ".join([f"{source} does not fit: {hint}", *problems]))
+    remedy = "pass the flags that the file was made with, or another file"
+    if "kind" in theirs and theirs["kind"] != ours["kind"]:
+        remedy = "to start a fine-tuning or a probe from its encoder, pass it as --finetune"
+    if "patch_embed.proj.weight" not in state:
+        remedy = "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
+    raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
 
 
-def _likely(checkpoint: dict, model: nn.Module, args: dict) -> str:
-    """What the mismatch most likely comes from, and what to do about it."""
-    state, own = checkpoint["model"], model.state_dict()
-    name = (checkpoint.get("model_config") or {}).get("model", args.get("model"))
-    if "decoder_pred.weight" in state and "decoder_pred.weight" not in own:
-        return "it is an autoencoder, of pre-training: pass it as --finetune to start from its encoder"
-    if name != args.get("model"):
-        return f"it holds {name}, --model is {args.get('model')}: pass --model {name}"
-    if "decoder_pred.weight" in own and "decoder_pred.weight" not in state:
-        return "it has no decoder, so it can't go on with pre-training; it would do as --finetune of the other scripts"
-    if "head.weight" in own and "head.1.weight" in state:
-        return "its head is that of main_linprobe.py"
-    if "head.1.weight" in own and "head.weight" in state:
-        return "its head is that of main_finetune.py"
-    if any(name.startswith("head.1.heads.") for name in {*own, *state}):
-        return "a probe has a head for each --blr: pass those it was made with"
-    for head in ("head.weight", "head.1.weight"):
-        if head in own and head in state and len(own[head]) != len(state[head]):
-            return f"its head has {len(state[head])} classes, --nb_classes is {len(own[head])}"
-        if head in own and head not in state:
-            return "it has no head: to start training from it pass it as --finetune"
-    if ("fc_norm.weight" in state) != ("fc_norm.weight" in own):
-        return f"it pools otherwise: pass --{'global_pool' if 'fc_norm.weight' in state else 'cls_token'}"
-    return "--model, --patch_size and --input_size must be those it was made with"
+# What describes a model's weights, and the flag that sets it.
+FLAGS = {
+    "kind": "the script",
+    "model": "--model",
+    "encoder width": "--model",
+    "encoder blocks": "--model",
+    "attention heads": "--model",
+    "channels": "--in_chans",
+    "patch size": "--patch_size",
+    "patches": "--input_size",
+    "pooling": "--global_pool, --cls_token",
+    "classes": "--nb_classes",
+    "heads": "a head for each --blr",
+}
 
 
-def _pretrained_hint(checkpoint: dict, model: nn.Module, args: dict) -> str:
-    """What about the file's encoder is not the model's, in words that name both."""
-    state, config = checkpoint["model"], checkpoint.get("model_config") or {}
-    theirs, ours = state.get("patch_embed.proj.weight"), model.patch_embed.proj.weight
-    if theirs is None or theirs.ndim != 4:
-        return "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
-    differ = []
-    if theirs.shape[0] != ours.shape[0]:
-        differ.append(f"its encoder is {theirs.shape[0]} wide, --model {args.get('model')} is {ours.shape[0]}")
-    if theirs.shape[1] != ours.shape[1]:
-        differ.append(f"it is for images of {theirs.shape[1]} channels, --in_chans is {ours.shape[1]}")
-    if theirs.shape[2:] != ours.shape[2:]:
-        differ.append(f"its patches are {theirs.shape[2]} pixels wide: pass --patch_size {theirs.shape[2]}")
-    blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
-    if blocks and len(blocks) != len(model.blocks):
-        differ.append(f"it has {len(blocks)} blocks, --model {args.get('model')} has {len(model.blocks)}")
-    if "fc_norm.weight" in state and "norm.weight" not in state and hasattr(model.norm, "weight"):
-        differ.append("it pools the patches: pass --global_pool")
-    made_with = config.get("model")
-    return "; ".join(differ) or (f"it holds {made_with}" if made_with else "--model must be the one it was made with")
+def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, object]:
+    """Describe a model by its weights: a value for each of FLAGS that they, or its config, show."""
+    if "patch_embed.proj.weight" not in state or state["patch_embed.proj.weight"].ndim != 4:
+        return {}
+    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    found = {
+        "model": config.get("model"),
+        "encoder width": width,
+        "encoder blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "attention heads": config.get("num_heads"),
+        "channels": channels,
+        "patch size": patch[0] if len(set(patch)) == 1 else tuple(patch),
+        "patches": state["pos_embed"].shape[1] - 1 if "pos_embed" in state else None,
+        **_describe_head(state),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Describe what follows the encoder: a decoder, or a classifier's pooling and head."""
+    if "decoder_pred.weight" in state:
+        return {"kind": "autoencoder (main_pretrain.py)"}
+    pooling = "mean of the patches" if "fc_norm.weight" in state else "class token"
+    heads = [name for name in state if re.fullmatch(r"head\.1\.heads\.\d+\.weight", name)]
+    for name, kind in (
+        ("head.weight", "classifier (main_finetune.py)"),
+        ("head.1.weight", "probe (main_linprobe.py)"),
+        ("head.1.heads.0.weight", "probe (main_linprobe.py)"),
+    ):
+        if name in state:
+            return {"kind": kind, "pooling": pooling, "classes": len(state[name]), "heads": max(1, len(heads))}
+    return {"kind": "encoder, without head or decoder"}
 
 
 def _modules(keys: set[str]) -> list[str]:

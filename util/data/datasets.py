@@ -8,7 +8,7 @@ Pre-training also takes images without class folders, in data_path/train, or in 
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from util.rng import seed_all
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 TRIES = 100  # unreadable images in a row before the disk is suspected
+Sample = tuple[Tensor, int]
 
 
 def is_image(name: str) -> bool:
@@ -82,19 +83,42 @@ class EvalImages(Images):
         try:
             return super().__getitem__(index)
         except BadImage as error:
-            raise LocalError(f"{error}; evaluation counts every image: mend or remove the file") from error
+            raise LocalError(f"{error}; evaluation counts every image: fix or remove the file") from error
 
 
 class MonitorImages(Images):
-    """A split to look at: the next image takes the place of a bad one."""
+    """Split for monitoring; an unreadable image is replaced by the next one."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        for number in range(index, index + TRIES):
-            try:
-                return super().__getitem__(number % len(self))
-            except BadImage as error:
-                problem = error
-        raise LocalError(f"{problem}; so are {TRIES} images in a row: mend them, or look at none (--monitor_freq 0)")
+        candidates = (number % len(self) for number in range(index, index + TRIES))
+        try:
+            return _first_readable(super().__getitem__, candidates)
+        except LocalError as error:
+            raise LocalError(f"{error}. Fix them, or monitor nothing (--monitor_freq 0)") from error
+
+
+def _first_readable(
+    load: Callable[[int], Sample], candidates: Iterable[int], on_bad: Callable[[int, BadImage], None] | None = None
+) -> Sample:
+    """Load the first of the candidates that is a readable image, of at most TRIES.
+
+    Args:
+        load: Loads the image of an index.
+        candidates: Indices, drawn one at a time.
+        on_bad: Called with the index of an unreadable image and what is wrong with it.
+
+    Raises:
+        LocalError: None of them is readable.
+    """
+    problem = None
+    for _, index in zip(range(TRIES), candidates, strict=False):
+        try:
+            return load(index)
+        except BadImage as error:
+            problem = error
+            if on_bad:
+                on_bad(index, error)
+    raise LocalError(f"{TRIES} images in a row cannot be read, is the disk all right? The last one: {problem}")
 
 
 class TrainImages(Dataset):
@@ -128,15 +152,20 @@ class TrainImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
         seed_all(self.seed, epoch, index)
-        for _ in range(TRIES):
-            try:
-                return self.images[index if self.chosen is None else int(self.chosen[index])]
-            except BadImage as error:
-                if not self.bad[index]:
-                    self.bad[index] = 1
-                    print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
-                index = int(torch.randint(len(self), ()))
-        raise LocalError(f"{TRIES} images in a row in {self.images.root} cannot be read: is the disk all right?")
+        return _first_readable(self._load, self._candidates(index), self._mark)
+
+    def _load(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index if self.chosen is None else int(self.chosen[index])]
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        while True:
+            yield index
+            index = int(torch.randint(len(self), ()))
+
+    def _mark(self, index: int, error: BadImage) -> None:
+        if not self.bad[index]:
+            self.bad[index] = 1
+            print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
 
 
 def open_split(

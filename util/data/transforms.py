@@ -26,7 +26,13 @@ def _posterize(img: Image.Image, bits_to_keep: int, **unused: object) -> Image.I
     return auto_augment.posterize(img, bits_to_keep)
 
 
-auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
+def _replace_posterize(transform: transforms.Compose) -> None:
+    """Put _posterize in place of timm's in the augmentation policy of this transform alone."""
+    for step in transform.transforms:
+        policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+        for op in (op for policy in policies for op in policy):
+            if getattr(op, "aug_fn", None) is auto_augment.posterize:
+                op.aug_fn = _posterize
 
 
 def random_box(
@@ -125,6 +131,7 @@ class FinetuneTransform:
             mean=pixels.mean,
             std=pixels.std,
         )
+        _replace_posterize(self.steps)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
         if self.pictures and pixels.dtype == np.uint8:

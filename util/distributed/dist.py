@@ -74,7 +74,7 @@ def _fresh_name(store: td.Store, rank_here: int, world: int, patience: timedelta
     """A name that exactly the processes that live now agree on.
 
     torchrun's store outlives its restarts, and neither it nor the count of restarts, which a node that comes back
-    starts anew, tells a living process's words from a dead one's. So each rank shows a number nobody had before, and
+    starts again, tells a living process's words from a dead one's. So each rank shows a number nobody had before, and
     rank 0 answers to that number; who got an answer says so under the new name.
     """
     own = uuid.uuid4().hex

@@ -70,7 +70,7 @@ class Requests:
         return agreed[0], bool(agreed[1])
 
     def save_done(self) -> None:
-        """A checkpoint was written: the clock starts anew."""
+        """A checkpoint was written: the clock starts again."""
         self.saved = time.monotonic()
 
 
