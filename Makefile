@@ -1,7 +1,9 @@
-# make demo: the three jobs on the samples, one table.   make test: the default tests.   make lint: ruff.
+# make demo: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
+# make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow test-soak test-cluster bench-gpu lint clean
 
@@ -9,10 +11,10 @@ demo: $(VENV)/ready
 	$(BIN)/python demo.py
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 test-soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "soak or tmpfs"
@@ -25,6 +27,7 @@ bench-gpu: $(VENV)/ready-dev
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

@@ -1,19 +1,23 @@
-"""Take a model elsewhere: weights and the description that the other library reads, with a model card.
+"""Export a checkpoint for another library: its weights, the configuration that the library reads, and a model card.
 
     python main_export.py --resume output/pretrain/checkpoint-399.pth --to timm --output exported
 
---to timm       model.safetensors, config.json: timm.create_model("local-dir:exported", pretrained=True)
-     hf         the same for Hugging Face: ViTMAEForPreTraining.from_pretrained("exported") of an autoencoder,
-                ViTForImageClassification of a classifier on the class token; preprocessor_config.json
-     encoder    the encoder alone under the reference's names, as in its released files, and config.json
-     onnx       model.onnx, of images [N, C, H, W], normalised: a classifier's logits, else the encoder's tokens
-A linear probe's BatchNorm becomes part of its linear layer; of a sweep's heads the best one goes out. With --model_ema
-the running average is exported.
+--to timm       model.safetensors and config.json: timm.create_model("local-dir:exported", pretrained=True)
+     hf         likewise, and preprocessor_config.json: ViTMAEForPreTraining.from_pretrained("exported")
+                for an autoencoder, ViTForImageClassification for a classifier on the class token
+     encoder    encoder.safetensors, the encoder alone under the released files' parameter names, and config.json
+     onnx       model.onnx, which takes normalised images [N, C, H, W] and returns a classifier's logits [N, classes],
+                or an encoder's tokens [N, 1+L, D]
+
+The BatchNorm of a linear probe is folded into its linear layer; of a learning-rate sweep the best head is exported.
+With --model_ema the EMA of the weights is exported.
 """
 
 import argparse
+import importlib.util
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,40 +35,129 @@ from util.data.images import Pixels
 from util.data.transforms import default_crop_pct
 from util.errors import UserError
 
+# Flags that the model card repeats as the recipe.
+RECIPE = {
+    *("model", "probe", "trainable_blocks", "drop_path", "mask_sampling"),
+    *("batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "seed"),
+    *("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad"),
+    *("train_fraction", "crop_scale", "aa", "smoothing", "reprob", "mixup", "cutmix"),
+}
+
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, from argv or the command line."""
+    """Parse the flags (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="checkpoint of any of the jobs, or anything --finetune reads")
-    add("--to", required=True, choices=("timm", "hf", "encoder", "onnx"))
-    add("--output", required=True, type=Path, metavar="DIR")
-    add("--model_ema", action="store_true", help="the running average of the weights")
-    add("--license", default="unknown", help="of the weights, for the model card")
+    add("--to", required=True, choices=("timm", "hf", "encoder", "onnx"), help="format to export, described above")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    add("--model_ema", action="store_true", help="export the EMA of the weights")
+    add("--license", default="unknown", help="licence of the weights, for the model card")
     return parser.parse_args(argv)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Checkpoint to export, with its model and the facts that the formats' configurations repeat.
+
+    Attributes:
+        path: File, folder or address of the checkpoint.
+        checkpoint: Its content.
+        model: The autoencoder, the classifier, or the encoder that it holds.
+        flags: Flags of the job that wrote it; {}: unknown.
+        pixels: Channels of the images, with mean and standard deviation.
+        crop_pct: Share of the image that evaluation's centre crop keeps.
+        classes: Names of the classes in the order of the logits; None: the model has no head.
+    """
+
+    path: str
+    checkpoint: dict
+    model: nn.Module
+    flags: dict
+    pixels: Pixels
+    crop_pct: float
+    classes: list[str] | None
+
+    @classmethod
+    def load(cls, path: str, ema: bool) -> "Source":
+        """Load a checkpoint and build its model.
+
+        Args:
+            path: File, folder or address.
+            ema: Load the EMA of the weights instead of the weights.
+
+        Raises:
+            UserError: There is no such checkpoint, or no model that can be built from it.
+        """
+        checkpoint = load_checkpoint(path, ema=ema)
+        has_head = any(name.startswith("head.") for name in checkpoint["model"])
+        if "decoder_pred.weight" in checkpoint["model"]:
+            model = models_mae.from_checkpoint(checkpoint, path)
+        else:
+            model = models_vit.from_checkpoint(checkpoint, path, trunk_only=not has_head)
+        config = model.config
+
+        # Files of other programs may hold a head without the names of its classes.
+        classes = None
+        if has_head:
+            class_to_idx = checkpoint.get("class_to_idx") or {}
+            numbered = [f"LABEL_{number}" for number in range(config["num_classes"])]
+            classes = sorted(class_to_idx, key=class_to_idx.get) or numbered
+
+        flags = checkpoint_args(checkpoint)
+        pixels = Pixels.from_args(flags, config["in_chans"])
+        crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
+        return cls(path, checkpoint, model, flags, pixels, crop_pct, classes)
+
+    @property
+    def config(self) -> dict:
+        """Arguments that build the model."""
+        return self.model.config
+
+    @property
+    def img_size(self) -> tuple[int, int]:
+        """Height and width of the model's images in pixels."""
+        return to_2tuple(self.config["img_size"])
+
+    def encoder(self) -> models_vit.VisionTransformer:
+        """Build the encoder alone; its tokens pass through `norm` if the checkpoint holds one."""
+        return models_vit.from_checkpoint(self.checkpoint, self.path, trunk_only=True)
+
+
 def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """A linear probe's normalisation and head as one linear layer, under head.weight and head.bias."""
+    """Fold a linear probe's BatchNorm into its linear layer, named head.weight and head.bias; leave others as they are.
+
+    The BatchNorm has no learned scale or shift, so that head(x) = W (x - mean) / sqrt(var + eps) + b.
+    """
     if "probe" not in config:
         return state
     weight, bias = state["head.1.weight"], state["head.1.bias"]
     scale = (state["head.0.running_var"] + 1e-6).rsqrt()
     folded = {name: value for name, value in state.items() if not name.startswith("head.")}
-    return folded | {"head.weight": weight * scale, "head.bias": bias - weight @ (state["head.0.running_mean"] * scale)}
+    folded["head.weight"] = weight * scale
+    folded["head.bias"] = bias - weight @ (state["head.0.running_mean"] * scale)
+    return folded
 
 
 def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
-    """config.json of a model in timm's form: an architecture of its own, and what is different here."""
-    size, pool = to_2tuple(config["img_size"]), "avg" if config.get("global_pool") else "token"
-    return {
-        "architecture": "vit_base_patch16_224",
+    """Return the config.json from which timm builds the model: a known architecture, and where this model differs.
+
+    Args:
+        config: Arguments that build the model here.
+        pixels: Channels, mean and standard deviation of the images.
+        crop_pct: Share of the image that evaluation's centre crop keeps.
+        classes: Names of the classes; None: the model has no head.
+    """
+    # "token" classifies by the class token, "avg" by the mean of the patch tokens.
+    pool = "avg" if config.get("global_pool") else "token"
+    description = {
+        "architecture": "vit_base_patch16_224",  # any ViT will do: model_args change it to this model
         "num_classes": len(classes or ()),
         "num_features": config["embed_dim"],
         "global_pool": pool,
         "model_args": {name: config[name] for name in models_vit.TRUNK} | {"global_pool": pool},
         "pretrained_cfg": {
-            "input_size": [config["in_chans"], *size],
+            "input_size": [config["in_chans"], *to_2tuple(config["img_size"])],
             "fixed_input_size": True,
             "interpolation": "bicubic",
             "crop_pct": crop_pct,
@@ -76,17 +169,23 @@ def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
-        **({"label_names": classes} if classes else {}),
     }
+    return description | ({"label_names": classes} if classes else {})
 
 
 def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
-    """preprocessor_config.json: evaluation's resizing, cutting and normalising."""
+    """Return Hugging Face's preprocessor_config.json: the resizing, cropping and normalisation of evaluation.
+
+    Args:
+        side: Height and width of the model's images in pixels.
+        pixels: Mean and standard deviation of the images.
+        crop_pct: Share of the image that the centre crop keeps.
+    """
     return {
         "image_processor_type": "BitImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": int(side / crop_pct)},
-        "resample": 3,
+        "resample": 3,  # bicubic
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
@@ -97,41 +196,65 @@ def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
     }
 
 
-def to_hf(
-    folder: Path,
-    state: dict[str, Tensor],
-    config: dict,
-    pixels: Pixels,
-    crop_pct: float,
-    classes: list[str] | None,
-    mask_ratio: float,
-    source: str,
-) -> None:
-    """Raises UserError where Hugging Face's models can't be what this one is."""
-    size = to_2tuple(config["img_size"])
-    why = ""
-    if size[0] != size[1]:
-        why = f"it is for {size[0]} x {size[1]} pixels; Hugging Face's ViTMAE and ViT are for squares"
-    elif classes and (config.get("global_pool") or config.get("probe") == "attentive"):
-        why = "it pools the patches, and Hugging Face's ViT classifies the class token: train it with --cls_token"
-    elif classes is None and "mask_token" not in state:
-        why = "it has neither a decoder (ViTMAEForPreTraining) nor a head (ViTForImageClassification)"
-    if why:
-        raise UserError(f"{source} can't go to Hugging Face: {why}. --to timm or --to onnx can take it")
-    config = config | {"img_size": size[0]}
-    described = formats.hugging_face_config(config, classes, mask_ratio)
-    save(folder, formats.to_hugging_face(state), described)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(size[0], pixels, crop_pct))
+def to_timm(folder: Path, source: Source) -> None:
+    """Write the classifier, or the encoder of an autoencoder, for timm."""
+    is_mae = "decoder_pred.weight" in source.checkpoint["model"]
+    model = source.encoder() if is_mae else source.model
+    description = timm_config(model.config, source.pixels, source.crop_pct, source.classes)
+    save(folder, fold_probe(model.state_dict(), model.config), description)
 
 
-def to_onnx(path: Path, model: nn.Module, size: tuple[int, int], channels: int) -> None:
-    """Raises UserError where the packages are missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--to onnx needs {error.name}: pip install onnx onnxscript") from error
-    example = torch.zeros(2, channels, *size)
+def to_hf(folder: Path, source: Source) -> None:
+    """Write an autoencoder as Hugging Face's ViTMAE, or a classifier as its ViT.
+
+    Raises:
+        UserError: Hugging Face has no model that computes the same.
+    """
+    state, (height, width) = fold_probe(source.model.state_dict(), source.config), source.img_size
+
+    # Hugging Face has one size for height and width, and no classifier that pools the patch tokens.
+    problem = ""
+    if height != width:
+        problem = f"it is for {height} x {width} pixels; Hugging Face's ViTMAE and ViT are for squares"
+    elif source.classes and (source.config.get("global_pool") or source.config.get("probe") == "attentive"):
+        problem = "it pools the patches, and Hugging Face's ViT classifies the class token: train it with --cls_token"
+    elif source.classes is None and "mask_token" not in state:
+        problem = "it has neither a decoder (ViTMAEForPreTraining) nor a head (ViTForImageClassification)"
+    if problem:
+        raise UserError(
+            f"{source.path} cannot be exported to Hugging Face: {problem}. Use --to timm or --to onnx instead"
+        )
+
+    config = source.config | {"img_size": height}
+    description = formats.hugging_face_config(config, source.classes, source.flags.get("mask_ratio", 0.75))
+    save(folder, formats.to_hugging_face(state), description)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(height, source.pixels, source.crop_pct))
+
+
+def to_encoder(folder: Path, source: Source) -> None:
+    """Write the encoder alone under the parameter names of the released files, with its shape and pixels."""
+    encoder = source.encoder()
+    pixels = {"mean": source.pixels.mean, "std": source.pixels.std, "crop_pct": source.crop_pct}
+    save(folder, encoder.state_dict(), encoder.config | pixels, "encoder.safetensors")
+
+
+def to_onnx(folder: Path, source: Source) -> None:
+    """Write the classifier, or else the encoder, as an ONNX graph for any number of images.
+
+    Raises:
+        UserError: A package that the export needs is not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--to onnx needs {' and '.join(missing)}: pip install onnx onnxscript")
+
+    model = source.model
+    if source.classes is None:
+        model = source.encoder()
+        model.global_pool, model.fc_norm = "", nn.Identity()  # so that it returns all tokens, [N, 1+L, D]
+
+    # Two images, since a batch of one would be taken for a constant.
+    example = torch.zeros(2, source.config["in_chans"], *source.img_size)
     program = torch.onnx.export(
         model.eval(),
         (example,),
@@ -141,52 +264,90 @@ def to_onnx(path: Path, model: nn.Module, size: tuple[int, int], channels: int) 
         output_names=["output"],
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )
-    program.save(path)
+    program.save(folder / "model.onnx")
+
+
+EXPORTERS = {"timm": to_timm, "hf": to_hf, "encoder": to_encoder, "onnx": to_onnx}
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
-    """Weights and config.json; what another --to left in the folder goes."""
-    for other in ("model.safetensors", "encoder.safetensors", "preprocessor_config.json"):
-        (folder / other).unlink(missing_ok=True)
+    """Write weights and config.json, after removing those that an earlier export left in the folder.
+
+    Args:
+        folder: Existing folder.
+        state: Weights by parameter name.
+        config: Content of config.json.
+        name: File name of the weights.
+    """
+    for earlier in ("model.safetensors", "encoder.safetensors", "preprocessor_config.json"):
+        (folder / earlier).unlink(missing_ok=True)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
     write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, value: dict) -> None:
+    """Write a dictionary as an indented JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) -> str:
-    """The model card: what the checkpoint says of its data, recipe and figures."""
-    flags, stats = checkpoint_args(checkpoint), checkpoint.get("stats") or {}
-    job = {"pretrain": "masked pre-training", "finetune": "fine-tuning", "linprobe": "linear probing"}
-    usage = {
-        "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
-        "hf": f"model = transformers.{'ViTForImageClassification' if classes else 'ViTMAEForPreTraining'}"
-        '.from_pretrained("FOLDER")',
-        "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
-        "onnx": 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")   # images [N, C, H, W], normalised',
-    }[args.to]
+def card(source: Source, args: argparse.Namespace) -> str:
+    """Return the model card in Markdown: how to load the model, and its data, recipe and figures, as far as known."""
+    library = {"timm": "timm", "hf": "transformers"}.get(args.to)
+    model_name = (source.checkpoint.get("model_config") or {}).get("model", "Vision Transformer")
+
+    # Front matter, which the Hugging Face hub reads, and how to load the model.
     lines = [
         "---",
         f"license: {args.license}",
-        *({"timm": ["library_name: timm"], "hf": ["library_name: transformers"]}.get(args.to, [])),
+        *([f"library_name: {library}"] if library else []),
         "tags: [masked-autoencoder, vision-transformer]",
         "---",
         "",
-        f"# {(checkpoint.get('model_config') or {}).get('model', 'Vision Transformer')}",
+        f"# {model_name}",
         "",
         "Masked autoencoding: He et al., *Masked Autoencoders Are Scalable Vision Learners*, arXiv 2111.06377.",
         "",
         "```python",
-        usage,
+        usage_example(args.to, source.classes),
         "```",
         "",
         "| | |",
         "|---|---|",
     ]
-    known = {
-        "trained by": job.get(checkpoint.get("job")),
+
+    # Facts and figures of the training; a released file knows hardly any.
+    facts = training_facts(source) | exported_figures(source.checkpoint, args.model_ema)
+    lines += [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    lines.append("")
+
+    # The flags to train such a model again.
+    flags = source.flags.items()
+    recipe = " ".join(f"--{name} {value}" for name, value in flags if name in RECIPE and value is not None)
+    if recipe:
+        lines += [f"Recipe: `{recipe}`", ""]
+    return "\n".join(lines)
+
+
+def usage_example(to: str, classes: list[str] | None) -> str:
+    """Return the line of Python that loads an export of this format."""
+    hf_model = "ViTForImageClassification" if classes else "ViTMAEForPreTraining"
+    return {
+        "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
+        "hf": f'model = transformers.{hf_model}.from_pretrained("FOLDER")',
+        "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
+        "onnx": 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")   # images [N, C, H, W], normalised',
+    }[to]
+
+
+def training_facts(source: Source) -> dict[str, object]:
+    """Return what the checkpoint tells about its training, by the card's row; None where it tells nothing.
+
+    Of paths only the last part is repeated, since a card is published.
+    """
+    checkpoint, flags = source.checkpoint, source.flags
+    jobs = {"pretrain": "masked pre-training", "finetune": "fine-tuning", "linprobe": "linear probing"}
+    return {
+        "trained by": jobs.get(checkpoint.get("job")),
         "data": Path(flags["data_path"]).name if flags.get("data_path") else None,
         "images": flags.get("input_size"),
         "mean, std of pixels": f"{flags['mean']}, {flags['std']}" if flags.get("mean") else None,
@@ -195,100 +356,52 @@ def card(checkpoint: dict, args: argparse.Namespace, classes: list[str] | None) 
         "targets normalised": flags.get("norm_pix_loss"),
         "started from": Path(flags["finetune"]).name if flags.get("finetune") else None,
         "effective batch": effective_batch(flags),
-        "classes": len(classes) if classes else None,
+        "classes": len(source.classes) if source.classes else None,
         "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved"])) if "saved" in checkpoint else None,
-        **{name: f"{value:.6g}" for name, value in stats.items() if isinstance(value, float) and _is_its(name, args)},
     }
-    lines += [f"| {name} | {value} |" for name, value in known.items() if value is not None]
-    recipe = " ".join(f"--{name} {value}" for name, value in flags.items() if name in RECIPE and value is not None)
-    return "\n".join([*lines, "", *(["Recipe: `" + recipe + "`", ""] if recipe else [])])
 
 
-def _is_its(figure: str, args: argparse.Namespace) -> bool:
-    """Whether one of the last epoch's figures is of the weights that are exported, not of another average or head."""
-    return "_blr" not in figure and (not figure.startswith("test_") or args.model_ema == figure.startswith("test_ema_"))
+def exported_figures(checkpoint: dict, ema: bool) -> dict[str, str]:
+    """Return the last epoch's figures of the weights that are exported.
 
-
-RECIPE = (
-    "model",
-    "batch_size",
-    "accum_iter",
-    "world_size",
-    "epochs",
-    "warmup_epochs",
-    "lr",
-    "blr",
-    "min_lr",
-    "weight_decay",
-    "layer_decay",
-    "drop_path",
-    "clip_grad",
-    "crop_scale",
-    "mask_sampling",
-    "aa",
-    "smoothing",
-    "reprob",
-    "mixup",
-    "cutmix",
-    "probe",
-    "train_fraction",
-    "trainable_blocks",
-    "seed",
-)
+    Test figures of the weights are left out when their EMA is exported, and the other way round; those of a sweep's
+    heads (test_acc1_blr0.1, ...) are left out altogether.
+    """
+    figures = {}
+    for name, value in (checkpoint.get("stats") or {}).items():
+        of_other_weights = name.startswith("test_") and name.startswith("test_ema_") != ema
+        if isinstance(value, float) and "_blr" not in name and not of_other_weights:
+            figures[name] = f"{value:.6g}"
+    return figures
 
 
 def effective_batch(flags: dict) -> int | None:
+    """Return the number of images per update over all ranks, or None if the flags do not tell."""
     names = ("batch_size", "accum_iter", "world_size")
-    return flags["batch_size"] * flags["accum_iter"] * flags["world_size"] if all(n in flags for n in names) else None
+    if not all(name in flags for name in names):
+        return None
+    return flags["batch_size"] * flags["accum_iter"] * flags["world_size"]
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """Export (argv defaults to the command line's)."""
+    """Export a checkpoint as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
-    if why := unwritable(str(args.output)):
-        raise UserError(f"--output {args.output} can't be written to: {why}")
-    checkpoint = load_checkpoint(args.resume, ema=args.model_ema)
-    is_mae = "decoder_pred.weight" in checkpoint["model"]
-    has_head = any(name.startswith("head.") for name in checkpoint["model"])
-    if is_mae:
-        model = models_mae.from_checkpoint(checkpoint, args.resume)
-    else:
-        model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=not has_head)
-    config, state = model.config, model.state_dict()
-    names = checkpoint.get("class_to_idx")
-    classes = None
-    if has_head:
-        width = config["num_classes"]
-        classes = sorted(names, key=names.get) if names else [f"LABEL_{number}" for number in range(width)]
-    flags = checkpoint_args(checkpoint)
-    pixels = Pixels.of(flags, config["in_chans"])
-    crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
-    if config.get("probe") == "attentive" and args.to in ("timm", "hf"):
-        raise UserError(f"{args.resume} is an attentive probe, which only --to onnx can take, its encoder --to encoder")
+    if problem := unwritable(str(args.output)):
+        raise UserError(f"--output {args.output} can't be written to: {problem}")
+
+    # Load everything and check what can be checked before a file is written.
+    source = Source.load(args.resume, args.model_ema)
+    if source.config.get("probe") == "attentive" and args.to in ("timm", "hf"):
+        raise UserError(
+            f"{args.resume} is an attentive probe, which only --to onnx can take: use that, or --to encoder for its "
+            "encoder alone"
+        )
+
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.to == "hf":
-        folded = fold_probe(state, config)
-        to_hf(args.output, folded, config, pixels, crop_pct, classes, flags.get("mask_ratio", 0.75), args.resume)
-    elif args.to == "timm":
-        trunk = encoder(checkpoint, args.resume) if is_mae else model
-        save(args.output, fold_probe(trunk.state_dict(), config), timm_config(trunk.config, pixels, crop_pct, classes))
-    elif args.to == "encoder":
-        trunk = encoder(checkpoint, args.resume)
-        described = {**trunk.config, "mean": pixels.mean, "std": pixels.std, "crop_pct": crop_pct}
-        save(args.output, trunk.state_dict(), described, "encoder.safetensors")
-    else:
-        whole = model if has_head else encoder(checkpoint, args.resume)
-        if not has_head:
-            whole.global_pool, whole.fc_norm = "", nn.Identity()  # so that it gives the tokens, [N, 1+L, D]
-        to_onnx(args.output / "model.onnx", whole, to_2tuple(config["img_size"]), config["in_chans"])
-    (args.output / "README.md").write_text(card(checkpoint, args, classes), encoding="utf-8")
+    EXPORTERS[args.to](args.output, source)
+    (args.output / "README.md").write_text(card(source, args), encoding="utf-8")
     print(f"{args.resume} as {args.to} in {args.output}")
-
-
-def encoder(checkpoint: dict, source: str) -> models_vit.VisionTransformer:
-    """The encoder alone, whose tokens pass through `norm` where the file has one."""
-    return models_vit.from_checkpoint(checkpoint, source, trunk_only=True)
 
 
 if __name__ == "__main__":

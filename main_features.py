@@ -1,10 +1,10 @@
-"""Features of images from any checkpoint's encoder, without masking.
+"""Extract features of images with the encoder of any checkpoint, without masking.
 
     python main_features.py --resume output/pretrain/checkpoint-399.pth --data_path DIR --output features.npz
 
-DIR holds <class>/<images>, or images alone. features.npz: `features` [N, D] (--tokens all: [N, 1+L, D], the class token
-first), `files` [N], and with class folders `labels` [N] and `classes`; then a k-NN accuracy is printed, each image
-named after the others, or with --neighbours DIR/train after those.
+DIR holds <class>/<images>, or images alone. features.npz holds `features` [N, D] (with --tokens all: [N, 1+L, D], class
+token first), `files` [N], and, if there are class folders, `labels` [N] and `classes`. Then a k-NN accuracy is printed:
+every image is classified by all the others, or with --neighbours DIR/train by the images of that folder.
 """
 
 import argparse
@@ -22,13 +22,19 @@ from util.report import knn
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, from argv or the command line."""
+    """Parse the flags (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", required=True, metavar="CKPT")
-    parser.add_argument("--data_path", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--output", required=True, type=Path, help="file to write, .npz")
-    parser.add_argument("--tokens", default="pooled", choices=("class", "pooled", "all"), help="pooled: patches' mean")
-    parser.add_argument("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that name the others")
+    add = parser.add_argument
+    add("--resume", required=True, metavar="CKPT", help="file or address of a checkpoint")
+    add("--data_path", required=True, type=Path, metavar="DIR", help="images to encode, in class folders or not")
+    add("--output", required=True, type=Path, help="file to write, .npz")
+    add(
+        "--tokens",
+        default="pooled",
+        choices=("class", "pooled", "all"),
+        help="the class token, the mean of the patch tokens (pooled), or all tokens",
+    )
+    add("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that classify those of --data_path by k-NN")
     inference.add_flags(parser)
     return parser.parse_args(argv)
 
@@ -36,7 +42,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def encode(
     model: models_vit.VisionTransformer, files: list[Path], preprocessing: inference.Preprocessing, kind: str
 ) -> Tensor:
-    """Return the files' features [M, D], or with kind "all" tokens [M, 1+L, D], on the CPU."""
+    """Encode image files and return one feature per image, or all its tokens.
+
+    Args:
+        model: The encoder.
+        files: M image files.
+        preprocessing: How files become batches.
+        kind: "class": the class token; "pooled": the mean of the patch tokens; "all": all tokens.
+
+    Returns:
+        Features [M, D], or with kind "all" tokens [M, 1+L, D], as float32 on the CPU.
+    """
     parts = []
     for _, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
@@ -46,49 +62,74 @@ def encode(
 
 
 def labels_of(files: list[Path], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
-    """Class numbers by the folders within root, None where files lie in root itself; and the classes."""
-    inside = [path.relative_to(root) for path in files]
-    if any(len(path.parts) < 2 for path in inside):
+    """Derive class numbers from the class folders that the files lie in.
+
+    Args:
+        files: Image files below root.
+        root: Folder of the class folders.
+        classes: Names of the classes, in the order of their numbers; None: the class folders, sorted.
+
+    Returns:
+        Class numbers [M], and the names of the classes; (None, []) if a file lies in root itself.
+
+    Raises:
+        UserError: There is a class folder that is not among the given classes.
+    """
+    relative = [path.relative_to(root) for path in files]
+    if any(len(path.parts) < 2 for path in relative):
         return None, []
-    classes = classes or sorted({path.parts[0] for path in inside})
-    strange = sorted({path.parts[0] for path in inside} - set(classes))
-    if strange:
-        raise UserError(f"{root} has classes that the other folder lacks: {', '.join(strange[:5])}")
-    return torch.tensor([classes.index(path.parts[0]) for path in inside]), classes
+    names = [path.parts[0] for path in relative]
+    classes = classes or sorted(set(names))
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise UserError(
+            f"{root} has classes that --neighbours lacks: {', '.join(unknown[:5])}; remove them, or give others"
+        )
+    return torch.tensor([classes.index(name) for name in names]), classes
 
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
-    """Write the features (argv defaults to the command line's)."""
+    """Write the features of a folder's images (argv defaults to the command line's)."""
     args = get_args(argv)
     inference.check(args)
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output} must end in .npz")
-    files, others, classes = inference.find([args.data_path]), [], None
+
+    # Find the images and their classes; the numbers of the classes are those of the neighbours, where there are any.
+    files, neighbours, classes = inference.find([args.data_path]), [], None
     if args.neighbours:
-        others = inference.find([args.neighbours])
-        named, classes = labels_of(others, args.neighbours)
-        if named is None:
-            raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>")
+        neighbours = inference.find([args.neighbours])
+        neighbour_labels, classes = labels_of(neighbours, args.neighbours)
+        if neighbour_labels is None:
+            raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>, and no images beside them")
     labels, classes = labels_of(files, args.data_path, classes)
     if args.neighbours and (labels is None or args.tokens == "all"):
-        raise UserError("--neighbours needs class folders in --data_path, and one feature per image (--tokens)")
+        raise UserError(
+            "--neighbours needs class folders in --data_path, and one feature per image: --tokens class or pooled"
+        )
+
+    # Encode the images.
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
     features = encode(model, files, preprocessing, args.tokens)
-    inside = [path.relative_to(args.data_path) for path in files]
-    found = {"features": features.numpy(), "files": np.array([str(path) for path in inside])}
+    relative = [str(path.relative_to(args.data_path)) for path in files]
+    arrays = {"features": features.numpy(), "files": np.array(relative)}
+
+    # With classes, tell how well nearest neighbours separate them.
     if labels is not None:
-        found |= {"labels": labels.numpy(), "classes": np.array(classes)}
-        if others:
-            accuracy = knn.accuracy(encode(model, others, preprocessing, args.tokens), named, features, labels)
-            print(f"k-NN among {len(others)} images of {args.neighbours.name}: {accuracy:.2f} %")
+        arrays |= {"labels": labels.numpy(), "classes": np.array(classes)}
+        if neighbours:
+            neighbour_features = encode(model, neighbours, preprocessing, args.tokens)
+            accuracy = knn.accuracy(neighbour_features, neighbour_labels, features, labels)
+            print(f"k-NN among {len(neighbours)} images of {args.neighbours.name}: {accuracy:.2f} %")
         elif features.ndim == 2 and len(files) > 1:
             accuracy = knn.accuracy(features, labels, features, labels, same=True)
             print(f"k-NN, each image named after the others: {accuracy:.2f} %")
+
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.output, **found)
+    np.savez(args.output, **arrays)
     print(f"{tuple(features.shape)} features of {len(files)} images in {args.output}")
 
 

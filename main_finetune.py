@@ -37,7 +37,7 @@ from util.updater import Updater
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The job's flags, from argv or the command line; --help lists them with their defaults."""
+    """Parse the job's flags from argv, or from the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE fine-tuning",
         models_vit.MODELS,
@@ -54,25 +54,40 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     options.add_classifier_flags(parser, global_pool=True)
     add = parser.add_argument_group("regularisation").add_argument
-    add("--drop_path", default=0.1, type=float, help="stochastic depth")
-    add("--trainable_blocks", type=float, metavar="N", help="train the last N only; 0.5: the last MLP; default: all")
-    add("--model_ema", action="store_true", help="keep a running average of the weights; test_ema_*, or with --eval it")
-    add("--model_ema_decay", default=0.9999, type=float, help="its memory: how much of it stays at an update")
-    add("--layer_decay", default=0.75, type=float, help="learning rate's factor per layer below the head")
-    add("--color_jitter", type=float, help="used only without --aa")
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's augmentation policy; none: off")
+    add("--drop_path", default=0.1, type=float, metavar="RATE", help="stochastic depth: rate of the last block")
+    blocks_help = "partial fine-tuning: train the head and the last N blocks; 0.5: the last MLP; default: all blocks"
+    add("--trainable_blocks", type=float, metavar="N", help=blocks_help)
+    ema_help = "keep an EMA of the weights and log its accuracy as test_ema_*; with --eval: evaluate the EMA"
+    add("--model_ema", action="store_true", help=ema_help)
+    add("--model_ema_decay", default=0.9999, type=float, metavar="DECAY", help="EMA decay per update")
+    add("--layer_decay", default=0.75, type=float, help="factor on the learning rate per layer below the head")
     add("--smoothing", default=0.1, type=float, help="label smoothing")
-    add("--reprob", default=0.25, type=float, help="random erasing: probability")
-    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="random erasing: filling")
-    add("--recount", default=1, type=int, help="random erasing: areas")
-    add("--resplit", action="store_true", help="accepted; acts on split batches only, which we don't make")
-    add("--mixup", default=0.0, type=float, help="mixup's alpha; 0: off")
-    add("--cutmix", default=0.0, type=float, help="cutmix's alpha; 0: off")
-    add("--cutmix_minmax", type=float, nargs="+", help="bounds of cutmix's area; replaces alpha")
-    add("--mixup_prob", default=1.0, type=float, help="probability of mixup or cutmix")
-    add("--mixup_switch_prob", default=0.5, type=float, help="probability of cutmix where both are on")
-    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help="what is mixed with what")
+    _add_augmentation_flags(parser)
     return options.finish(parser.parse_args(argv))
+
+
+def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color_jitter", type=float, metavar="STRENGTH", help="strength of colour jitter, used only with --aa none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's automatic augmentation; none: off")
+    add("--reprob", default=0.25, type=float, metavar="P", help="random erasing: probability per image")
+    remode_help = "random erasing: filled with zeros, one random colour, or a random colour per pixel"
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help=remode_help)
+    add("--recount", default=1, type=int, metavar="N", help="random erasing: largest number of areas per image")
+    add(
+        "--resplit",
+        action="store_true",
+        help="accepted, without effect: it concerns split batches, of which none are made",
+    )
+    add("--mixup", default=0.0, type=float, metavar="ALPHA", help="alpha of mixup; 0: off")
+    add("--cutmix", default=0.0, type=float, metavar="ALPHA", help="alpha of cutmix; 0: off")
+    bounds_help = "cutmix with boxes whose sides are MIN to MAX of the image's side; replaces alpha"
+    add("--cutmix_minmax", type=float, nargs="+", metavar=("MIN", "MAX"), help=bounds_help)
+    add("--mixup_prob", default=1.0, type=float, metavar="P", help="probability that mixup or cutmix is applied")
+    switch_help = "probability of cutmix rather than mixup where both are on"
+    add("--mixup_switch_prob", default=0.5, type=float, metavar="P", help=switch_help)
+    mode_help = "draw the mixing ratio per batch, per pair of images, or per image"
+    add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help=mode_help)
 
 
 def build_mixup_and_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
@@ -145,6 +160,8 @@ def build_model(args: argparse.Namespace, pretrained: bool) -> nn.Module:
     if pretrained:
         weights.load_pretrained(args.finetune, model, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    if args.trainable_blocks is not None:
+        models_vit.train_last(model, args.trainable_blocks)
     return model
 
 
@@ -172,8 +189,6 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Optimizer and loss.
-    if args.trainable_blocks is not None:
-        models_vit.train_last(model, args.trainable_blocks)
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)

@@ -32,7 +32,7 @@ from util.updater import Updater
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The job's flags, from argv or the command line; --help lists them with their defaults."""
+    """Parse the job's flags from argv, or from the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE linear probing",
         models_vit.MODELS,
@@ -50,7 +50,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     options.add_classifier_flags(parser, global_pool=False)
     add = parser.add_argument_group("probe").add_argument
-    add("--probe", default="linear", choices=("linear", "attentive"), help="attentive: a learned query pools")
+    probe_help = "linear: a linear classifier; attentive: a learned query pools the patch tokens for it"
+    add("--probe", default="linear", choices=("linear", "attentive"), help=probe_help)
     args = options.finish(parser.parse_args(argv))
     if args.blr is None:
         args.blr = 0.1 if args.probe == "linear" else 1e-3

@@ -1,13 +1,15 @@
-"""Name the classes of images with a fine-tuned or probed checkpoint.
+"""Predict the classes of images with a fine-tuned or probed checkpoint.
 
     python main_predict.py --resume output/finetune/checkpoint-99.pth --images DIR --output predictions.csv
 
-A line per image: file, class, probability, then the five most probable classes with their probabilities. The names are
-those of the checkpoint's own class_to_idx. Of a sweep's heads the best one speaks.
+The CSV has a line per image: file, most probable class and its probability, then the five most probable classes with
+their probabilities. The names of the classes are those that the checkpoint stores (class_to_idx). Of a learning-rate
+sweep the best head predicts.
 """
 
 import argparse
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,15 +19,34 @@ from util import errors, inference
 from util.checkpoint.files import load_checkpoint
 from util.errors import UserError
 
+TOP = 5  # classes per image, or all where there are fewer
+
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, from argv or the command line."""
+    """Parse the flags (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resume", required=True, metavar="CKPT")
-    parser.add_argument("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER")
-    parser.add_argument("--output", required=True, type=Path, help="CSV to write")
+    add = parser.add_argument
+    add("--resume", required=True, metavar="CKPT", help="file or address of a classifier's checkpoint")
+    add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to classify")
+    add("--output", required=True, type=Path, help="CSV file to write")
     inference.add_flags(parser)
     return parser.parse_args(argv)
+
+
+def predict(
+    model: models_vit.VisionTransformer, files: list[Path], preprocessing: inference.Preprocessing, k: int
+) -> Iterator[tuple[Path, list[float], list[int]]]:
+    """Yield (file, probabilities, class numbers) of the k most probable classes, the most probable first.
+
+    Args:
+        model: The classifier.
+        files: Image files.
+        preprocessing: How files become batches.
+        k: Classes per image.
+    """
+    for paths, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
+        top = model(imgs).float().softmax(dim=1).topk(k)
+        yield from zip(paths, top.values.tolist(), top.indices.tolist(), strict=True)
 
 
 @torch.inference_mode()
@@ -34,24 +55,28 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     inference.check(args)
     files = inference.find(args.images)
+
+    # Load the classifier and the names of its classes.
     checkpoint = load_checkpoint(args.resume)
-    names = checkpoint.get("class_to_idx")
-    if not names:
-        raise UserError(f"{args.resume} holds no class names: take one of main_finetune.py or main_linprobe.py")
+    class_to_idx = checkpoint.get("class_to_idx")
+    if not class_to_idx:
+        raise UserError(f"{args.resume} holds no class names: use a checkpoint of main_finetune.py or main_linprobe.py")
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
-    names = sorted(names, key=names.get)
+    classes = sorted(class_to_idx, key=class_to_idx.get)
+
+    # Write a line per image as soon as it is classified. The best class stands twice: by itself, and as the first of k.
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        k = min(5, len(names))
-        ranks = [f"{word}{number}" for number in range(1, k + 1) for word in ("top", "p")]
+    with args.output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        k = min(TOP, len(classes))
+        ranks = [f"{column}{rank}" for rank in range(1, k + 1) for column in ("top", "p")]
         writer.writerow(["file", "class", "probability", *ranks])
-        for paths, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
-            top = model(imgs).float().softmax(dim=1).topk(k)
-            for path, shares, numbers in zip(paths, top.values.tolist(), top.indices.tolist(), strict=True):
-                best = [word for share, n in zip(shares, numbers, strict=True) for word in (names[n], f"{share:.4f}")]
-                writer.writerow([path, *best[:2], *best])
+        for path, probabilities, numbers in predict(model, files, preprocessing, k):
+            cells = []
+            for number, probability in zip(numbers, probabilities, strict=True):
+                cells += [classes[number], f"{probability:.4f}"]
+            writer.writerow([path, *cells[:2], *cells])
     print(f"{len(files)} images named in {args.output}")
 
 

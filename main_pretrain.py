@@ -33,7 +33,7 @@ from util.updater import Updater
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The job's flags, from argv or the command line; --help lists them with their defaults."""
+    """Parse the job's flags from argv, or from the command line; --help lists them with their defaults."""
     parser = options.common_parser(
         "MAE pre-training",
         models_mae.MODELS,
@@ -49,15 +49,17 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         keep=None,
     )
     add = parser.add_argument_group("masking").add_argument
-    add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
-    add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches: anywhere, blocks, a grid")
+    add("--mask_ratio", default=0.75, type=float, metavar="SHARE", help="share of the patches that are masked")
+    sampling_help = "which patches are masked: random ones, blocks of them, or all but a grid"
+    add("--mask_sampling", default="random", choices=masking.KINDS, help=sampling_help)
     add("--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance")
     add = parser.add_argument_group("decoder").add_argument
-    add("--decoder_dim", type=int, metavar="WIDTH", help="default: the model's")
-    add("--decoder_depth", type=int, metavar="BLOCKS", help="default: the model's")
-    add("--decoder_heads", type=int, metavar="HEADS", help="default: the model's")
+    add("--decoder_dim", type=int, metavar="WIDTH", help="width of the decoder; default: the model's")
+    add("--decoder_depth", type=int, metavar="BLOCKS", help="number of decoder blocks; default: the model's")
+    add("--decoder_heads", type=int, metavar="HEADS", help="attention heads of the decoder; default: the model's")
     add = parser.add_argument_group("monitoring").add_argument
-    add("--monitor_freq", default=10, type=int, help="epochs between pictures, loss and k-NN on val/; 0: never")
+    monitor_help = "epochs between monitoring on val/: reconstructions, loss, k-NN accuracy; 0: never"
+    add("--monitor_freq", default=10, type=int, metavar="EPOCHS", help=monitor_help)
     return options.finish(parser.parse_args(argv))
 
 

@@ -1,9 +1,10 @@
-"""What a pre-trained autoencoder makes of images: the paper's Figure 2 as a picture.
+"""Draw how a pre-trained autoencoder reconstructs images, as in the paper's Figure 2.
 
     python main_reconstruct.py --resume output/pretrain/checkpoint-399.pth --images DIR --output grid.png
 
-A row per image: original, masked, reconstruction, reconstruction with the visible patches put back. The model is built
-from the checkpoint's own description; --separate writes single pictures into a folder instead.
+The grid has a row per image: original, masked, reconstruction, and reconstruction with the visible patches put back.
+With --separate each panel becomes a file of its own in the folder --output. The model is built from the configuration
+that the checkpoint stores.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 import models_mae
 from util import errors, inference, masking
@@ -21,18 +23,22 @@ from util.report import pictures
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, from argv or the command line."""
+    """Parse the flags (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a checkpoint with its decoder")
-    add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER")
-    add("--output", required=True, type=Path, help="picture to write; with --separate a folder")
-    add("--separate", action="store_true", help="single pictures instead of one grid")
-    add("--mask_ratio", default=0.75, type=float)
-    add("--mask_sampling", default="random", choices=masking.KINDS)
-    add("--seed", default=0, type=int, help="of the masks, together with each file's name")
-    add("--num", default=8, type=int, help="at most so many images, evenly spread over those found")
-    add("--norm_pix_loss", action="store_true", help="the targets were normalised; for files that don't say")
+    add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to reconstruct")
+    add("--output", required=True, type=Path, help="file to write; with --separate a folder")
+    add("--separate", action="store_true", help="write each panel to a file of its own instead of one grid")
+    add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
+    add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches are removed")
+    add("--seed", default=0, type=int, help="the mask of an image follows from the seed and the name of the file")
+    add("--num", default=8, type=int, help="largest number of images, evenly spread over those of --images")
+    add(
+        "--norm_pix_loss",
+        action="store_true",
+        help="the targets were normalised; needed only for checkpoints that do not store it",
+    )
     inference.add_flags(parser)
     args = parser.parse_args(argv)
     if not 0 < args.mask_ratio < 1 or args.num < 1:
@@ -40,39 +46,58 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def save_panels(folder: Path, files: list[Path], rows: Tensor) -> None:
+    """Write every panel to folder/<file name>-<panel>.png; numbered, if several files have the same name.
+
+    Args:
+        folder: Created if it does not exist.
+        files: N image files.
+        rows: Their panels, [N, 4, C, H, W].
+    """
+    # Images of several folders may share a name: a number keeps their files apart.
+    folder.mkdir(parents=True, exist_ok=True)
+    has_duplicates = len({path.stem for path in files}) < len(files)
+    for number, (path, row) in enumerate(zip(files, rows, strict=True)):
+        stem = f"{number:04d}-{path.stem}" if has_duplicates else path.stem
+        for title, panel in zip(pictures.COLUMNS, row, strict=True):
+            pictures.to_picture(panel).save(folder / f"{stem}-{title.replace(' ', '_')}.png")
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    """Write the pictures (argv defaults to the command line's)."""
+    """Write the reconstructions (argv defaults to the command line's)."""
     args = get_args(argv)
     inference.check(args)
-    kind = Image.registered_extensions().get(args.output.suffix.lower())
-    if not args.separate and kind not in Image.SAVE:
-        raise UserError(f"--output {args.output}: a picture wanted, .png for example; or --separate and a folder")
+    image_format = Image.registered_extensions().get(args.output.suffix.lower())
+    if not args.separate and image_format not in Image.SAVE:
+        raise UserError(
+            f"--output {args.output} does not end in an image format that can be written: end it in .png, for example, "
+            "or pass --separate and a folder"
+        )
     files = inference.find(args.images, args.num)
+
+    # Load the autoencoder. How many patches there are, and so which mask ratios are possible, is known only now.
     checkpoint = load_checkpoint(args.resume)
     model = models_mae.from_checkpoint(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()
-    size, grid, patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
-    if not 1 <= int(patches * (1 - args.mask_ratio)) < patches:
-        raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {patches} patches")
+    size, grid, num_patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
+    if not 1 <= models_mae.num_visible(num_patches, args.mask_ratio) < num_patches:
+        raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches")
+
+    # Load the images, remove patches, and reconstruct. The masks are the same in every call.
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.in_chans, args)
     imgs = torch.cat([imgs for _, imgs in inference.batches(files, size, preprocessing)])
     noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
     normalise = loaders.Normalise(preprocessing.pixels, imgs.device)
     rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
 
+    # Write the panels under a caption that tells where they come from.
     epoch = checkpoint.get("epoch")
-    caption = [
-        f"{Path(args.resume).name}"
-        + (f", epoch {epoch}" if epoch is not None else "")
-        + f", {args.mask_ratio:.0%} masked ({args.mask_sampling})"
-    ] + [pictures.NORMALISED] * model.norm_pix_loss
+    of_epoch = f", epoch {epoch}" if epoch is not None else ""
+    caption = [f"{Path(args.resume).name}{of_epoch}, {args.mask_ratio:.0%} masked ({args.mask_sampling})"]
+    if model.norm_pix_loss:
+        caption.append(pictures.NORMALISED)
     if args.separate:
-        args.output.mkdir(parents=True, exist_ok=True)
-        alike = len({path.stem for path in files}) < len(files)
-        for number, (path, row) in enumerate(zip(files, rows, strict=True)):
-            stem = f"{number:04d}-{path.stem}" if alike else path.stem
-            for title, panel in zip(pictures.COLUMNS, row, strict=True):
-                pictures.to_picture(panel).save(args.output / f"{stem}-{title.replace(' ', '_')}.png")
+        save_panels(args.output, files, rows)
     else:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         pictures.grid(rows, caption).save(args.output)

@@ -1,15 +1,15 @@
-"""Submit a job to SLURM, or run it on this machine, through submitit; SLURM puts it back into the queue by itself.
+"""Submit a job to SLURM through submitit, or run it on this machine.
 
     python main_submitit.py pretrain --nodes 8 --ngpus 8 --job_dir JOB --partition P --timeout 4320 -- \
         --data_path DIR --batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --epochs 800
 
-What follows -- goes to main_pretrain.py (finetune: main_finetune.py, linprobe: main_linprobe.py), one process per GPU.
-A job whose time is up, or that is preempted, saves and is queued again; it goes on with --resume auto. Submitting the
-same command again later goes on, too.
+The flags after -- go to main_pretrain.py (finetune: main_finetune.py, linprobe: main_linprobe.py), which runs in one
+process per GPU. A job whose time is up, or that is preempted, saves, is queued again by itself, and resumes with
+--resume auto. Submitting the same command again later resumes the job, too.
 
 job_dir/
     submitit/        the batch script and every process's output, JOBID_RANK_log.out and .err
-    ...              the job's own --output_dir, unless FLAGS name another
+    ...              the job's own --output_dir, unless its flags name another
 """
 
 import argparse
@@ -27,45 +27,47 @@ from util import errors, options
 from util.errors import UserError
 
 MODELS = {"pretrain": models_mae.MODELS, "finetune": models_vit.MODELS, "linprobe": models_vit.MODELS}
-SAVING_S = 120  # how long before its time is up a job is told to save
+SAVING_S = 120  # seconds before the end of its time at which a job is told to save
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The launcher's own flags, and in `flags` those of the job."""
-    words = sys.argv[1:] if argv is None else argv
-    own, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    """Parse the launcher's own flags, from argv or the command line; those of the job, after --, become `flags`."""
+    argv = sys.argv[1:] if argv is None else argv
+    launcher_flags, flags = argv, []
+    if "--" in argv:
+        separator = argv.index("--")
+        launcher_flags, flags = argv[:separator], argv[separator + 1 :]
+
     parser = argparse.ArgumentParser(
         description="Submit a job through submitit: main_submitit.py JOB ... -- FLAGS OF THE JOB",
         formatter_class=options.HelpFormatter,
     )
     add = parser.add_argument
-    add("job", choices=list(MODELS))
-    add("--job_dir", required=True, metavar="DIR", help="logs, and output_dir of the job; seen by all nodes")
-    add("--nodes", default=1, type=int)
-    add("--ngpus", default=8, type=int, help="GPUs of each node, and processes; 0: one process on the CPU")
-    add("--tasks", type=int, help="processes on each node, where not one per GPU")
-    add("--cpus", default=10, type=int, help="cores per process")
-    add("--timeout", default=4320, type=int, help="minutes until the job is queued again")
-    add("--partition", help="SLURM's partition; default: its own")
-    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="more for sbatch: account=A qos=Q mem=100G")
-    add(
-        "--executor",
-        default="slurm",
-        choices=("slurm", "local", "debug"),
-        help="local: processes on this machine, waited for; debug: in this one",
-    )
-    args = parser.parse_args(own)
+    add("job", choices=list(MODELS), help="script to run: main_JOB.py")
+    add("--job_dir", required=True, metavar="DIR", help="folder for the logs and the job's output; seen by all nodes")
+    add("--nodes", default=1, type=int, metavar="N", help="number of nodes")
+    add("--ngpus", default=8, type=int, metavar="N", help="GPUs per node, a process each; 0: one process on the CPU")
+    add("--tasks", type=int, metavar="N", help="processes per node; default: one per GPU")
+    add("--cpus", default=10, type=int, metavar="N", help="CPU cores per process")
+    add("--timeout", default=4320, type=int, metavar="MINUTES", help="time after which the job is queued again")
+    add("--partition", metavar="NAME", help="SLURM partition; default: the cluster's")
+    slurm_help = "more options for sbatch, for example account=A qos=Q mem=100G"
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=slurm_help)
+    executor_help = "where to run; local: processes on this machine, waited for; debug: in this process"
+    add("--executor", default="slurm", choices=("slurm", "local", "debug"), help=executor_help)
+    args = parser.parse_args(launcher_flags)
     args.flags = flags
     return args
 
 
 class Job:
-    """A script's run in one process of the job. submitit pickles it, and calls it after every start."""
+    """A job's script with its flags, as one process runs it; submitit pickles it, and calls it after every start."""
 
     def __init__(self, job: str, flags: list[str]) -> None:
         self.job, self.flags = job, flags
 
     def __call__(self) -> None:
+        """Run the script, and queue the job again if it was stopped because its time is nearly up."""
         from util import errors  # imported where the job runs
 
         main = importlib.import_module(f"main_{self.job}").main
@@ -74,7 +76,8 @@ class Job:
             try:
                 main(self.flags)
             except errors.Stopped as stop:
-                if stop.signum == signal.SIGUSR2:  # saved: now submitit's own handler is due, which queues the job
+                # The state is saved; the signal's original handler, submitit's, now queues the job again.
+                if stop.signum == signal.SIGUSR2:
                     print(stop, flush=True)
                     signal.raise_signal(stop.signum)
                 raise
@@ -82,53 +85,55 @@ class Job:
         errors.run(save_and_requeue)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit asks for when it queues the job again."""
+        """Return what submitit is to run when it queues the job again: the same, which then resumes."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 def job_flags(args: argparse.Namespace) -> list[str]:
-    """The job's flags, with its folder and --resume auto. Raises UserError, or argparse's exit, where they are wrong:
-    now rather than when the job's turn comes."""
-    flags = ["--output_dir", str(Path(args.job_dir).absolute()), *args.flags]  # the last one counts
+    """Return the job's flags, with its folder and --resume auto, after checking them now rather than when it starts.
+
+    Raises:
+        UserError: They are wrong.
+        SystemExit: argparse refuses them.
+    """
+    # A user's own --output_dir comes later, and counts.
+    flags = ["--output_dir", str(Path(args.job_dir).absolute()), *args.flags]
     script = importlib.import_module(f"main_{args.job}")
     parsed = script.get_args(flags)
-    evaluation, start = getattr(parsed, "eval", False), parsed.resume
-    if start not in ("", "auto") and not evaluation:
+    evaluation = getattr(parsed, "eval", False)
+    if parsed.resume not in ("", "auto") and not evaluation:
         raise UserError(
-            f"--resume {start}: a job goes on from its own folder (--resume auto), and begins with --finetune or anew"
+            f"--resume {parsed.resume}: a submitted job resumes from its own folder only (--resume auto); omit the "
+            "flag, or start from a checkpoint's encoder with --finetune"
         )
     problems = options.flag_problems(parsed, MODELS[args.job])
     if parsed.overwrite:
-        problems.append("--overwrite: a job goes on from what its folder holds; choose another --job_dir")
+        problems.append(
+            "--overwrite would remove the checkpoints from which a job that is queued again resumes: omit it, and "
+            "choose another --job_dir for a new run"
+        )
     if not parsed.output_dir and not evaluation:
-        problems.append("--output_dir '': a job that is queued again goes on from its checkpoints")
+        problems.append("--output_dir '': a job that is queued again resumes from its checkpoints there; name a folder")
     if problems:
         raise UserError("; ".join(problems))
     return flags if evaluation else flags + ["--resume", "auto"]
 
 
 def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
-    """submitit's executor with the launcher's flags. Raises UserError where they don't fit it."""
-    problems = [
-        f"--{name} {getattr(args, name)} must be at least 1"
-        for name in ("nodes", "cpus", "timeout")
-        if getattr(args, name) < 1
-    ]
-    problems += [f"--slurm {pair}: needs KEY=VALUE" for pair in args.slurm if "=" not in pair]
-    if args.ngpus < 0 or (args.tasks is not None and args.tasks < 1):
-        problems.append("--ngpus must not be negative, --tasks at least 1")
-    if args.executor == "local" and args.nodes > 1:
-        problems.append(f"--nodes {args.nodes}: --executor local has one")
-    shown, first = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(map(str, range(args.ngpus)))
-    if args.executor == "local" and args.ngpus > 0 and shown not in (None, first):
-        problems.append(f"CUDA_VISIBLE_DEVICES={shown}: --executor local takes GPUs {first}; use torchrun for others")
+    """Create submitit's executor with the launcher's flags.
+
+    Raises:
+        UserError: The flags are wrong, or there is no SLURM on this machine.
+    """
+    problems = _launcher_problems(args)
     if problems:
         raise UserError("; ".join(problems))
+    log_dir = Path(args.job_dir) / "submitit"
     try:
-        found = submitit.AutoExecutor(Path(args.job_dir) / "submitit", cluster=args.executor, slurm_max_num_timeout=999)
+        result = submitit.AutoExecutor(log_dir, cluster=args.executor, slurm_max_num_timeout=999)
     except RuntimeError as error:  # no sbatch
         raise UserError(f"--executor {args.executor}: {error}. On a machine without SLURM: --executor local") from error
-    found.update_parameters(
+    result.update_parameters(
         name=f"mae_{args.job}",
         nodes=args.nodes,
         gpus_per_node=args.ngpus or None,
@@ -139,21 +144,49 @@ def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
         slurm_signal_delay_s=SAVING_S,
         slurm_additional_parameters={"requeue": True, **dict(pair.split("=", 1) for pair in args.slurm)},
     )
-    return found
+    return result
+
+
+def _launcher_problems(args: argparse.Namespace) -> list[str]:
+    """Return the problems of the launcher's own flags, as messages."""
+    problems = [
+        f"--{name} {getattr(args, name)} must be at least 1"
+        for name in ("nodes", "cpus", "timeout")
+        if getattr(args, name) < 1
+    ]
+    problems += [f"--slurm {pair}: needs KEY=VALUE" for pair in args.slurm if "=" not in pair]
+    if args.ngpus < 0:
+        problems.append(f"--ngpus {args.ngpus} must be at least 0")
+    if args.tasks is not None and args.tasks < 1:
+        problems.append(f"--tasks {args.tasks} must be at least 1")
+
+    # submitit's local executor runs on one machine, and gives the processes its first GPUs whichever are visible.
+    if args.executor == "local":
+        if args.nodes > 1:
+            problems.append(f"--nodes {args.nodes}: --executor local has one; use --nodes 1")
+        visible, first = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(map(str, range(args.ngpus)))
+        if args.ngpus > 0 and visible not in (None, first):
+            problems.append(
+                f"CUDA_VISIBLE_DEVICES={visible}: --executor local takes GPUs {first}; use torchrun for others"
+            )
+    return problems
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check, submit, and say where to look (argv defaults to the command line's)."""
+    """Check the flags, submit the job, and print where its output is (argv defaults to the command line's)."""
     args = get_args(argv)
     flags = job_flags(args)
-    runner = executor(args)
+    submitter = executor(args)
+
     # The job's processes import the scripts, wherever they are started from.
-    here = str(Path(__file__).resolve().parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    folder = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     try:
-        job = runner.submit(Job(args.job, flags))
+        job = submitter.submit(Job(args.job, flags))
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"SLURM refuses the job: {str(error).strip()}") from error
+
+    # SLURM's job goes on by itself; others are waited for.
     if args.executor == "debug":
         job.results()
         return

@@ -40,7 +40,7 @@ class MaskedAutoencoderViT(nn.Module):
     can tell how to build its model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the model's published arguments)
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
@@ -60,8 +60,12 @@ class MaskedAutoencoderViT(nn.Module):
             img_size: Height and width of the images in pixels, or one number for both.
             patch_size: Side of a patch in pixels.
             in_chans: Channels of the images.
-            embed_dim: Width of the encoder; `depth` and `num_heads` are its blocks and their attention heads.
-            decoder_embed_dim: Width of the decoder, likewise with its own depth and heads.
+            embed_dim: Width of the encoder.
+            depth: Number of the encoder's blocks.
+            num_heads: Attention heads of an encoder block.
+            decoder_embed_dim: Width of the decoder.
+            decoder_depth: Number of the decoder's blocks.
+            decoder_num_heads: Attention heads of a decoder block.
             mlp_ratio: Width of a block's MLP as a multiple of the block's width.
             norm_pix_loss: Predict patches normalised by their own mean and variance (paper, section 3).
         """
@@ -79,8 +83,7 @@ class MaskedAutoencoderViT(nn.Module):
             "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss,
         }
-        self.in_chans = in_chans
-        self.norm_pix_loss = norm_pix_loss
+        self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.grad_checkpointing = False
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)
@@ -238,48 +241,64 @@ def from_config(config: dict) -> MaskedAutoencoderViT:
 
 
 def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) -> MaskedAutoencoderViT:
-    """The autoencoder that a checkpoint holds, weights included.
+    """Build the autoencoder that a checkpoint holds, weights included.
 
-    Built from `model_config`, in the reference's checkpoints from `args`, else from the weights' shapes; norm_pix_loss
-    counts only where none says. Raises UserError, naming the source, for a file without decoder or of other models.
+    Args:
+        checkpoint: A loaded checkpoint of main_pretrain.py or of the reference, or a released file with decoder.
+        source: Its file name, for error messages.
+        norm_pix_loss: Whether the model predicts normalised patches, if the checkpoint itself does not say.
+
+    Raises:
+        UserError: The file holds no decoder, or weights that fit no masked autoencoder.
     """
-    state, args = checkpoint["model"], checkpoint_args(checkpoint)
+    state = checkpoint["model"]
     if "decoder_pred.weight" not in state or "mask_token" not in state:
         raise UserError(
-            f"{source} has no decoder, so it can reconstruct nothing: take a checkpoint of main_pretrain.py, or a "
-            "released file with decoder (mae_visualize_vit_large.pth; the mae_pretrain_*.pth hold the encoder only)"
+            f"{source} has no decoder, so it cannot reconstruct images: use a checkpoint of main_pretrain.py, or a "
+            "released file with decoder (mae_visualize_vit_large.pth; mae_pretrain_*.pth hold the encoder only)"
         )
-    config = checkpoint.get("model_config") or _config_of(state, source)
+
+    # Only this code stores `model_config`. The reference's checkpoints hold flags (`args`), whose norm_pix_loss leaves
+    # no trace in the weights; released files hold neither, and the weights' shapes have to do.
+    config = checkpoint.get("model_config") or _config_from_shapes(state, source)
     if "model_config" not in checkpoint:
-        config["norm_pix_loss"] = bool(args.get("norm_pix_loss", norm_pix_loss))
+        config["norm_pix_loss"] = bool(checkpoint_args(checkpoint).get("norm_pix_loss", norm_pix_loss))
+
     model = from_config(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"{source} is no masked autoencoder of this kind: {reason}") from error
+        first_mismatch = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"{source} holds no masked autoencoder that can be built here: {first_mismatch}. Use a checkpoint of "
+            "main_pretrain.py or a released file with decoder"
+        ) from error
     return model
 
 
-def _config_of(state: dict[str, Tensor], source: str) -> dict:
-    """The arguments of an autoencoder with weights of these shapes; its decoder's heads, which leave no trace, as in
-    the model of MODELS with such a decoder, else as in the paper, 16."""
-    trunk = models_vit.config_of(state, source)
-    width = state["decoder_embed.weight"].shape[0]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks."))
-    decoder = {"decoder_embed_dim": width, "decoder_depth": depth}
-    alike = [known.keywords for known in MODELS.values() if decoder.items() <= known.keywords.items()]
-    decoder["decoder_num_heads"] = alike[0]["decoder_num_heads"] if alike else 16
-    return {name: trunk[name] for name in models_vit.TRUNK} | decoder
+def _config_from_shapes(state: dict[str, Tensor], source: str) -> dict:
+    """Derive an autoencoder's constructor arguments from the shapes of its weights.
+
+    The number of the decoder's attention heads leaves no trace in the shapes: it is taken from the model of MODELS with
+    a decoder of this width and depth; if there is none, it is 16, as in the paper.
+    """
+    encoder = models_vit.config_of(state, source)
+    decoder = {
+        "decoder_embed_dim": state["decoder_embed.weight"].shape[0],
+        "decoder_depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks.")),
+    }
+    same_decoder = [known.keywords for known in MODELS.values() if decoder.items() <= known.keywords.items()]
+    decoder["decoder_num_heads"] = same_decoder[0]["decoder_num_heads"] if same_decoder else 16
+    return {name: encoder[name] for name in models_vit.TRUNK} | decoder
 
 
 def _mae(size: str, patch_size: int, decoder: tuple[int, int, int]) -> partial:
-    """decoder: width, depth, heads."""
-    dim, depth, heads = decoder
+    """Return the constructor of a model with an encoder of SIZES and a decoder given as (width, depth, heads)."""
+    width, depth, heads = decoder
     return partial(
         MaskedAutoencoderViT,
         patch_size=patch_size,
-        decoder_embed_dim=dim,
+        decoder_embed_dim=width,
         decoder_depth=depth,
         decoder_num_heads=heads,
         **SIZES[size],

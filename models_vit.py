@@ -17,7 +17,7 @@ from util.checkpoint.formats import TRUNK
 from util.distributed import dist
 from util.errors import UserError
 
-# Width, depth and heads of the encoders; models_mae builds on the same.
+# Width, depth and attention heads of the encoders; models_mae.py builds its autoencoders on the same ones.
 SIZES = {
     "demo": {"embed_dim": 128, "depth": 6, "num_heads": 4},
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -29,14 +29,12 @@ SIZES = {
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """timm's ViT with MAE's head: LayerNorm eps 1e-6, and either of two poolings.
+    """Classifier: timm's ViT with MAE's choice of two poolings, LayerNorm eps 1e-6, and a linear head.
 
-    global_pool=True averages the patch tokens (not the class token) and normalises by `fc_norm`, without a final
-    `norm`; False takes the class token after `norm` (paper, appendix A.1 and A.2).
-    `config` holds the arguments, so that a checkpoint can say how to build its model.
+    `config` holds the constructor's arguments, so that a checkpoint can tell how to build its model.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the model's published arguments)
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
@@ -49,6 +47,21 @@ class VisionTransformer(timm_vit.VisionTransformer):
         global_pool: bool = True,
         drop_path_rate: float = 0.0,
     ) -> None:
+        """Build the model with freshly initialised weights.
+
+        Args:
+            img_size: Height and width of the images in pixels, or one number for both.
+            patch_size: Side of a patch in pixels.
+            in_chans: Channels of the images.
+            embed_dim: Width of the encoder.
+            depth: Number of blocks.
+            num_heads: Attention heads of a block.
+            mlp_ratio: Width of a block's MLP as a multiple of the block's width.
+            num_classes: Outputs of the head; 0: no head, the model returns the pooled features [N, D].
+            global_pool: True averages the patch tokens, without the class token, and normalises the mean by `fc_norm`;
+                there is no final `norm`. False takes the class token after `norm` (paper, appendix A.1 and A.2).
+            drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+        """
         config = {
             "img_size": img_size,
             "patch_size": patch_size,
@@ -70,43 +83,66 @@ class VisionTransformer(timm_vit.VisionTransformer):
         self.fc_norm = self._modules.pop("fc_norm")
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for layer-wise decay: embeddings, each block, the rest (timm's puts `norm` with the last block)."""
+        """Return timm's description of the layers for layer-wise decay: the embeddings, each block, and the rest.
+
+        Unlike timm's, it does not put the final `norm` with the last block.
+        """
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
 
 class ProbeHeads(nn.Module):
-    """Several linear heads on the same normalised features: [N, D] -> [N, heads, classes]."""
+    """Several linear heads on the same normalised features, which start as copies of one head."""
 
     def __init__(self, head: nn.Linear, count: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(copy.deepcopy(head) for _ in range(count))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Apply every head: features [N, D] -> logits [N, heads, classes]."""
         return torch.stack([head(features) for head in self.heads], dim=1)
 
 
 def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
-    """Partial fine-tuning (paper, Figure 9), in place: only the head, the last `blocks` blocks and the norm after them
-    are trained; half a block is its MLP, with the norm before it. 0: the head alone, on probing's trunk."""
+    """Freeze the model, in place, but for its head and its last blocks (partial fine-tuning: paper, Figure 9).
+
+    Args:
+        model: The classifier.
+        blocks: Number of blocks that are trained, with the final `norm`. Half a block is its MLP with the LayerNorm
+            before it. 0 trains the head only.
+
+    Returns:
+        The same model.
+    """
     model.requires_grad_(False)
-    trained = [model.head, model.fc_norm]  # fc_norm is as new as the head, where there is one
+
+    # fc_norm, which exists only with average pooling, is in no pre-trained file: it is as new as the head.
+    trained = [model.head, model.fc_norm]
     if blocks:
         whole = min(int(blocks), len(model.blocks))
         trained += [model.norm, *model.blocks[len(model.blocks) - whole :]]
         if blocks % 1 and whole < len(model.blocks):
             half = model.blocks[-whole - 1]
             trained += [half.norm2, half.mlp]
+
     for module in trained:
         module.requires_grad_(True)
     return model
 
 
 def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool = False) -> VisionTransformer:
-    """Freeze the trunk and put BatchNorm without affine before the linear head (paper, appendix A.1), in place.
+    """Freeze the encoder, in place, and put a BatchNorm without affine before the linear head (paper, appendix A.1).
 
-    With several heads, which start alike, one pass over the trunk trains them all; logits are [N, heads, classes].
-    attentive: what the head sees is pooled by one learned query that attends to the patch tokens, and trained with it.
-    With global_pool, fc_norm's scale and bias, which no pre-trained file has, don't matter: BatchNorm undoes them.
+    With average pooling the scale and bias of `fc_norm`, which no pre-trained file has, do not matter: BatchNorm undoes
+    them.
+
+    Args:
+        model: The classifier.
+        heads: Number of heads, one per learning rate of a sweep. They start alike, and one pass through the encoder
+            trains them all; with several the logits are [N, heads, classes].
+        attentive: Pool the patch tokens by attention with one learned query, which is trained with the head.
+
+    Returns:
+        The same model.
     """
     model.requires_grad_(False)
     if attentive:
@@ -120,17 +156,26 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
 
 
 def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransformer:
-    """Of a sweep's heads only the one of best accuracy in the checkpoint's last evaluation, the first where there was
-    none; in place."""
-    if model.config.get("probe_heads", 1) > 1:
-        stats = checkpoint.get("stats") or {}
-        rates = checkpoint_args(checkpoint).get("blr") or [0.0]
-        shares = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in rates]
-        best = shares.index(max(shares))
-        why = f"of best accuracy, {shares[best]:.2f} %" if shares[best] >= 0 else "the first: none was evaluated"
-        dist.print_rank0(f"the head of --blr {rates[best]:g} is taken, {why}")
-        model.head[1] = model.head[1].heads[best]
-        model.config["probe_heads"] = 1
+    """Keep only the best head of a learning-rate sweep, in place; a model with one head stays as it is.
+
+    Args:
+        model: The classifier.
+        checkpoint: Holds the accuracies of the last evaluation (`stats`). Without an evaluation the first head is kept.
+
+    Returns:
+        The same model.
+    """
+    if model.config.get("probe_heads", 1) <= 1:
+        return model
+    stats = checkpoint.get("stats") or {}
+    rates = checkpoint_args(checkpoint).get("blr") or [0.0]
+    accuracies = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in rates]
+    best = accuracies.index(max(accuracies))
+    evaluated = accuracies[best] >= 0
+    reason = f"the best one, accuracy {accuracies[best]:.2f} %" if evaluated else "the first one: none was evaluated"
+    dist.print_rank0(f"keeping the head of --blr {rates[best]:g} ({reason})")
+    model.head[1] = model.head[1].heads[best]
+    model.config["probe_heads"] = 1
     return model
 
 
@@ -144,37 +189,71 @@ def from_config(config: dict) -> VisionTransformer:
 
 
 def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> VisionTransformer:
-    """The classifier that a checkpoint of ours holds, weights included, of a sweep's heads the best one; with
-    trunk_only the encoder of any of our jobs or of a released file, without head, whose class token passes through
-    `norm` where the file has one.
+    """Build the classifier, or only the encoder, that a checkpoint holds, weights included.
 
-    Raises UserError, naming the source, for a file that holds no such thing.
+    Args:
+        checkpoint: A loaded checkpoint of main_finetune.py or main_linprobe.py, with trunk_only also of
+            main_pretrain.py, or a released file. Of a learning-rate sweep the best head is kept.
+        source: Its file name, for error messages.
+        trunk_only: Build the encoder without head. It returns the class token after `norm` if the file has that layer,
+            else the mean of the patch tokens, normalised by `fc_norm`.
+
+    Raises:
+        UserError: The file holds no such model.
     """
     state, config = checkpoint["model"], dict(checkpoint.get("model_config") or {})
     if not trunk_only and not any(name.startswith("head.") for name in state):
-        raise UserError(f"{source} has no head, so it names no classes: fine-tune or probe it first")
+        raise UserError(
+            f"{source} has no head, so it cannot predict classes: train one first with main_finetune.py or "
+            "main_linprobe.py"
+        )
     if not config:
         config = config_of(state, source)
+
+    # An encoder takes from the file only the weights that it has itself: no decoder, no head.
     if trunk_only:
         config = {name: config[name] for name in TRUNK} | {"num_classes": 0, "global_pool": "norm.weight" not in state}
-        kept = from_config(config).state_dict()
-        state = {name: value for name, value in state.items() if name in kept}
+        encoder_names = from_config(config).state_dict().keys()
+        state = {name: value for name, value in state.items() if name in encoder_names}
+
     model = from_config(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{source} is no Vision Transformer of ours: {str(error).splitlines()[1].strip()}") from error
+        first_mismatch = str(error).splitlines()[1].strip()
+        raise UserError(
+            f"{source} holds no Vision Transformer that can be built here: {first_mismatch}. Use a checkpoint of "
+            "main_pretrain.py, main_finetune.py or main_linprobe.py, or a released file"
+        ) from error
     return keep_best_head(model, checkpoint)
 
 
 def config_of(state: dict[str, Tensor], source: str) -> dict:
-    """The arguments of a classifier with weights of these shapes; heads, which leave no trace, as in SIZES."""
+    """Derive a classifier's constructor arguments from the shapes of its weights.
+
+    The number of attention heads leaves no trace in the shapes: it is that of the model in SIZES with this width and
+    depth.
+
+    Args:
+        state: Weights by name.
+        source: Name of their file, for error messages.
+
+    Returns:
+        Arguments of `VisionTransformer`.
+
+    Raises:
+        UserError: The weights are not those of a Vision Transformer, or its width and depth are not in SIZES.
+    """
     try:
         dim, channels, patch_size, _ = state["patch_embed.proj.weight"].shape
         side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
         depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     except (KeyError, ValueError) as error:
-        raise UserError(f"{source} holds no Vision Transformer: it lacks {error}") from error
+        raise UserError(
+            f"{source} holds no Vision Transformer: weights are missing or of another shape ({error}). Use a "
+            "checkpoint of main_pretrain.py, main_finetune.py or main_linprobe.py, or a released file"
+        ) from error
+
     for size in SIZES.values():
         if (size["embed_dim"], size["depth"]) == (dim, depth):
             return {
@@ -186,7 +265,10 @@ def config_of(state: dict[str, Tensor], source: str) -> dict:
                 "num_classes": len(state.get("head.weight", ())),
                 "global_pool": "fc_norm.weight" in state,
             }
-    raise UserError(f"{source} doesn't say which model it holds, and none of ours is {dim} wide and {depth} deep")
+    raise UserError(
+        f"{source} holds no model_config, and no model of models_vit.py is {dim} wide and {depth} blocks deep: use a "
+        "checkpoint that describes its model, or a file of one of those models"
+    )
 
 
 vit_demo_patch4 = partial(VisionTransformer, patch_size=4, **SIZES["demo"])

@@ -3,12 +3,12 @@
     make bench-gpu ARGS="--output gpu_results --photos FOLDER"
     python benchmarks/gpu.py --output gpu_results --minutes 60 --stages peaks step_base
 
-Each stage is a command of tests/ or benchmarks/; what it measured goes to OUTPUT/STAGE.json, with the commit and the
-versions, what it printed to OUTPUT/STAGE.log. A stage whose JSON file is there already is skipped, so that a run that
-was cut off goes on where it was. A stage that would not fit into what is left of --minutes is dropped, and named at
-the end. scripts/benchmark_tables.py turns the files into the tables of BENCHMARKS.md.
+Each stage is a command of tests/ or benchmarks/. Its measurements go to OUTPUT/STAGE.json, with the commit and the
+versions; its printed output goes to OUTPUT/STAGE.log. A stage whose JSON file exists is skipped, so that a run that was
+cut off resumes at the stage it had reached. A stage for which too little of --minutes is left is dropped and listed as
+such. scripts/benchmark_tables.py turns the JSON files into the tables of BENCHMARKS.md.
 
---photos FOLDER (FOLDER/train/<class>/*.jpg) is read by the stages train_*; without it they use tests/photos.
+The stages train_* read --photos FOLDER (FOLDER/train/<class>/*.jpg); without the flag they use tests/photos.
 --quick makes everything small: it shows on a CPU, in two or three minutes, that each stage runs.
 """
 
@@ -37,35 +37,37 @@ PACKAGES = ("torch", "torchvision", "timm", "transformers", "simplejpeg")
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that writes a JSON file.
+    """Command that writes a JSON file, or with pytest an XML file.
 
     Attributes:
-        name: Of the stage and its files.
-        words: The command after "python"; {photos} and {device} are filled in.
-        quick: The same, small enough for a CPU; "": nothing to show there.
-        minutes: What it takes on an H100, at most; it is dropped where less is left, and ended after twice as long.
+        name: Name of the stage and of its files.
+        arguments: The command line after "python"; {photos} is filled in.
+        quick: The same in a form small enough for a CPU; "": the stage is left out with --quick.
+        minutes: Longest time that it takes on an H100. The stage is dropped where less is left, and stopped after
+            twice as long.
     """
 
     name: str
-    words: str
+    arguments: str
     quick: str
     minutes: float
 
 
-def _step(job: str, model: str, batch_size: int, more: str = "") -> str:
-    return f"benchmarks/step.py --job {job} --model {model} --batch_size {batch_size} {more}"
+def _step(job: str, model: str, batch_size: int, flags: str = "") -> str:
+    return f"benchmarks/step.py --job {job} --model {model} --batch_size {batch_size} {flags}"
 
 
-def _train(job: str, model: str, batch_size: int, more: str = "") -> str:
-    return f"benchmarks/train.py --data_path {{photos}} --job {job} --model {model} --batch_size {batch_size} {more}"
+def _train(job: str, model: str, batch_size: int, flags: str = "") -> str:
+    return f"benchmarks/train.py --data_path {{photos}} --job {job} --model {model} --batch_size {batch_size} {flags}"
 
 
 PRETRAIN_ROWS = "--rows ours ours_eager off hf hf_best --hf_attention sdpa"
 COMPILED_ROWS = "--rows ours hf_compiled --hf_attention sdpa"
 FEW_ROWS = "--rows ours off hf_best --hf_attention sdpa"
+HUGE_ROWS = "--rows ours hf_best --hf_attention sdpa"
 QUICK_STEP = _step("pretrain", "mae_vit_demo_patch4", 2, "--steps 1 --rows ours off")
 QUICK_TRAIN = _train("pretrain", "mae_vit_tiny_patch16", 2, "--windows 1 --num_workers 1")
-STAGES = (  # in order of value
+STAGES = (  # the most valuable first, since the last may be dropped
     Stage("tests", "-m pytest -m gpu", "-m pytest tests/test_golden.py -k sincos", 3),
     Stage("peaks", "benchmarks/peaks.py", "benchmarks/peaks.py --steps 1", 0.5),
     Stage("step_large", _step("pretrain", "mae_vit_large_patch16", 256, PRETRAIN_ROWS), QUICK_STEP, 2.5),
@@ -79,9 +81,7 @@ STAGES = (  # in order of value
     Stage("probe_large", _step("linprobe", "vit_large_patch16", 512, FEW_ROWS), "", 1),
     Stage("compiled_base", _step("pretrain", "mae_vit_base_patch16", 256, COMPILED_ROWS), "", 2),
     Stage("compiled_large", _step("pretrain", "mae_vit_large_patch16", 256, COMPILED_ROWS), "", 3),
-    Stage(
-        "step_huge", _step("pretrain", "mae_vit_huge_patch14", 128, "--rows ours hf_best --hf_attention sdpa"), "", 2
-    ),
+    Stage("step_huge", _step("pretrain", "mae_vit_huge_patch14", 128, HUGE_ROWS), "", 2),
     Stage("tuning", "benchmarks/tuning.py", "", 4),
     Stage("masking_large", "benchmarks/masking.py --models mae_vit_large_patch16 --batch_size 128", "", 1.5),
     Stage("masking_huge", "benchmarks/masking.py --models mae_vit_huge_patch14 --batch_size 64", "", 2),
@@ -89,18 +89,31 @@ STAGES = (  # in order of value
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Describe the code and the machine that a figure comes from."""
-    found = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    words = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(words, cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
-    described = git.stdout.strip() if git and not git.returncode else "unknown"
-    commit = os.environ.get("GIT_COMMIT", described)  # a copy of the tree without its history knows only the variable
-    found |= {"commit": commit, "device": device_name(device), "cores": str(len(os.sched_getaffinity(0)))}
+    """Describe the code and the machine that a measurement comes from.
+
+    Returns:
+        Versions of the packages, Python, CUDA and the driver, the commit, the device's name, and the number of cores.
+    """
+    described = _output("git", "describe", "--always", "--dirty")
+    info = {name: _version(name) for name in PACKAGES} | {
+        "python": platform.python_version(),
+        # In a copy of the tree without its history only the variable tells the commit.
+        "commit": os.environ.get("GIT_COMMIT", described or "unknown"),
+        "device": device_name(device),
+        "cores": str(len(os.sched_getaffinity(0))),
+    }
     if device.type == "cuda":
-        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(words, capture_output=True, text=True).stdout.split() if shutil.which(words[0]) else []
-        found |= {"cuda": str(torch.version.cuda), "driver": driver[0] if driver else "unknown"}
-    return found
+        drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+        info |= {"cuda": str(torch.version.cuda), "driver": drivers[0] if drivers else "unknown"}
+    return info
+
+
+def _output(*command: str) -> str:
+    """Return the output of a command; "" if the program does not exist or fails."""
+    if not shutil.which(command[0]):
+        return ""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return "" if done.returncode else done.stdout.strip()
 
 
 def _version(package: str) -> str:
@@ -111,16 +124,27 @@ def _version(package: str) -> str:
 
 
 def command(stage: Stage, args: argparse.Namespace, file: Path) -> list[str]:
-    """Return the stage's command, which writes its result to the file."""
-    words = (stage.quick if args.quick else stage.words).format(photos=args.photos).split()
-    if words[:2] == ["-m", "pytest"]:
+    """Return the command of a stage.
+
+    Args:
+        stage: The stage.
+        args: Flags of this script.
+        file: File that the command is to write its result to.
+    """
+    arguments = (stage.quick if args.quick else stage.arguments).format(photos=args.photos).split()
+    if arguments[:2] == ["-m", "pytest"]:
         xdist = ["-n", "4"] if _version("pytest-xdist") != "none" and not args.quick else []
-        return [sys.executable, *words, *xdist, "-p", "no:cacheprovider", f"--junitxml={file}"]
-    return [sys.executable, *words, "--device", args.device, "--json", str(file)]
+        return [sys.executable, *arguments, *xdist, "-p", "no:cacheprovider", f"--junitxml={file}"]
+    return [sys.executable, *arguments, "--device", args.device, "--json", str(file)]
 
 
 def read_result(file: Path) -> dict | None:
-    """Read what a stage wrote: JSON, or pytest's XML; None where it wrote nothing."""
+    """Read the result of a stage, JSON or pytest's XML.
+
+    Returns:
+        The contents of the JSON file; of pytest's the numbers of passed and skipped tests and the names of the failed
+        ones; None if there is no file.
+    """
     if not file.exists():
         return None
     text = file.read_text()
@@ -133,26 +157,39 @@ def read_result(file: Path) -> dict | None:
 
 
 def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
-    """Run a stage for at most so many seconds; return what came of it in a few words."""
+    """Run a stage and store its result in OUTPUT/STAGE.json.
+
+    Args:
+        stage: The stage.
+        args: Flags of this script.
+        limit: Seconds after which it is stopped.
+
+    Returns:
+        The outcome in a few words, which begin with "failed" or "ended" if there is no result.
+    """
     file = args.output / f"{stage.name}.json"
     start = time.monotonic()
+
+    # Run the command in a session of its own, so that it can be stopped with all processes that it has started.
     with tempfile.TemporaryDirectory() as temporary, (args.output / f"{stage.name}.log").open("w") as log:
         partial = Path(temporary) / "result"
-        words = command(stage, args, partial)
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        argv = command(stage, args, partial)
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the processes that it started, too
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"ended after {limit:.0f} s"
+            return f"ended: its time limit of {limit:.0f} s was over"
         result = read_result(partial)
     seconds = time.monotonic() - start
     if result is None:
         return f"failed with exit code {code}; see {stage.name}.log"
+
+    # Store the result under its final name only once it is complete: a file of that name says that the stage is done.
     stored = {
         "stage": stage.name,
-        "command": " ".join(words[1:]),
+        "command": " ".join(argv[1:]),
         "seconds": round(seconds, 1),
         **versions(torch.device(args.device)),
         "result": result,
@@ -163,37 +200,58 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
     return f"done in {seconds:.0f} s" + (f", {len(result['failed'])} tests failed" if result.get("failed") else "")
 
 
-def main() -> None:
-    """Run the stages and say what came of each."""
+def get_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--minutes", default=9, type=float, help="time limit of the whole")
+    parser.add_argument("--minutes", default=9, type=float, help="time limit of all stages together")
     parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES], help="default: all, in order")
-    parser.add_argument("--photos", type=Path, help="holds train/<class>/*.jpg")
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that every stage runs")
+    parser.add_argument("--photos", type=Path, help="folder that holds train/<class>/*.jpg")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that every stage runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def run_or_skip(stage: Stage, args: argparse.Namespace, left: float) -> str:
+    """Run a stage unless its result exists or too little time is left.
+
+    Args:
+        stage: The stage.
+        args: Flags of this script.
+        left: Seconds that are left of --minutes.
+
+    Returns:
+        The outcome in a few words.
+    """
+    if (args.output / f"{stage.name}.json").exists():
+        return "skipped: has a result already"
+    needed = 20 if args.quick else 60 * stage.minutes
+    if left < needed:
+        return f"dropped: {max(0, left):.0f} s left, up to {needed:.0f} s needed"
+    return run(stage, args, min(left, 120 * stage.minutes))
+
+
+def main() -> None:
+    """Run the stages and print the outcome of each."""
+    args = get_args()
     args.output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as temporary:
+        # Without --photos the few photographs of the tests serve.
         if args.photos is None:
             args.photos = Path(temporary)
             (args.photos / "train").mkdir()
             (args.photos / "train" / "photos").symlink_to(ROOT / "tests" / "photos")
+
+        # A stage that fails does not keep the next ones from running.
         outcomes = {}
         for stage in STAGES:
             if (args.stages and stage.name not in args.stages) or (args.quick and not stage.quick):
                 continue
-            left = end - time.monotonic()
-            if (args.output / f"{stage.name}.json").exists():
-                outcomes[stage.name] = "was there already"
-            elif left < (20 if args.quick else 60 * stage.minutes):
-                outcomes[stage.name] = f"dropped: {max(0, left):.0f} s were left"
-            else:
-                outcomes[stage.name] = run(stage, args, min(left, 120 * stage.minutes))
+            outcomes[stage.name] = run_or_skip(stage, args, end - time.monotonic())
             print(f"{stage.name:16} {outcomes[stage.name]}", flush=True)
-    if problems := [name for name, outcome in outcomes.items() if outcome.startswith(("failed", "ended"))]:
-        sys.exit(f"no result of {', '.join(problems)}")
+    if failed := [name for name, outcome in outcomes.items() if outcome.startswith(("failed", "ended"))]:
+        sys.exit(f"error: no result of {', '.join(failed)}; see their .log files in {args.output}")
 
 
 if __name__ == "__main__":

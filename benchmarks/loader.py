@@ -1,14 +1,18 @@
-"""How fast images are fed: the classic pipeline, ours, and decoding alone, by turns; what a long list of files costs.
+"""Measure how fast images are loaded and decoded, and the time and memory that a long list of files takes.
 
-    python benchmarks/loader.py --data_path FOLDER --json loader.json     FOLDER/train/<class>/*.jpg, photographs
+    python benchmarks/loader.py --data_path FOLDER --json loader.json
 
-The rows, pre-training's augmentation (crop of 0.2 to 1, 224 pixels, flip), one thread per process:
+FOLDER/train/<class>/*.jpg are photographs. The rows of the first table, with the augmentation of pre-training (crop of
+0.2 to 1 of the area, 224 pixels, flip) and one thread per process:
     classic    ImageFolder, Pillow, RandomResizedCrop (bicubic), flip, ToTensor, Normalize
     ours       the scripts' loader up to the batch of bytes that goes to the device, which normalises it
-    decode     files to arrays of pixels by the scripts' decoder, and nothing else: the floor
-Every repetition runs each row once over the folder, linked often enough for --images; medians of --repeat, after one
-that warms up. The second table is of synthetic folders of empty files, 1,000 to a class: the start, which lists them,
-and the growth of the memory of a worker and its parent from a tenth to the end of an epoch, which touches every entry.
+    decode     the scripts' decoder alone, from files to arrays of pixels: no loader can be faster
+Every repetition runs each row once over the images, which are linked as often as it takes to have --images of them. The
+figures are medians of --repeat repetitions, after one that warms up.
+
+The second table is about synthetic folders of empty files, 1,000 to a class: the seconds until the files are listed,
+and the growth of the memory of a worker and its parent between a tenth and the end of an epoch, which touches every
+entry of the list.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import device_name, link_images
+from benchmarks.timing import device_name, link_images, spread
 from util.data import transforms
 from util.data.datasets import Images
 from util.data.images import Pixels, load_array
@@ -39,9 +43,10 @@ SCALE = (0.2, 1.0)
 
 
 class Decoded(Dataset):
-    """Decodes and forgets."""
+    """Dataset that decodes an image and returns no more than its height."""
 
     def __init__(self, images: Images) -> None:
+        """Take over the list of files of another dataset."""
         self.samples = images.samples
 
     def __len__(self) -> int:
@@ -51,9 +56,15 @@ class Decoded(Dataset):
         return load_array(self.samples[index][0]).shape[0]
 
 
-def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
-    """The rows' loaders."""
-    ours = train_loader(folder, transforms.Crop(224, SCALE), Pixels(), Loading(batch_size, workers, True, 0, CPU))
+def build_loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
+    """Build the loader of each row of the first table.
+
+    Args:
+        folder: Folder that holds train/<class>/.
+        batch_size: Images per batch.
+        workers: Number of loader processes; 0: none but this one.
+    """
+    script = train_loader(folder, transforms.Crop(224, SCALE), Pixels(), Loading(batch_size, workers, True, 0, CPU))
     classic = tv.Compose(
         [
             tv.RandomResizedCrop(224, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
@@ -65,14 +76,22 @@ def loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]
     common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0, "shuffle": True}
     return {
         "classic": DataLoader(ImageFolder(f"{folder}/train", classic), drop_last=True, **common),
-        "ours": ours.loader,
-        "decode": DataLoader(Decoded(ours.dataset.images), drop_last=True, **common),
+        "ours": script.loader,
+        "decode": DataLoader(Decoded(script.dataset.images), drop_last=True, **common),
     }
 
 
-def speeds(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict]:
-    """The rows of the table for this number of workers."""
-    rows = loaders(folder, batch_size, workers)
+def measure_speed(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict]:
+    """Measure the rows of the first table by turns.
+
+    Args:
+        folder: Folder that holds train/<class>/.
+        batch_size: Images per batch.
+        workers: Number of loader processes; 0: none but this one.
+        repeat: Number of measured repetitions.
+    """
+    # The first repetition starts the loader processes and fills the page cache; it is not counted.
+    rows = build_loaders(folder, batch_size, workers)
     rates: dict[str, list[float]] = {name: [] for name in rows}
     for repetition in range(-1, repeat):
         for name, loader in rows.items():
@@ -81,61 +100,83 @@ def speeds(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict
                 pass
             if repetition >= 0:
                 rates[name].append(len(loader) * batch_size / (time.perf_counter() - start))
+
     return [
         {
             "name": name,
             "workers": workers,
             "images_per_s": statistics.median(values),
-            "spread": (max(values) - min(values)) / statistics.median(values),
+            "spread": spread(values),
             "all": values,
         }
         for name, values in rates.items()
     ]
 
 
-def memory(*pids: int) -> int:
-    """Bytes that these processes hold together; what they share counts once."""
-    return sum(
-        1024 * int(re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)[1])
-        for pid in pids
-    )
+def memory_of(*pids: int) -> int:
+    """Return the bytes of memory that the processes hold together; a page that they share counts once."""
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    return sum(1024 * int(re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[1]) for rollup in rollups)
 
 
-def listing_costs(files: int) -> dict[str, float]:
-    """Start-up and memory for a folder of so many empty files."""
+def measure_listing(files: int) -> dict[str, float]:
+    """Measure a row of the second table, for a folder of so many empty files.
+
+    Returns:
+        The number of files, the seconds until they are listed (start_s), and the growth of memory (growth_mb).
+    """
     with tempfile.TemporaryDirectory() as temporary:
+        # Make the files.
         for number in range(files // 1000):
             folder = Path(temporary) / "data" / "train" / f"n{number:08d}"
             folder.mkdir(parents=True)
             for image in range(1000):
                 (folder / f"n{number:08d}_{image:05d}.JPEG").touch()
+
+        # Opening the loader lists them.
         start = time.perf_counter()
         transform = transforms.Crop(8, SCALE)
-        feed = train_loader(f"{temporary}/data", transform, Pixels(), Loading(500, 1, False, 0, CPU))
+        loader = train_loader(f"{temporary}/data", transform, Pixels(), Loading(500, 1, False, 0, CPU))
         took = time.perf_counter() - start
-        feed.dataset.images.loader = lambda path: np.zeros((8, 8, 3), np.uint8)
+
+        # An epoch with a stand-in for the decoder, since the files are empty. After a tenth of it everything is
+        # imported; from there on memory grows only by what touching the list costs.
+        loader.dataset.images.loader = lambda path: np.zeros((8, 8, 3), np.uint8)
         sizes = []
-        for batch, _ in enumerate(feed, 1):
-            if batch in (len(feed) // 10, len(feed)):  # when everything is imported, and at the end
-                sizes.append(memory(os.getpid(), feed.loader._iterator._workers[0].pid))
+        for batch, _ in enumerate(loader, 1):
+            if batch in (len(loader) // 10, len(loader)):
+                sizes.append(memory_of(os.getpid(), loader.loader._iterator._workers[0].pid))
     return {"files": files, "start_s": took, "growth_mb": (sizes[1] - sizes[0]) / 1e6}
 
 
-def main() -> None:
-    """Measure, print the tables, write the file."""
+def get_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, required=True, help="holds train/<class>/ with photographs")
+    parser.add_argument("--data_path", type=Path, required=True, help="folder that holds train/<class>/*.jpg")
     parser.add_argument("--batch_size", default=64, type=int)
-    parser.add_argument("--workers", default=len(os.sched_getaffinity(0)), type=int, help="default: all cores")
-    parser.add_argument("--images", default=1280, type=int, help="per repetition")
-    parser.add_argument("--repeat", default=7, type=int)
-    parser.add_argument("--files", default=[10**4, 10**5, 10**6], type=int, nargs="*", help="of the second table")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--workers",
+        default=len(os.sched_getaffinity(0)),
+        type=int,
+        help="loader processes; default: a process per core",
+    )
+    parser.add_argument("--images", default=1280, type=int, help="smallest number of images per repetition")
+    parser.add_argument("--repeat", default=7, type=int, help="number of repetitions")
+    numbers = [10**4, 10**5, 10**6]
+    parser.add_argument("--files", default=numbers, type=int, nargs="*", help="numbers of files in the second table")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure both tables, print them, and write the JSON file."""
+    args = get_args()
+
+    # The first table: without loader processes, and with them.
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         link_images(args.data_path / "train", Path(temporary) / "train", args.images)
-        rows = [row for n in (0, args.workers) for row in speeds(temporary, args.batch_size, n, args.repeat)]
+        rows = [row for n in (0, args.workers) for row in measure_speed(temporary, args.batch_size, n, args.repeat)]
     print(f"n = {args.repeat}, batch {args.batch_size}; {device_name(CPU)}; torch {torch.__version__}")
     print(f"{'':8} {'workers':>7} {'images/s':>9} {'spread':>7} {'of classic':>10} {'of decode':>9}")
     for row in rows:
@@ -145,7 +186,9 @@ def main() -> None:
             f"{row['name']:8} {row['workers']:7} {rate:9.0f} {row['spread']:7.1%} {rate / same['classic']:10.2f} "
             f"{rate / same['decode']:9.1%}"
         )
-    costs = [listing_costs(files) for files in args.files]
+
+    # The second table.
+    costs = [measure_listing(files) for files in args.files]
     for cost in costs:
         print("  ".join(f"{name}: {value:.4g}" for name, value in cost.items()), flush=True)
     if args.json:

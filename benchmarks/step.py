@@ -1,25 +1,29 @@
-"""How fast a training step is: ours, ours with every speed-up off, and Hugging Face's model, in one interleaved run.
+"""Measure a training step of this repository with and without its speed-ups, and of Hugging Face's model, by turns.
 
     python benchmarks/step.py --model mae_vit_base_patch16 --batch_size 16 --json step.json
     python benchmarks/step.py --model vit_base_patch16 --job finetune --batch_size 16
     python benchmarks/step.py --model vit_base_patch16 --job linprobe --batch_size 16
 
-The rows of Hugging Face need `pip install transformers`. A step is forward, backward and update (AdamW; LARS for the
-probe) on a batch of random images that is on the device already. The rows:
-    ours       as the scripts run it: fused optimiser, no waiting; --amp, --attention, --compile and --grad_checkpoint
-               are the scripts' flags, with their defaults
-    ours_eager where ours is compiled: the same, not compiled
-    off        what the reference does: fp16 with a scaler on a GPU, fp32 on a CPU; plain attention, an optimiser with a
-               loop over the parameters, a wait for the loss after every step
+A step is forward pass, backward pass and update (AdamW; LARS for the probe) on a batch of random images that is on the
+device already. The rows:
+    ours       the step of the scripts: fused optimiser, no waiting for the device; --amp, --attention, --compile and
+               --grad_checkpoint are the scripts' flags, with their defaults
+    ours_eager the same, not compiled; only where `ours` is compiled
+    off        the step of the reference: fp16 with a scaler on a GPU, fp32 on a CPU; plain attention, an optimiser that
+               loops over the parameters, a wait for the loss after every step
     hf         ViTMAEForPreTraining (ViTForImageClassification for the other jobs) of transformers at its defaults, fp32
-    hf_best    the same under bf16 autocast, with the attention that was fastest here
-    hf_compiled    where ours is compiled (on a GPU, or with --compile): hf_best compiled as a whole, its attention
-               chosen anew
-The rows of Hugging Face use our optimiser. Every row is a process of its own, every repetition runs a step of each in
-turn, on a GPU two to ten, a third of a second's worth, after one that is not counted; between its turns a row gives
-the GPU all but its weights and optimiser back, and one that doesn't fit is left out and said. The figures are medians,
-the spread is (max - min) / median. TFLOP/s are those of the plain model by PyTorch's counter; the fraction is of what
-matrix products, bf16 or fp32, sustain in the same run, likewise a median (`highest_tflops` is the best repetition's).
+    hf_best    the same under bf16 autocast, with the attention implementation that is fastest on this machine
+    hf_compiled    hf_best compiled as a whole, its attention chosen anew; only where `ours` is compiled (on a GPU, or
+               with --compile)
+The rows of Hugging Face need `pip install transformers`; their optimiser is that of `ours`.
+
+Every row is a process of its own, and every repetition gives each row a turn. On a CPU a turn is one step; on a GPU it
+is one step that is not counted, then two to ten steps, about a third of a second. Between its turns a row gives back
+all memory of the GPU but that of its weights and optimiser. A row that does not fit is left out, with a notice.
+
+The figures are medians; the spread is (max - min) / median. TFLOP/s count the operations of the plain model, by
+PyTorch's counter. The fraction of peak is relative to the median rate of matrix products, bf16 or fp32, in the same run
+(`highest_tflops` is the rate of their best repetition).
 """
 
 import argparse
@@ -41,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 import models_vit
-from benchmarks.timing import Step, device_name, matmul_step, seconds
+from benchmarks.timing import Step, device_name, matmul_step, seconds, spread
 from engine_finetune import head_losses
 from util import optim, speed
 from util.amp import LossScaler
@@ -51,42 +55,66 @@ CLASSES = 1000
 ROWS = ("ours", "ours_eager", "off", "hf", "hf_best", "hf_compiled")
 
 
-def our_model(job: str, name: str) -> nn.Module:
-    """The job's model as its script builds it, in fp32 on the CPU."""
+def build_model(job: str, name: str) -> nn.Module:
+    """Build a job's model as its script does, in fp32 on the CPU."""
     if job == "pretrain":
         return models_mae.MODELS[name](norm_pix_loss=True)
     model = models_vit.MODELS[name](num_classes=CLASSES, global_pool=job == "finetune")
     return models_vit.make_linear_probe(model) if job == "linprobe" else model
 
 
-def hf_model(config: dict, classes: int | None = None, attention: str | None = None) -> nn.Module:
-    """transformers' model of the shape that our model_config describes, with its own defaults for the rest; an
-    autoencoder, with classes a classifier. `loss` is in its output."""
+def build_hf_model(config: dict, classes: int | None = None, attention: str | None = None) -> nn.Module:
+    """Build the model of transformers that has the same shape, with transformers' defaults for all else.
+
+    Args:
+        config: The shape, as model_config in a checkpoint of this repository.
+        classes: Number of classes of a classifier; None: an autoencoder.
+        attention: Attention implementation, "sdpa" or "eager"; None: transformers' default.
+
+    Returns:
+        The model, whose output has `logits`, or for an autoencoder `loss`.
+    """
     import transformers
 
-    names = None if classes is None else [str(number) for number in range(classes)]
-    theirs = formats.hugging_face_config(config, names, 0.75)
+    # Without the keys that are no arguments of the config classes, or that would replace their defaults.
+    class_names = None if classes is None else [str(number) for number in range(classes)]
+    hf_config = formats.hugging_face_config(config, class_names, 0.75)
     for key in ("architectures", "model_type", "dtype", "layer_norm_eps"):
-        del theirs[key]
-    theirs |= {"attn_implementation": attention} if attention else {}
+        del hf_config[key]
+    if attention:
+        hf_config["attn_implementation"] = attention
+
     if classes is not None:
-        return transformers.ViTForImageClassification(transformers.ViTConfig(**theirs))
-    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**theirs))
+        return transformers.ViTForImageClassification(transformers.ViTConfig(**hf_config))
+    return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**hf_config))
 
 
-def optimizer_of(job: str, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """The job's optimiser, over what is trained."""
+def build_optimizer(job: str, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+    """Build a job's optimiser over the parameters that are trained; AdamW loops over them unless it is fused."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if job == "linprobe":
         return optim.LARS(trained, lr=0.1)
     return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused, foreach=False)
 
 
-def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.Namespace, row: str) -> Step:
-    """A step of the row "ours", "ours_eager" or "off"."""
+def build_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.Namespace, row: str) -> Step:
+    """Build a training step of this repository's model.
+
+    Args:
+        job: "pretrain", "finetune" or "linprobe".
+        name: Name of the model.
+        imgs: Images [N, 3, H, W] on the device.
+        targets: Classes [N] on the device.
+        args: Flags of this script.
+        row: "ours", "ours_eager" or "off".
+    """
     device, fast = imgs.device, row != "off"
+
+    # Precision: the flag's, or the reference's.
     amp = args.amp if fast else "fp16" if device.type == "cuda" else "off"
-    model, scaler = our_model(job, name).to(device).train(), LossScaler(amp, device)
+    model, scaler = build_model(job, name).to(device).train(), LossScaler(amp, device)
+
+    # Speed-ups as the scripts apply them; or none, and timm's fused attention off, too.
     if fast:
         compiled = False if row == "ours_eager" else args.compile
         speed.prepare(model, device, scaler.amp, args.attention, compiled, args.grad_checkpoint)
@@ -94,7 +122,7 @@ def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.
         for module in model.modules():
             if isinstance(module, Attention):
                 module.fused_attn = False
-    optimizer = optimizer_of(job, model, fast)
+    optimizer = build_optimizer(job, model, fast)
 
     def step() -> None:
         with scaler.autocast():
@@ -102,23 +130,33 @@ def our_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.
         scaler.backward(loss)
         scaler.step(optimizer, model.parameters(), None)
         if not fast:
-            loss.item()
+            loss.item()  # waits for the device
 
     return step
 
 
-def hf_step(
+def build_hf_step(
     job: str, name: str, imgs: Tensor, targets: Tensor, amp: str, attention: str | None, compiled: bool
 ) -> Step:
-    """One step of transformers' model; attention None: its default."""
+    """Build a training step of transformers' model.
+
+    Args:
+        job: "pretrain", "finetune" or "linprobe".
+        name: Name of this repository's model of the same shape.
+        imgs: Images [N, 3, H, W] on the device.
+        targets: Classes [N] on the device.
+        amp: Mixed precision, "bf16" or "off".
+        attention: Attention implementation, "sdpa" or "eager"; None: transformers' default.
+        compiled: Whether to compile the model as a whole.
+    """
     device = imgs.device
-    model = hf_model(our_model(job, name).config, None if job == "pretrain" else CLASSES, attention)
+    model = build_hf_model(build_model(job, name).config, None if job == "pretrain" else CLASSES, attention)
     if job == "linprobe":
         model.vit.requires_grad_(False)
     model, scaler = model.to(device).train(), LossScaler(amp, device)
     if compiled:
         model.compile(dynamic=False)
-    optimizer = optimizer_of(job, model)
+    optimizer = build_optimizer(job, model)
 
     def step() -> None:
         with scaler.autocast():
@@ -130,56 +168,83 @@ def hf_step(
 
 
 def count_flops(job: str, name: str, batch_size: int) -> float:
-    """Floating-point operations of a step of the plain model, by PyTorch's counter, without memory for the weights."""
+    """Count the floating-point operations of a step of the plain model, by PyTorch's counter.
+
+    Args:
+        job: "pretrain", "finetune" or "linprobe".
+        name: Name of the model.
+        batch_size: Images per step.
+    """
+    # The counter needs shapes only, so that tensors on "meta", without memory, will do; and one image is enough, since
+    # the work is proportional to their number.
     with torch.device("meta"):
-        model = our_model(job, name).train()
+        model = build_model(job, name).train()
         speed.prepare(model, torch.device("cpu"), "off", "plain", False, False)
         size = model.config["img_size"]
         imgs, targets = torch.empty(1, 3, size, size), torch.zeros(1, dtype=torch.long)
         if job == "linprobe":
-            model.head[0].eval()  # its statistics want more than one image
+            model.head[0].eval()  # BatchNorm in training mode refuses a batch of one image
         with FlopCounterMode(display=False) as counter:
             (model(imgs)[0] if job == "pretrain" else head_losses(model(imgs), targets)).backward()
     return float(counter.get_total_flops()) * batch_size
 
 
-class Full(Exception):
-    """A row doesn't fit into the GPU's memory."""
+class GpuFull(Exception):
+    """Failure of a row for which the GPU has too little memory left."""
 
 
 class Row:
-    """A row in a process of its own, so that neither its memory nor its caches suffer from the others'."""
+    """Row in a process of its own, so that its memory and caches do not depend on the other rows."""
 
-    def __init__(self, row: str, words: list[str], setting: dict, script: str = __file__) -> None:
-        command = [sys.executable, script, *words, "--serve", row, "--setting", json.dumps(setting)]
+    def __init__(self, row: str, argv: list[str], setting: dict, script: str = __file__) -> None:
+        """Start the process.
+
+        Args:
+            row: Name of the row.
+            argv: The command line's flags, which the process gets, too.
+            setting: What the row's `build` gets beside the flags.
+            script: Benchmark that the row belongs to; with the flag --serve it calls `serve`.
+        """
+        command = [sys.executable, script, *argv, "--serve", row, "--setting", json.dumps(setting)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.peak_memory = 0.0
 
     def step(self) -> float:
-        """Run a step there; returns its seconds. Raises Full."""
+        """Give the process a turn and return the seconds of a step.
+
+        Raises:
+            GpuFull: The row does not fit into the GPU's memory.
+            SystemExit: The process has ended.
+        """
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if answer.strip() == "full":
-            raise Full
+            raise GpuFull
         if not answer:
-            raise SystemExit(f"a row ended early: {' '.join(self.process.args)}")
+            raise SystemExit(
+                f"error: the process of a row ended early (its messages are above): {' '.join(self.process.args)}"
+            )
         took, self.peak_memory = map(float, answer.split())
         return took
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, by closing its input, and wait for it."""
         self.process.stdin.close()
         self.process.wait()
 
 
 def serve(args: argparse.Namespace, build: Callable[[str, argparse.Namespace, dict], Step]) -> None:
-    """Take a turn per line of stdin: the other end of Row.
+    """Take a turn per line of the standard input, as the process that a Row has started.
 
-    Prints a step's seconds and the peak memory so far in GB; where the GPU is full "full" instead, and ends.
+    Prints for each turn the seconds of a step and the peak memory so far in GB; or "full" if the GPU is, and ends.
+
+    Args:
+        args: Flags of the benchmark, with --serve and --setting.
+        build: Returns the step of (row, args, setting).
     """
     device = torch.device(args.device)
-    step = None  # built in the first turn, so that its memory, too, is asked for then
+    step = None  # built in the first turn, when Row is ready to hear that the GPU is full
     try:
         for _ in sys.stdin:
             step = step or build(args.serve, args, json.loads(args.setting))
@@ -189,7 +254,8 @@ def serve(args: argparse.Namespace, build: Callable[[str, argparse.Namespace, di
 
 
 def _gpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
-    # The first step makes the room that was given back. The second says how many fill a third of a second.
+    """Return the seconds of a step on the GPU, and the peak memory in GB."""
+    # The first step allocates the memory that was given back. The second tells how many fill a third of a second.
     step()
     count = min(10, max(2, round(1 / 3 / seconds(step, device))))
     took = seconds(lambda: [step() for _ in range(count)], device) / count
@@ -198,43 +264,59 @@ def _gpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
 
 
 def _cpu_turn(step: Step, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of a step on the CPU, and the peak memory in GB."""
     took = seconds(step, device)
-    time.sleep(0.3)  # until its threads no longer wait actively for more work
-    status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's
+    time.sleep(0.3)  # OpenMP's threads spin for a while after their work; the next row is to have the cores
+    status = Path("/proc/self/status").read_text()  # by hand since getrusage's peak may be the parent's
     return took, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e9
 
 
-def best_attention(words: list[str], compiled: bool, wanted: str | None) -> dict:
-    """The setting of hf_best or hf_compiled: the attention that makes it fastest here, or the one wanted."""
-    if wanted:
-        return {"attention": wanted, "compiled": compiled}
-    times = []
-    for attention in ("sdpa", "eager"):
-        row = Row("hf_best", words, setting := {"attention": attention, "compiled": compiled})
+def choose_attention(argv: list[str], compiled: bool, attention: str | None) -> dict:
+    """Choose the attention implementation of hf_best or hf_compiled.
+
+    Args:
+        argv: The command line's flags.
+        compiled: Whether the model is compiled.
+        attention: The implementation if the user has chosen one; None: the fastest on this machine, by trial.
+
+    Returns:
+        The row's setting.
+    """
+    if attention:
+        return {"attention": attention, "compiled": compiled}
+    fastest = {}
+    for name in ("sdpa", "eager"):
+        row = Row("hf_best", argv, {"attention": name, "compiled": compiled})
         try:
-            times.append((min(row.step() for _ in range(3)), setting))
-        except Full:
-            times.append((math.inf, setting))
+            fastest[name] = min(row.step() for _ in range(3))
+        except GpuFull:
+            fastest[name] = math.inf
         row.close()
-    return min(times, key=lambda pair: pair[0])[1]
+    return {"attention": min(fastest, key=fastest.get), "compiled": compiled}
 
 
 def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
-    """The step of a row."""
+    """Build the step of a row on a batch of random images.
+
+    Args:
+        row: One of ROWS.
+        args: Flags of this script.
+        setting: For hf_best and hf_compiled: "attention" and "compiled".
+    """
     torch.manual_seed(0)
     device = torch.device(args.device)
     imgs = torch.randn(args.batch_size, 3, 224, 224, device=device)
     targets = torch.randint(CLASSES, (args.batch_size,), device=device)
     common = (args.job, args.model, imgs, targets)
     if row in ("ours", "ours_eager", "off"):
-        return our_step(*common, args, row)
+        return build_step(*common, args, row)
     if row == "hf":
-        return hf_step(*common, "off", None, False)
-    return hf_step(*common, "bf16", setting["attention"], setting["compiled"])
+        return build_hf_step(*common, "off", None, False)
+    return build_hf_step(*common, "bf16", setting["attention"], setting["compiled"])
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Print the kernels, or on a CPU the operations, that take most of the time of a step of the first of --rows."""
+    """Print the kernels (on a CPU the operations) that take most of the time, in a step of the first of --rows."""
     device = torch.device(args.device)
     step = build((args.rows or ROWS)[0], args, {"attention": None, "compiled": False})
     for _ in range(3):
@@ -243,95 +325,114 @@ def profile(args: argparse.Namespace) -> None:
     with torch.profiler.profile(activities=[kind]) as result:
         took = seconds(lambda: [step() for _ in range(3)], device) / 3
     order = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
-    print(f"{took:.4f} s a step; the table is of 3 steps")
+    print(f"{took:.4f} s per step; the table is the sum of 3 steps")
     print(result.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
 
 
-def measure(args: argparse.Namespace, words: list[str]) -> dict:
-    """The whole benchmark; returns what goes into the file."""
-    device = torch.device(args.device)
-    names = args.rows or list(ROWS)
-    if not speed.compiles(device, args.compile):
-        names = [name for name in names if name not in ("ours_eager", "hf_compiled")]
-    settings = {
-        row: best_attention(words, row == "hf_compiled", args.hf_attention)
-        for row in ("hf_best", "hf_compiled")
-        if row in names
-    }
-    rows = {row: Row(row, words, settings.get(row, {})) for row in names}
-    peaks = {name: matmul_step(dtype, device) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-    times: dict[str, list[float]] = {name: [] for name in (*rows, *peaks)}
-    for repetition in range(-2, args.steps):  # the first two warm up
+def time_rows(
+    rows: dict[str, Row], steps: dict[str, Step], device: torch.device, repetitions: int, warm_ups: int
+) -> dict[str, list[float]]:
+    """Time rows, and other steps beside them, by turns.
+
+    Args:
+        rows: The rows by name. One that does not fit into the GPU's memory is closed and removed, with a notice.
+        steps: Steps by name that run in this process, each once per repetition.
+        device: Device of all steps.
+        repetitions: Number of measured repetitions.
+        warm_ups: Repetitions before them that are not counted.
+
+    Returns:
+        The seconds of each row's and each other step in each measured repetition.
+    """
+    times: dict[str, list[float]] = {name: [] for name in (*rows, *steps)}
+    for repetition in range(-warm_ups, repetitions):
         for name in list(times):
             try:
-                took = rows[name].step() if name in rows else seconds(peaks[name][0], device)
-            except Full:
-                print(f"{name} doesn't fit into the GPU's memory beside the others")
+                took = rows[name].step() if name in rows else seconds(steps[name], device)
+            except GpuFull:
+                print(f"notice: the row {name} is left out: the GPU has too little memory for it beside the others")
                 rows.pop(name).close()
                 del times[name]
                 continue
             if repetition >= 0:
                 times[name].append(took)
-    peak = {name: work / statistics.median(times[name]) / 1e12 for name, (_, work) in peaks.items()}
-    highest = {name: work / min(times[name]) / 1e12 for name, (_, work) in peaks.items()}
-    work = count_flops(args.job, args.model, args.batch_size)
-    table = []
-    for row in rows:
-        median = statistics.median(times[row])
-        table.append(
-            {
-                "name": row,
-                "images_per_s": args.batch_size / median,
-                "tflops": work / median / 1e12,
-                "fraction_of_peak": work / median / 1e12 / max(peak.values()),
-                "spread": (max(times[row]) - min(times[row])) / median,
-                "peak_memory_gb": rows[row].peak_memory,
-                "seconds": times[row],
-            }
-        )
+    return times
+
+
+def summarise(name: str, row: Row, times: list[float], batch_size: int, work: float, peak: float) -> dict:
+    """Return the entry of a row in the JSON file.
+
+    Args:
+        name: Name of the row.
+        row: The row, for its memory.
+        times: Seconds of a step in each repetition.
+        batch_size: Images per step.
+        work: Floating-point operations per step.
+        peak: TFLOP/s that the device sustains.
+    """
+    median = statistics.median(times)
+    tflops = work / median / 1e12
+    return {
+        "name": name,
+        "images_per_s": batch_size / median,
+        "tflops": tflops,
+        "fraction_of_peak": tflops / peak,
+        "spread": spread(times),
+        "peak_memory_gb": row.peak_memory,
+        "seconds": times,
+    }
+
+
+def measure(args: argparse.Namespace, argv: list[str]) -> dict:
+    """Run the whole benchmark.
+
+    Args:
+        args: Flags of this script.
+        argv: The command line that they come from.
+
+    Returns:
+        The contents of the JSON file.
+    """
+    # The rows that apply, and their settings.
+    device = torch.device(args.device)
+    names = args.rows or list(ROWS)
+    if not speed.compiles(device, args.compile):
+        names = [name for name in names if name not in ("ours_eager", "hf_compiled")]
+    settings = {
+        row: choose_attention(argv, row == "hf_compiled", args.hf_attention)
+        for row in ("hf_best", "hf_compiled")
+        if row in names
+    }
+
+    # Time them and, for the fraction of peak, matrix products, by turns.
+    rows = {row: Row(row, argv, settings.get(row, {})) for row in names}
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    products = {name: matmul_step(dtype, device) for name, dtype in dtypes.items()}
+    steps = {name: step for name, (step, _) in products.items()}
+    times = time_rows(rows, steps, device, args.steps, warm_ups=2)
     for row in rows.values():
         row.close()
+
+    # The rates of the products; a row's fraction of peak refers to the faster kind.
+    peak = {name: work / statistics.median(times[name]) / 1e12 for name, (_, work) in products.items()}
+    work, best_peak = count_flops(args.job, args.model, args.batch_size), max(peak.values())
     return {
         "job": args.job,
         "model": args.model,
         "batch_size": args.batch_size,
         "n": args.steps,
         "peak_tflops": peak,
-        "highest_tflops": highest,
+        "highest_tflops": {name: work / min(times[name]) / 1e12 for name, (_, work) in products.items()},
         "ours": {name: getattr(args, name) for name in ("amp", "attention", "compile", "grad_checkpoint")},
         **settings,
-        "rows": table,
+        "rows": [summarise(name, row, times[name], args.batch_size, work, best_peak) for name, row in rows.items()],
         "torch": torch.__version__,
         "device": device_name(device),
     }
 
 
-def main() -> None:
-    """Measure, print the table, write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="mae_vit_base_patch16")
-    parser.add_argument("--job", default="pretrain", choices=("pretrain", "finetune", "linprobe"))
-    parser.add_argument("--batch_size", default=16, type=int)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", default=7, type=int, help="repetitions")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that apply")
-    parser.add_argument("--profile", action="store_true", help="instead: where the first row's time goes, by kernel")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="of the row ours")
-    parser.add_argument("--attention", default="auto", choices=speed.ATTENTION, help="of the row ours")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the row ours; default: on CUDA")
-    parser.add_argument("--grad_checkpoint", action="store_true", help="in the row ours")
-    parser.add_argument("--hf_attention", choices=("sdpa", "eager"), help="of hf_best and hf_compiled; default: tried")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        serve(args, build)
-        return
-    if args.profile:
-        profile(args)
-        return
-    result = measure(args, sys.argv[1:])
+def print_table(args: argparse.Namespace, result: dict) -> None:
+    """Print the result of `measure`."""
     peak = ", ".join(
         f"{name} {value:.3g} (highest {result['highest_tflops'][name]:.3g})"
         for name, value in result["peak_tflops"].items()
@@ -347,6 +448,42 @@ def main() -> None:
             f"{row['name']:11} {row['images_per_s']:9.2f} {row['tflops']:8.3f} {row['fraction_of_peak']:8.1%} "
             f"{row['spread']:7.1%} {row['peak_memory_gb']:10.2f}"
         )
+
+
+def get_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="mae_vit_base_patch16")
+    add("--job", default="pretrain", choices=("pretrain", "finetune", "linprobe"))
+    add("--batch_size", default=16, type=int)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--steps", default=7, type=int, help="number of repetitions")
+    add("--rows", nargs="+", choices=ROWS, help="default: all that apply")
+    add("--profile", action="store_true", help="instead of measuring, print where the time of the first row goes")
+    add("--json", type=Path, help="file to write the result to")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision of the row ours")
+    add("--attention", default="auto", choices=speed.ATTENTION, help="attention implementation of the row ours")
+    add("--compile", action=argparse.BooleanOptionalAction, help="compile the row ours; default: on CUDA only")
+    add("--grad_checkpoint", action="store_true", help="activation checkpointing in the row ours")
+    attention_help = "attention implementation of hf_best and hf_compiled; default: the faster one, by trial"
+    add("--hf_attention", choices=("sdpa", "eager"), help=attention_help)
+    add("--serve", help=argparse.SUPPRESS)
+    add("--setting", default="{}", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print the table, and write the JSON file; or profile; or take the turns of a row."""
+    args = get_args()
+    if args.serve:
+        serve(args, build)
+        return
+    if args.profile:
+        profile(args)
+        return
+    result = measure(args, sys.argv[1:])
+    print_table(args, result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,19 +1,26 @@
-"""What the benchmarks share: timing by turns, the device's peak rates, its name, folders of linked images."""
+"""Helpers of the benchmarks: timing by turns, the device's peak rates and name, folders of linked images."""
 
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-Step = Callable[[], object]
+Step = Callable[[], object]  # one unit of work to be timed
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
-    """Matrix products that fill the device for about as long as a training step, and their floating-point operations:
-    what it sustains, not what it does for a moment."""
+    """Build a step of square matrix products that keeps the device busy for about as long as a training step.
+
+    So long a step measures the rate that the device sustains, not one that it reaches for a moment.
+
+    Returns:
+        The step, and its number of floating-point operations.
+    """
+    # So many products that a step takes a tenth of a second or more.
     side = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -27,7 +34,11 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
 
 
 def copy_step(device: torch.device) -> tuple[Step, float]:
-    """Return copies of a tensor that is larger than any cache, and the bytes that they read and write."""
+    """Build a step that copies a tensor larger than any cache within the device's memory.
+
+    Returns:
+        The step, and the number of bytes that it reads and writes.
+    """
     count = 2**31 if device.type == "cuda" else 2**27
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -35,7 +46,7 @@ def copy_step(device: torch.device) -> tuple[Step, float]:
 
 
 def seconds(step: Step, device: torch.device) -> float:
-    """Wall-clock time of one step, the device's work included."""
+    """Return the wall-clock seconds of one step, including the work that it leaves to the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -46,9 +57,18 @@ def seconds(step: Step, device: torch.device) -> float:
 
 
 def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each step in each repetition, after two that warm up; every repetition runs each step once."""
+    """Time several steps by turns, so that slow changes of the machine (clock rates, other load) meet all alike.
+
+    Args:
+        steps: The steps by name; every repetition runs each of them once.
+        device: Device that the steps work on.
+        repetitions: Number of measured repetitions, after two that warm up.
+
+    Returns:
+        The seconds of each step in each measured repetition.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(-2, repetitions):
+    for repetition in range(-2, repetitions):  # the first two warm up
         for name, step in steps.items():
             took = seconds(step, device)
             if repetition >= 0:
@@ -56,17 +76,29 @@ def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int
     return times
 
 
+def spread(values: list[float]) -> float:
+    """Return (max - min) / median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
 def link_images(source: Path, target: Path, images: int) -> None:
-    """Fill target with links to source's images, a folder per class, again and again until there are so many."""
+    """Fill a folder with links to the images of another, all of them as often as it takes to reach a number.
+
+    Args:
+        source: Folder of images, a folder per class.
+        target: Folder to fill, likewise a folder per class.
+        images: Smallest number of links.
+    """
     files = [(folder.name, file) for folder in sorted(source.iterdir()) for file in sorted(folder.iterdir())]
-    for number in range(-(-images // len(files)) * len(files)):
+    rounds = -(-images // len(files))  # rounded up
+    for number in range(rounds * len(files)):
         name, file = files[number % len(files)]
         (target / name).mkdir(parents=True, exist_ok=True)
         (target / name / f"{number // len(files)}_{file.name}").symlink_to(file.resolve())
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of threads."""
+    """Return the name of the GPU, or that of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

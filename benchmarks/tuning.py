@@ -1,17 +1,17 @@
-"""Try what might make the pre-training step faster on a GPU, one change at a time, against the step as it is.
+"""Try changes that might make the pre-training step faster on a GPU, one at a time, against the step as it is.
 
     python benchmarks/tuning.py --model mae_vit_large_patch16 --batch_size 256 --json tuning.json
 
-The first table has the rows below, each in a process of its own, by turns as in benchmarks/step.py:
-    blocks          the step as the scripts run it: blocks compiled one by one, fused attention, fused AdamW
+The first table has the rows below, each in a process of its own, timed by turns as in benchmarks/step.py:
+    blocks          the step of the scripts: blocks compiled one by one, fused attention, fused AdamW
     whole           the model compiled as a whole
     autotune        blocks compiled with mode="max-autotune-no-cudagraphs"
     graphs          the model compiled as a whole with mode="reduce-overhead": CUDA graphs
     foreach         AdamW's foreach implementation
     plain           attention by matrix products and softmax
-    half, double    half and twice the batch
-The second table times the attention kernels alone, forward and backward in bf16, at the shapes of the encoder and the
-decoder in pre-training and of the encoder in fine-tuning. By default PyTorch chooses among them.
+    half, double    half and twice the batch size
+The second table has the times of the attention kernels alone, forward and backward in bf16, at the shapes of the
+encoder and the decoder in pre-training and of the encoder in fine-tuning. By default PyTorch chooses among them.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from benchmarks.step import Full, Row, serve
-from benchmarks.timing import Step, device_name, interleave
+from benchmarks.step import Row, serve, time_rows
+from benchmarks.timing import Step, device_name, interleave, spread
 from util import speed
 from util.amp import LossScaler
 
@@ -47,7 +47,14 @@ def batch_of(row: str, batch_size: int) -> int:
 
 
 def build(row: str, args: argparse.Namespace, _: dict) -> Step:
-    """Return a training step of the row."""
+    """Build the training step of a row.
+
+    Args:
+        row: One of ROWS.
+        args: Flags of this script.
+        _: Setting of the row; not used.
+    """
+    # Everything as the scripts have it, but for what the row changes.
     torch.manual_seed(0)
     device = torch.device(args.device)
     model = models_mae.MODELS[args.model](norm_pix_loss=True).to(device).train()
@@ -57,6 +64,8 @@ def build(row: str, args: argparse.Namespace, _: dict) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, **kind)
     attention = "plain" if row == "plain" else "fused"
     speed.prepare(model, device, scaler.amp, attention, row not in ("whole", "autotune", "graphs"), False)
+
+    # Compile in the row's way where that is not block by block.
     if row == "autotune":
         for module in model.modules():
             if isinstance(module, Block):
@@ -74,29 +83,23 @@ def build(row: str, args: argparse.Namespace, _: dict) -> Step:
     return step
 
 
-def measure_steps(args: argparse.Namespace, words: list[str]) -> list[dict]:
-    """Return the rows of the first table."""
-    rows = {row: Row(row, words, {}, script=__file__) for row in args.rows}
-    times: dict[str, list[float]] = {row: [] for row in rows}
-    for repetition in range(-1, args.steps):  # the first warms up
-        for row in list(rows):
-            try:
-                took = rows[row].step()
-            except Full:
-                print(f"{row} doesn't fit into the GPU's memory")
-                rows.pop(row).close()
-                continue
-            if repetition >= 0:
-                times[row].append(took)
+def measure_steps(args: argparse.Namespace, argv: list[str]) -> list[dict]:
+    """Measure the rows of the first table.
+
+    Args:
+        args: Flags of this script.
+        argv: The command line that they come from.
+    """
+    rows = {row: Row(row, argv, {}, script=__file__) for row in args.rows}
+    times = time_rows(rows, {}, torch.device(args.device), args.steps, warm_ups=1)
     table = []
     for row, process in rows.items():
         process.close()
-        median = statistics.median(times[row])
         table.append(
             {
                 "name": row,
-                "images_per_s": batch_of(row, args.batch_size) / median,
-                "spread": (max(times[row]) - min(times[row])) / median,
+                "images_per_s": batch_of(row, args.batch_size) / statistics.median(times[row]),
+                "spread": spread(times[row]),
                 "peak_memory_gb": process.peak_memory,
             }
         )
@@ -104,7 +107,13 @@ def measure_steps(args: argparse.Namespace, words: list[str]) -> list[dict]:
 
 
 def attention_step(row: str, shape: tuple[int, int, int, int], device: torch.device) -> Step:
-    """Return attention's forward and backward pass on tokens of shape [N, heads, L, d]."""
+    """Build a step of 20 forward and backward passes of attention in bf16.
+
+    Args:
+        row: Name of the kernel, a key of KERNELS.
+        shape: Shape of queries, keys and values, [N, heads, L, d].
+        device: Their device.
+    """
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     grad = torch.randn(shape, device=device, dtype=torch.bfloat16)
 
@@ -117,21 +126,24 @@ def attention_step(row: str, shape: tuple[int, int, int, int], device: torch.dev
 
 
 def measure_attention(args: argparse.Namespace) -> list[dict]:
-    """Return the rows of the second table, milliseconds of one attention."""
+    """Measure the rows of the second table, in milliseconds per forward and backward pass."""
     device, table = torch.device(args.device), []
     width, heads = (models_mae.MODELS[args.model].keywords[name] for name in ("embed_dim", "num_heads"))
     dim = width // heads
     shapes = {"encoder": (50, heads, dim), "decoder": (197, 16, 32), "fine-tuning": (197, heads, dim)}
     for place, (tokens, heads_here, dim_here) in shapes.items():
+        # A kernel that does not support the device or the shape raises an error at its first call.
         steps: dict[str, Callable] = {}
         for row in KERNELS:
             step = attention_step(row, (args.batch_size, heads_here, tokens, dim_here), device)
             try:
                 step()
             except RuntimeError as error:
-                print(f"{row}, {place}: {str(error).splitlines()[0]}")
+                print(f"notice: the kernel {row} is left out for {place}: {str(error).splitlines()[0]}")
                 continue
             steps[row] = step
+
+        # By turns; a step is 20 passes.
         times = interleave(steps, device, args.steps)
         table += [
             {"place": place, "name": row, "ms": 1000 * statistics.median(values) / 20} for row, values in times.items()
@@ -139,21 +151,28 @@ def measure_attention(args: argparse.Namespace) -> list[dict]:
     return table
 
 
-def main() -> None:
-    """Measure, print the tables, write the file."""
+def get_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mae_vit_large_patch16", choices=list(models_mae.MODELS))
     parser.add_argument("--batch_size", default=256, type=int)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", default=5, type=int, help="repetitions")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", default=5, type=int, help="number of repetitions")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure both tables, print them, and write the JSON file; or take the turns of a row."""
+    args = get_args()
     if args.serve:
         serve(args, build)
         return
+
+    # The kernels first, while no row holds memory of the GPU.
     device = torch.device(args.device)
     attention = measure_attention(args) if device.type == "cuda" else []
     result = {
@@ -165,6 +184,8 @@ def main() -> None:
         "attention": attention,
         "rows": measure_steps(args, sys.argv[1:]),
     }
+
+    # Print the tables.
     base = result["rows"][0]["images_per_s"]
     for row in result["rows"]:
         rate = row["images_per_s"]

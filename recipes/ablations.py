@@ -1,10 +1,11 @@
-"""The paper's ablations as trends, at the samples' scale: 2,000 training images, 2,000 others, three seeds.
+"""Run the paper's ablations at the scale of the samples: 2,000 training images, 2,000 others, three seeds.
 
-    python recipes/ablations.py                        everything, two at a time, a thread each: about 3 hours
+    python recipes/ablations.py                        all, two runs at a time with one thread each: about 3 hours
     python recipes/ablations.py --only mask_ratio      or decoder_depth, targets, sampling, length, partial
 
-Every variant is demo.py's recipe but for what it names; it is pre-trained, linearly probed and fine-tuned. What is done
-already is passed over, a run that was cut off goes on. `python scripts/results.py` makes tables and plots of it.
+Every variant changes one thing of demo.py's recipe; it is pre-trained, linearly probed and fine-tuned. At this scale
+only trends can be compared with the paper. Runs that are complete are skipped, interrupted ones are resumed.
+`python scripts/results.py` makes tables and plots of the logs.
 
 results/ablations/<variant>/seed<S>/{pretrain,probe,finetune}.jsonl      the runs' log.txt
 """
@@ -23,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import demo
 
 ROOT = demo.ROOT
-EPOCHS = int(demo.PRETRAIN.split("--epochs ")[1].split()[0])
-# By ablation: the variants and the flags of pre-training that make them; "default" is in all of them.
+
+# Per ablation: its variants, and the flags of pre-training that make them. "default", without flags, is in all of them.
 ABLATIONS = {
     "mask_ratio": {f"ratio{ratio}": f"--mask_ratio {ratio}" for ratio in (0.25, 0.5, 0.625, 0.875)},
     "decoder_depth": {f"depth{depth}": f"--decoder_depth {depth}" for depth in (1, 4, 8)},
@@ -39,38 +40,55 @@ ABLATIONS = {
     },
     "partial": {},
 }
-TRAINABLE = ("0", "0.5", "1", "2", "4")  # of 6 blocks; all of them: default's fine-tuning
+# Values of --trainable_blocks in partial fine-tuning. With all 6 blocks it is the default variant's fine-tuning.
+TRAINABLE = ("0", "0.5", "1", "2", "4")
 
 
-def run(step: str, command: str, output: Path, kept: Path) -> None:
-    """One script, unless its log is kept already; its output goes to output/out.txt."""
-    if kept.exists():
+def run(step: str, command: str, output: Path, log: Path) -> None:
+    """Run one script, resuming it if it was interrupted, unless its log has been stored already.
+
+    Args:
+        step: Name of the run, for messages.
+        command: Script and flags, without --output_dir.
+        output: The run's --output_dir; what it prints goes to out.txt there.
+        log: Where a complete run's log.txt is stored.
+
+    Raises:
+        SystemExit: The run failed.
+    """
+    if log.exists():
         return
+
+    # One thread and no loader processes: several runs go on at a time.
     output.mkdir(parents=True, exist_ok=True)
-    words = [*shlex.split(command), "--num_workers", "0", "--resume", "auto", "--output_dir", str(output)]
+    arguments = [*shlex.split(command), "--num_workers", "0", "--resume", "auto", "--output_dir", str(output)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (output / "out.txt").open("a") as out:
-        code = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode
-    if code:
-        raise SystemExit(f"{step} failed with exit code {code}: see {output / 'out.txt'}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(output / "log.txt", kept)
-    last = json.loads(kept.read_text().splitlines()[-1])
-    print(
-        f"{step}: " + "  ".join(f"{name} {last[name]:.4g}" for name in ("train_loss", "test_acc1") if name in last),
-        flush=True,
-    )
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=env)
+    if done.returncode:
+        raise SystemExit(f"{step} failed with exit code {done.returncode}: see {output / 'out.txt'}")
+
+    # Store the log; that it is there marks the run as complete.
+    log.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(output / "log.txt", log)
+    last = json.loads(log.read_text().splitlines()[-1])
+    figures = "  ".join(f"{name} {last[name]:.4g}" for name in ("train_loss", "test_acc1") if name in last)
+    print(f"{step}: {figures}", flush=True)
 
 
 def chain(variant: str, flags: str, seed: int, output: Path, results: Path, partial: bool) -> None:
-    """Pre-train a variant, probe and fine-tune its encoder; partial: also with only the last blocks trained."""
-    folder, kept = output / variant / f"seed{seed}", results / variant / f"seed{seed}"
-    epochs = int(flags.split("--epochs ")[1].split()[0]) if "--epochs" in flags else EPOCHS
+    """Pre-train a variant, then probe and fine-tune its encoder.
+
+    Args:
+        variant: Name of the variant.
+        flags: Flags of pre-training that make it.
+        seed: Seed of every step.
+        output: Folder of the runs' output_dirs.
+        results: Folder of the logs that are stored.
+        partial: Also fine-tune with only the last blocks trained.
+    """
+    folder, logs = output / variant / f"seed{seed}", results / variant / f"seed{seed}"
+    epochs = demo.epochs_of(flags if "--epochs" in flags else demo.PRETRAIN)
     encoder = f"--finetune {shlex.quote(str(folder / 'pretrain' / f'checkpoint-{epochs - 1}.pth'))} --seed {seed}"
     steps = {
         "pretrain": f"{demo.PRETRAIN} {flags} --seed {seed}",
@@ -80,32 +98,28 @@ def chain(variant: str, flags: str, seed: int, output: Path, results: Path, part
     if partial:
         steps |= {f"partial{blocks}": f"{steps['finetune']} --trainable_blocks {blocks}" for blocks in TRAINABLE}
     for step, command in steps.items():
-        run(f"{variant} seed {seed} {step}", command, folder / step, kept / f"{step}.jsonl")
+        run(f"{variant} seed {seed} {step}", command, folder / step, logs / f"{step}.jsonl")
 
 
 def main() -> None:
-    """Run what is wanted and not there yet."""
+    """Run the chosen ablations, as far as their logs are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "ablations")
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "ablations")
+    add = parser.add_argument
+    add("--only", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS), help="ablations to run; default: all")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of every variant")
+    add("--jobs", type=int, default=2, help="runs at a time")
+    add("--output_dir", type=Path, default=ROOT / "output" / "ablations", help="folder of the runs")
+    add("--results", type=Path, default=ROOT / "results" / "ablations", help="folder of the logs that are stored")
     args = parser.parse_args()
+    output, results = args.output_dir.resolve(), args.results.resolve()
+
+    # All variants of a seed before the next seed, so that an early end leaves every variant with as many seeds.
     variants = {"default": ""} | {name: flags for ablation in args.only for name, flags in ABLATIONS[ablation].items()}
-    chains = [(name, flags, seed) for seed in args.seeds for name, flags in variants.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
         tasks = [
-            pool.submit(
-                chain,
-                name,
-                flags,
-                seed,
-                args.output_dir.resolve(),
-                args.results.resolve(),
-                "partial" in args.only and name == "default",
-            )
-            for name, flags, seed in chains
+            pool.submit(chain, name, flags, seed, output, results, partial="partial" in args.only and name == "default")
+            for seed in args.seeds
+            for name, flags in variants.items()
         ]
         for task in tasks:
             task.result()

@@ -1,8 +1,10 @@
 """Turn the results of `make bench-gpu` into the tables of BENCHMARKS.md.
 
-python scripts/benchmark_tables.py gpu_results                      to stdout
-python scripts/benchmark_tables.py gpu_results --into BENCHMARKS.md between its lines "<!-- NAME -->" and
-                                                                    "<!-- end of NAME -->", NAME the folder's
+    python scripts/benchmark_tables.py gpu_results
+    python scripts/benchmark_tables.py gpu_results --into BENCHMARKS.md
+
+The tables are printed, or with --into replace the part of a document between its lines "<!-- NAME -->" and
+"<!-- end of NAME -->", where NAME is the name of the folder.
 """
 
 import argparse
@@ -15,44 +17,44 @@ STEPS = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "linprobe": "Lin
 
 
 def table(head: list, rows: list[list]) -> str:
-    """Return a Markdown table."""
+    """Format a Markdown table of a head and rows of cells."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
 
 
-def machine(stage: dict) -> str:
+def describe_machine(stage: dict) -> str:
     """Describe the machine and the versions that a stage ran on."""
     packages = ", ".join(f"{name} {stage[name]}" for name in ("torch", "torchvision", "timm", "transformers"))
     gpu = f", CUDA {stage['cuda']}, driver {stage['driver']}" if "driver" in stage else ""
     return f"{stage['device']}, {stage['cores']} cores{gpu}, Python {stage['python']}, {packages}"
 
 
-def source(stage: dict) -> str:
-    """Say what was run, how often, and at which commit."""
-    n = f"n = {stage['result']['n']}, " if "n" in stage["result"] else ""
-    return f"`python {stage['command']}`, {n}commit {stage['commit']}:\n"
+def describe_run(stage: dict) -> str:
+    """Describe a stage's run: the command, the number of measurements, and the commit."""
+    repeats = f"n = {stage['result']['n']}, " if "n" in stage["result"] else ""
+    return f"`python {stage['command']}`, {repeats}commit {stage['commit']}:\n"
 
 
 def tests(result: dict) -> str:
-    """Return the outcome of the tests."""
+    """Return the outcome of the tests as a sentence."""
     failed = f": {', '.join(result['failed'])}" if result["failed"] else ""
     return f"{result['passed']} passed, {result['skipped']} skipped, {len(result['failed'])} failed{failed}.\n"
 
 
 def peaks(result: dict) -> str:
-    """Return the table of the device's rates."""
+    """Return the table of the arithmetic and memory rates that the device sustains."""
     rows = [[row["name"], f"{row['rate']:.4g} {row['unit']}", f"{row['spread']:.1%}"] for row in result["rows"]]
     return table(["", "sustained", "spread"], rows)
 
 
 def steps(result: dict) -> str:
-    """Return the table of a training step."""
-    ours = result["rows"][0]["images_per_s"]
+    """Return the table of a training step; its first row is this code, and the others are compared with it."""
+    base_rate = result["rows"][0]["images_per_s"]
     rows = [
         [
             row["name"],
             f"{row['images_per_s']:.0f}",
-            f"{ours / row['images_per_s']:.2f}",
+            f"{base_rate / row['images_per_s']:.2f}",
             f"{row['tflops']:.0f}",
             f"{row['fraction_of_peak']:.0%}",
             f"{row['spread']:.1%}",
@@ -67,7 +69,7 @@ def steps(result: dict) -> str:
 
 
 def trainings(result: dict) -> str:
-    """Return the table of a whole run beside its step."""
+    """Return the table of a whole training run beside its step alone, which shows what loading costs."""
     step, run = result["rows"]
     title = f"{STEPS[result['job']]}, {result['model']}, batch {result['batch_size']}, {result['num_workers']} workers"
     rows = [
@@ -84,13 +86,13 @@ def trainings(result: dict) -> str:
 
 
 def tuning(result: dict) -> str:
-    """Return the tables of what was tried to go faster."""
-    base = result["rows"][0]["images_per_s"]
+    """Return the tables of the settings that were tried for speed, and of the attention kernels."""
+    base_rate = result["rows"][0]["images_per_s"]
     rows = [
         [
             row["name"],
             f"{row['images_per_s']:.0f}",
-            f"{row['images_per_s'] / base:.3f}",
+            f"{row['images_per_s'] / base_rate:.3f}",
             f"{row['spread']:.1%}",
             f"{row['peak_memory_gb']:.1f}",
         ]
@@ -98,6 +100,8 @@ def tuning(result: dict) -> str:
     ]
     title = f"{result['model']}, batch {result['batch_size']}"
     text = table([title, "images/s", "of the first", "spread", "peak memory, GB"], rows)
+
+    # Attention by itself: a row per shape (encoder, decoder, ...), a column per kernel; not all run on every shape.
     if result["attention"]:
         places = dict.fromkeys(row["place"] for row in result["attention"])
         kernels = dict.fromkeys(row["name"] for row in result["attention"])
@@ -108,7 +112,7 @@ def tuning(result: dict) -> str:
 
 
 def masking(result: dict) -> str:
-    """Return the paper's Table 2."""
+    """Return the paper's Table 2: what leaving out the masked patches in the encoder saves."""
     names = {"tokens": "mask tokens through the encoder", "8": "MAE, 8-block decoder", "1": "MAE, 1-block decoder"}
     rows = [
         [
@@ -123,7 +127,8 @@ def masking(result: dict) -> str:
     return table([f"batch {result['batch_size']}", "images/s", "spread", "times the baseline", "paper"], rows)
 
 
-SECTIONS = (  # title, the stages' names begin with, the function that makes a table of a stage
+# Sections in order: title, prefixes of the stages' names, function that makes a table of a stage's result.
+SECTIONS = (
     ("Tests on the device", "tests", tests),
     ("What the device sustains", "peaks", peaks),
     ("A training step", ("step_", "compiled_", "finetune_", "probe_"), steps),
@@ -134,37 +139,47 @@ SECTIONS = (  # title, the stages' names begin with, the function that makes a t
 
 
 def render(folder: Path) -> str:
-    """Return all tables of a folder of results, and say what has none."""
+    """Return all tables of a folder of results; a section without results says that it was not measured."""
     stages = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    machines = dict.fromkeys(machine(stage) for stage in stages.values())
+
+    # Usually one machine ran everything, and is named once, at the top.
+    machines = dict.fromkeys(describe_machine(stage) for stage in stages.values())
     text = "".join(f"\n{name}.\n" for name in machines)
-    for title, begins, make in SECTIONS:
-        found = [stage for name, stage in stages.items() if name.startswith(begins)]
+
+    # The sections, with a table for each of their stages.
+    for title, prefixes, make_table in SECTIONS:
+        matching = [stage for name, stage in stages.items() if name.startswith(prefixes)]
         text += f"\n### {title}\n"
-        for stage in found:
-            place = f"{machine(stage)}. " if len(machines) > 1 else ""
-            text += f"\n{place}{source(stage)}\n{make(stage['result'])}"
-        text += "" if found else "\nNot measured.\n"
+        for stage in matching:
+            prefix = f"{describe_machine(stage)}. " if len(machines) > 1 else ""
+            text += f"\n{prefix}{describe_run(stage)}\n{make_table(stage['result'])}"
+        if not matching:
+            text += "\nNot measured.\n"
     return text
 
 
 def main() -> None:
-    """Print the tables, or put them into a document."""
+    """Print the tables, or replace those of a document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--into", type=Path, help="the document to change, in place")
+    parser.add_argument("folder", type=Path, help="results of make bench-gpu, a JSON file per stage")
+    parser.add_argument("--into", type=Path, help="document to change in place")
     args = parser.parse_args()
     if not list(args.folder.glob("*.json")):
         sys.exit(f"error: {args.folder} holds no results: make them with make bench-gpu")
+
     text = render(args.folder)
     if not args.into:
         print(text)
         return
+
+    # Replace whatever stands between the two marks.
     begin, end = f"<!-- {args.folder.name} -->", f"<!-- end of {args.folder.name} -->"
     document = args.into.read_text()
     if begin not in document or end not in document:
         sys.exit(f'error: {args.into} has no lines "{begin}" and "{end}" to put the tables between')
-    args.into.write_text(re.sub(f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", document, flags=re.DOTALL))
+    section = f"{begin}\n{text}\n{end}"
+    replaced = re.sub(f"{begin}.*{end}", lambda _: section, document, flags=re.DOTALL)  # a string's \ would be escapes
+    args.into.write_text(replaced)
 
 
 if __name__ == "__main__":

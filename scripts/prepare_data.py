@@ -1,14 +1,16 @@
-"""Small datasets in the folders that the scripts read: output/{train,val}/<class>/<images>.
+"""Prepare a small dataset as the folders that training reads: output/{train,val}/<class>/<images>.
 
     python scripts/prepare_data.py fashion_mnist --output data/fashion_mnist
     python scripts/prepare_data.py cifar10 --output data/cifar10
     python scripts/prepare_data.py imagenette --output data/imagenette
 
-They are downloaded by torchvision, checked, next to the output. Without a network give --source: for fashion_mnist the
-folder of its four idx.gz files (Debian: apt-get install dataset-fashion-mnist puts them into
+The dataset is downloaded and checked by torchvision, into a folder next to the output. Without a network pass --source:
+for fashion_mnist the folder of its four idx.gz files (Debian: apt-get install dataset-fashion-mnist puts them into
 /usr/share/datasets/fashion-mnist), for the others a folder or an archive that holds train/<class>/ and val/<class>/.
-What is there already, and whole, is left alone; where other files lie in output/train or val, nothing is done.
---per_class N keeps the first N of each class: the samples are `fashion_mnist --per_class 200`.
+
+An output that is complete is left alone. If output/train or output/val holds files that do not belong to the dataset,
+nothing is written. --per_class N keeps the first N images of each class: the samples in samples/fashion_mnist are
+`fashion_mnist --per_class 200`.
 """
 
 import argparse
@@ -29,132 +31,206 @@ from util import errors
 from util.data.datasets import is_image
 from util.errors import UserError
 
+# Images in train/ and val/ of each dataset.
 COUNTS = {"fashion_mnist": (60000, 10000), "cifar10": (50000, 10000), "imagenette": (9469, 3925)}
-CLOTHES = ["tshirt_top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot"]
-IDX = {"train": "train", "val": "t10k"}
+FASHION_CLASSES = (
+    *("tshirt_top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle_boot"),
+)
+SPLITS = ("train", "val")
+IDX_PREFIXES = {"train": "train", "val": "t10k"}  # of Fashion-MNIST's file names, by split
+
+Sample = tuple[str, int, np.ndarray]  # class, number in the source, pixels [H, W] or [H, W, 3] of 8 bits
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An idx.gz file of unsigned bytes as an array: magic (2 zero bytes, type 8, number of axes), sizes, values."""
+    """Read an idx.gz file of unsigned bytes as an array.
+
+    The format: two zero bytes, the type (8: unsigned bytes), the number of axes, the size of each axis in 4 bytes with
+    the highest first, and the values.
+
+    Raises:
+        UserError: The file cannot be read, or is of another format.
+    """
     try:
         data = gzip.decompress(path.read_bytes())
         if data[:3] != b"\x00\x00\x08":
             raise ValueError("it is no idx file of unsigned bytes")
-        sizes = np.frombuffer(data, ">i4", count=data[3], offset=4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
+        num_axes = data[3]
+        sizes = np.frombuffer(data, ">i4", count=num_axes, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(sizes)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
-def clothes(source: Path, split: str) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(class, number in the source, pixels [28, 28]) of Fashion-MNIST."""
-    images = read_idx(source / f"{IDX[split]}-images-idx3-ubyte.gz")  # [N, 28, 28]
-    labels = read_idx(source / f"{IDX[split]}-labels-idx1-ubyte.gz")  # [N]
+def read_fashion_mnist(source: Path, split: str) -> Iterator[Sample]:
+    """Yield the samples of a split of Fashion-MNIST, pixels [28, 28], from the folder of its idx.gz files."""
+    images = read_idx(source / f"{IDX_PREFIXES[split]}-images-idx3-ubyte.gz")  # [N, 28, 28]
+    labels = read_idx(source / f"{IDX_PREFIXES[split]}-labels-idx1-ubyte.gz")  # [N]
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        yield CLOTHES[label], number, image
+        yield FASHION_CLASSES[label], number, image
 
 
-def cifar(downloaded: Path, split: str) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(class, number in the source, pixels [32, 32, 3]) of CIFAR-10 as torchvision has it."""
-    dataset = datasets.CIFAR10(downloaded, train=split == "train")
+def read_cifar10(source: Path, split: str) -> Iterator[Sample]:
+    """Yield the samples of a split of CIFAR-10, pixels [32, 32, 3], from torchvision's download folder."""
+    dataset = datasets.CIFAR10(source, train=split == "train")
     for number, (image, label) in enumerate(zip(dataset.data, dataset.targets, strict=True)):
         yield dataset.classes[label], number, image
 
 
-def write(samples: Iterator[tuple[str, int, np.ndarray]], folder: Path, per_class: int | None) -> None:
-    """Each as folder/<class>/<number>.png."""
+def write(samples: Iterator[Sample], folder: Path, per_class: int | None) -> None:
+    """Write samples to folder/<class>/<number>.png.
+
+    Args:
+        samples: Of one split.
+        folder: Folder of the split.
+        per_class: Number of images to write of each class; None: all. So few are compressed as far as PNG goes.
+    """
     written: dict[str, int] = {}
     for name, number, pixels in samples:
-        if per_class is None or written.get(name, 0) < per_class:
-            written[name] = written.get(name, 0) + 1
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / name / f"{number:05d}.png", optimize=per_class is not None)
+        if per_class is not None and written.get(name, 0) >= per_class:
+            continue
+        written[name] = written.get(name, 0) + 1
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name / f"{number:05d}.png", optimize=per_class is not None)
 
 
 def copy(source: Path, folder: Path, split: str, per_class: int | None) -> None:
-    """source/<split>/<class>/<images>, wherever in source it lies."""
-    places = sorted(path for path in source.rglob(split) if path.is_dir())
-    if not places:
-        raise UserError(f"{source} holds no folder {split}/<class>/")
-    for entry in sorted(path for path in places[0].iterdir() if path.is_dir()):
-        (folder / entry.name).mkdir(parents=True, exist_ok=True)
-        for file in sorted(path for path in entry.iterdir() if is_image(path.name))[:per_class]:
-            shutil.copyfile(file, folder / entry.name / file.name)
+    """Copy the images of a split that lies as <split>/<class>/<images> somewhere in the source.
+
+    Args:
+        source: Folder to search.
+        folder: Folder of the split to write.
+        split: "train" or "val".
+        per_class: Number of images to copy of each class; None: all.
+
+    Raises:
+        UserError: The source does not hold the split.
+    """
+    candidates = sorted(path for path in source.rglob(split) if path.is_dir())
+    if not candidates:
+        raise UserError(f"{source} holds no folder {split}/<class>/: give a --source with train/ and val/")
+    for class_folder in sorted(path for path in candidates[0].iterdir() if path.is_dir()):
+        (folder / class_folder.name).mkdir(parents=True, exist_ok=True)
+        images = sorted(path for path in class_folder.iterdir() if is_image(path.name))
+        for image in images[:per_class]:
+            shutil.copyfile(image, folder / class_folder.name / image.name)
 
 
-def fetch(name: str, place: Path) -> Path:
-    """Download by torchvision; returns what to read from."""
+def fetch(name: str, folder: Path) -> Path:
+    """Download a dataset with torchvision and return the folder to read it from.
+
+    Raises:
+        UserError: The download failed.
+    """
     try:
         if name == "fashion_mnist":
-            datasets.FashionMNIST(place, download=True)
-            return place / "FashionMNIST" / "raw"
+            datasets.FashionMNIST(folder, download=True)
+            return folder / "FashionMNIST" / "raw"
         if name == "cifar10":
-            datasets.CIFAR10(place, download=True)
-            return place
-        datasets.Imagenette(place, size="160px", download=not (place / "imagenette2-160").exists())
-        return place / "imagenette2-160"
+            datasets.CIFAR10(folder, download=True)
+            return folder
+        datasets.Imagenette(folder, size="160px", download=not (folder / "imagenette2-160").exists())
+        return folder / "imagenette2-160"
     except (OSError, RuntimeError) as error:  # no network
         raise UserError(f"cannot download {name}: {str(error).splitlines()[0]}. Give --source (see --help)") from error
 
 
-def counted(output: Path) -> tuple[int, int]:
-    """Images in train/ and val/."""
-    return tuple(sum(is_image(path.name) for path in (output / split).glob("*/*")) for split in IDX)
+def count_images(output: Path) -> tuple[int, int]:
+    """Return the number of images in train/ and in val/."""
+    return tuple(sum(is_image(path.name) for path in (output / split).glob("*/*")) for split in SPLITS)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar archive into a folder.
+
+    Raises:
+        UserError: The file is no tar archive, or it is damaged.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except tarfile.TarError as error:
+        raise UserError(f"cannot unpack {archive}: {error}") from error
+
+
+def replace_splits(new: Path, output: Path) -> None:
+    """Put new/train and new/val in the place of those of the output.
+
+    Raises:
+        UserError: The output holds something that is not in the new folders, and would be lost.
+    """
+    for split in SPLITS:
+        for path in (output / split).rglob("*"):
+            if not (new / path.relative_to(output)).exists():
+                raise UserError(f"{path} does not belong to the dataset: remove it, or choose another --output")
+    output.mkdir(exist_ok=True)
+    for split in SPLITS:
+        shutil.rmtree(output / split, ignore_errors=True)
+        (new / split).rename(output / split)
 
 
 def prepare(
-    name: str, source: Path, output: Path, per_class: int | None, downloaded: bool, wanted: tuple[int, int]
+    name: str, source: Path, output: Path, per_class: int | None, downloaded: bool, expected: tuple[int, int]
 ) -> None:
-    """Write both splits, of so many images, all or nothing."""
-    given = source
+    """Write both splits, or nothing if they are not complete.
+
+    Args:
+        name: Dataset, one of COUNTS.
+        source: Folder or archive to read.
+        output: Folder to write.
+        per_class: Number of images to keep of each class; None: all.
+        downloaded: The source is a download of torchvision's.
+        expected: Number of training and of validation images that must result.
+
+    Raises:
+        UserError: The source cannot be read or is not complete, or the output holds other files.
+    """
+    # Everything is written next to the output first and moved at the end: on the same file system a move is instant.
     with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
-        done = Path(temporary) / "done"
+        folder = source
         if source.is_file():
-            try:
-                with tarfile.open(source) as tar:
-                    tar.extractall(f"{temporary}/source", filter="data")
-            except tarfile.TarError as error:
-                raise UserError(f"{source}: {error}") from error
-            source = Path(temporary) / "source"
-        for split in IDX:
-            folder = done / split
+            folder = Path(temporary) / "source"
+            unpack(source, folder)
+
+        new = Path(temporary) / "new"
+        for split in SPLITS:
             if name == "fashion_mnist":
-                write(clothes(source, split), folder, per_class)
+                write(read_fashion_mnist(folder, split), new / split, per_class)
             elif name == "cifar10" and downloaded:
-                write(cifar(source, split), folder, per_class)
+                write(read_cifar10(folder, split), new / split, per_class)
             else:
-                copy(source, folder, split, per_class)
-        found = counted(done)
-        if found != wanted:
-            raise UserError(f"{given} holds {found[0]} and {found[1]} images, {wanted[0]} and {wanted[1]} wanted")
-        for split in IDX:
-            for path in (output / split).rglob("*"):
-                if not (done / path.relative_to(output)).exists():
-                    raise UserError(f"{path} is not among what would be written: remove it, or choose another --output")
-        output.mkdir(exist_ok=True)
-        for split in IDX:
-            shutil.rmtree(output / split, ignore_errors=True)
-            (done / split).rename(output / split)
+                copy(folder, new / split, split, per_class)
+
+        counts = count_images(new)
+        if counts != expected:
+            raise UserError(
+                f"{source} holds {counts[0]} training and {counts[1]} validation images instead of {expected[0]} and "
+                f"{expected[1]}: is it complete?"
+            )
+        replace_splits(new, output)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare one dataset (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(COUNTS))
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--source", type=Path)
-    parser.add_argument("--per_class", type=int)
+    parser.add_argument("name", choices=list(COUNTS), help="dataset")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--source", type=Path, help="folder or archive to read; default: download")
+    parser.add_argument("--per_class", type=int, help="number of images to keep of each class; default: all")
     args = parser.parse_args(argv)
     if args.source and not args.source.exists():
         raise UserError(f"--source {args.source}: no such file or folder")
-    wanted = COUNTS[args.name] if args.per_class is None else (10 * args.per_class,) * 2
     if args.per_class is not None and args.per_class < 1:
         raise UserError(f"--per_class {args.per_class} must be at least 1")
-    if counted(args.output) != wanted:
+
+    # All three datasets have ten classes. What is complete already is not written again.
+    expected = COUNTS[args.name] if args.per_class is None else (10 * args.per_class,) * 2
+    if count_images(args.output) != expected:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         source = args.source or fetch(args.name, args.output.with_name(f"{args.output.name}_download"))
-        prepare(args.name, source, args.output, args.per_class, args.source is None, wanted)
-    print(f"{args.output}: {wanted[0]} training images, {wanted[1]} others")
+        prepare(args.name, source, args.output, args.per_class, args.source is None, expected)
+    print(f"{args.output}: {expected[0]} training images, {expected[1]} others")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""ImageNet-1k from its archives into the folders that the scripts read.
+"""Unpack ImageNet-1k from its archives into the folders that training reads.
 
     python scripts/prepare_imagenet.py --output imagenet --train ILSVRC2012_img_train.tar \
         --val ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz
 
 The archives come from image-net.org, after registration. The validation images have no classes in their names; --labels
-says which are whose: the development kit (needs `pip install scipy`, for its MATLAB file), Kaggle's
-LOC_val_solution.csv, or a text file with one class (n01440764 ...) per line in the order of the images. --val may also
-be a folder that holds the images, flat. What is there already is left alone, so that a run that was cut off goes on.
+gives them: the development kit (needs `pip install scipy`, for its MATLAB file), Kaggle's LOC_val_solution.csv, or a
+text file with one class (n01440764 ...) per line in the order of the images. --val may also be a folder that holds the
+images, without subfolders. Files that are there already are left alone, so that an interrupted run can be resumed.
 
 output/train/<class>/*.JPEG     1,281,167 images
 output/val/<class>/*.JPEG       50 of each of 1,000 classes
@@ -22,8 +22,8 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
@@ -33,33 +33,54 @@ CLASSES, PER_CLASS = 1000, 50
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 CLASS = re.compile(r"n\d{8}")
 
+WriteFile = Callable[[Path], None]  # writes one file to this path
+
 
 def read_labels(path: Path) -> list[str]:
-    """The class of validation image 1, 2, ... Raises UserError for a file that is none of the three kinds."""
+    """Return the classes of validation images 1, 2, ... from any of the three kinds of files.
+
+    A file of another kind ends in a KeyError, TypeError or the like, of which `main` makes a message.
+
+    Raises:
+        UserError: The file is the development kit, and scipy is missing.
+    """
     if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-        return _devkit(path)
+        return _read_devkit(path)
     lines = path.read_text().splitlines()
     if path.suffix == ".csv":
-        rows = {int(NAME.match(row["ImageId"])[1]): row["PredictionString"].split()[0] for row in csv.DictReader(lines)}
-        return [rows[number] for number in sorted(rows)]
+        labels = {}
+        for row in csv.DictReader(lines):
+            number = int(NAME.match(row["ImageId"])[1])
+            labels[number] = row["PredictionString"].split()[0]  # the class, before its bounding boxes
+        return [labels[number] for number in sorted(labels)]
     return [line.strip() for line in lines if line.strip()]
 
 
-def _devkit(path: Path) -> list[str]:
+def _read_devkit(path: Path) -> list[str]:
+    """Return the labels of the development kit, which numbers the classes in an order of its own (meta.mat)."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise UserError(f"{path} holds a MATLAB file: pip install scipy, or give other --labels") from None
     with tarfile.open(path) as tar:
         files = {Path(member.name).name: member for member in tar if member.isfile()}
-        meta = loadmat(io.BytesIO(tar.extractfile(files["meta.mat"]).read()), squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(tar.extractfile(files["meta.mat"]).read()), squeeze_me=True)["synsets"]
         truth = tar.extractfile(files["ILSVRC2012_validation_ground_truth.txt"]).read().split()
-    classes = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in meta}
+    classes = {int(entry["ILSVRC2012_ID"]): str(entry["WNID"]) for entry in synsets}
     return [classes[int(number)] for number in truth]
 
 
-def put(target: Path, size: int, write: Callable[[Path], object]) -> bool:
-    """Write a file unless it is there with this size; whole or not at all. Returns whether it was written."""
+def write_if_missing(target: Path, size: int, write: WriteFile) -> bool:
+    """Write a file, all or nothing, unless it exists with this size.
+
+    Args:
+        target: File to write; its folder is created.
+        size: Bytes that the complete file has.
+        write: Writes the file to the path that it is called with.
+
+    Returns:
+        Whether the file was written.
+    """
     if target.exists() and target.stat().st_size == size:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,25 +90,13 @@ def put(target: Path, size: int, write: Callable[[Path], object]) -> bool:
     return True
 
 
-def save(file: IO[bytes], target: Path) -> None:
-    """Copy an open file."""
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
     with target.open("wb") as out:
-        shutil.copyfileobj(file, out)
-
-
-def images(source: Path) -> Iterator[tuple[str, int, Callable[[Path], object]]]:
-    """(name, bytes, how to write it) of each validation image of an archive or a folder."""
-    if source.is_dir():
-        for path in sorted(source.glob("*.JPEG")):
-            yield path.name, path.stat().st_size, lambda target, path=path: _link(path, target)
-        return
-    with tarfile.open(source) as tar:
-        for member in tar:
-            if member.isfile():
-                yield Path(member.name).name, member.size, lambda target, m=member: save(tar.extractfile(m), target)
+        shutil.copyfileobj(tar.extractfile(member), out)
 
 
 def _link(path: Path, target: Path) -> None:
+    """Link a file, which takes no space, or copy it where the file system cannot link."""
     target.unlink(missing_ok=True)
     try:
         os.link(path, target)
@@ -95,69 +104,113 @@ def _link(path: Path, target: Path) -> None:
         shutil.copyfile(path, target)
 
 
+def validation_images(source: Path) -> Iterator[tuple[str, int, WriteFile]]:
+    """Yield (name, size in bytes, function that writes it) of each validation image of an archive or a folder."""
+    if source.is_dir():
+        for path in sorted(source.glob("*.JPEG")):
+            yield path.name, path.stat().st_size, partial(_link, path)
+        return
+    with tarfile.open(source) as tar:
+        for member in tar:
+            if member.isfile():
+                yield Path(member.name).name, member.size, partial(_extract, tar, member)
+
+
 def prepare_val(source: Path, labels: list[str], output: Path) -> None:
-    """Sort the validation images into output/val/<class>/. Raises UserError unless 50 of each class end there."""
-    expected, wrong = Counter(labels), [label for label in labels if not CLASS.fullmatch(label)]
-    if wrong or len(expected) != CLASSES or set(expected.values()) != {PER_CLASS}:
+    """Sort the validation images into output/val/<class>/.
+
+    Args:
+        source: Archive or folder of the validation images.
+        labels: Classes of validation images 1, 2, ...
+        output: Folder of train/ and val/.
+
+    Raises:
+        UserError: The labels are not those of ImageNet, or output/val does not hold 50 images of each class in the end.
+    """
+    # Check the labels before anything is written.
+    expected = Counter(labels)
+    invalid = [label for label in labels if not CLASS.fullmatch(label)]
+    if invalid or len(expected) != CLASSES or set(expected.values()) != {PER_CLASS}:
         raise UserError(
-            f"--labels: {PER_CLASS} images of each of {CLASSES} classes wanted, found {len(labels)} of {len(expected)}"
-            + (f"; {wrong[0]!r} is no class" if wrong else "")
+            f"--labels must name {PER_CLASS} images of each of {CLASSES} classes, but names {len(labels)} images of "
+            f"{len(expected)} classes"
+            + (f"; {invalid[0]!r} is no class like n01440764" if invalid else "")
+            + ": give the labels of the ILSVRC2012 validation images"
         )
+
     written = 0
-    for name, size, write in images(source):
+    for name, size, write in validation_images(source):
         if match := NAME.match(name):
-            written += put(output / "val" / labels[int(match[1]) - 1] / name, size, write)
-    there = {label: len(list((output / "val" / label).glob("*.JPEG"))) for label in expected}
-    bad = {label: count for label, count in there.items() if count != PER_CLASS}
-    strange = sorted({path.name for path in (output / "val").glob("*") if path.is_dir()} - set(expected))
-    if bad or strange:
+            label = labels[int(match[1]) - 1]
+            written += write_if_missing(output / "val" / label / name, size, write)
+
+    # Check the whole folder, and not only what was written now: training would take whatever lies there.
+    folder = output / "val"
+    counts = {label: len(list((folder / label).glob("*.JPEG"))) for label in expected}
+    wrong = {label: count for label, count in counts.items() if count != PER_CLASS}
+    unknown = sorted({path.name for path in folder.glob("*") if path.is_dir()} - set(expected))
+    if wrong or unknown:
         raise UserError(
-            f"{output / 'val'} must hold {PER_CLASS} images of each class: {len(bad)} classes differ "
-            f"{dict(list(bad.items())[:3])}, folders of no class: {strange[:3]}. Is {source} whole, and the folder new?"
+            f"{folder} must hold {PER_CLASS} images of each class: {len(wrong)} classes hold other numbers "
+            f"{dict(list(wrong.items())[:3])}, folders that are no classes: {unknown[:3]}. Is {source} complete, and "
+            "was the folder empty?"
         )
-    print(f"{output / 'val'}: {PER_CLASS} images of each of {CLASSES} classes, {written} written now")
+    print(f"{folder}: {PER_CLASS} images of each of {CLASSES} classes, {written} written now")
 
 
 def prepare_train(source: Path, output: Path) -> None:
-    """Unpack the archive of one archive per class into output/train/<class>/."""
+    """Unpack the training archive, which holds an archive per class, into output/train/<class>/.
+
+    Raises:
+        UserError: The archive is another one, or not complete.
+    """
     written = total = classes = 0
     with tarfile.open(source) as outer:
         for inner in outer:
-            if not CLASS.fullmatch(Path(inner.name).stem):
-                raise UserError(f"{source} holds {inner.name}: n01440764.tar and the like wanted")
+            label = Path(inner.name).stem
+            if not CLASS.fullmatch(label):
+                raise UserError(
+                    f"{source} holds {inner.name} instead of archives like n01440764.tar: give ILSVRC2012_img_train.tar"
+                )
             classes += 1
             with tarfile.open(fileobj=outer.extractfile(inner)) as tar:
                 for member in tar:
-                    target = output / "train" / Path(inner.name).stem / Path(member.name).name
-                    written += put(target, member.size, lambda path, m=member, tar=tar: save(tar.extractfile(m), path))
+                    target = output / "train" / label / Path(member.name).name
+                    written += write_if_missing(target, member.size, partial(_extract, tar, member))
                     total += 1
     if classes != CLASSES:
-        raise UserError(f"{source} holds {classes} classes, {CLASSES} wanted: is it whole?")
+        raise UserError(f"{source} holds {classes} classes instead of {CLASSES}: is it complete?")
     print(f"{output / 'train'}: {total} images of {classes} classes, {written} written now")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do what the flags say."""
+    """Prepare one split or both (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--train", type=Path, metavar="TAR")
-    parser.add_argument("--val", type=Path, metavar="TAR_OR_FOLDER")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="needed with --val")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write train/ and val/ to")
+    parser.add_argument("--train", type=Path, metavar="TAR", help="archive of the training images")
+    parser.add_argument("--val", type=Path, metavar="TAR_OR_FOLDER", help="validation images")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="classes of the validation images; needed with --val"
+    )
     args = parser.parse_args(argv)
     if not args.train and not args.val:
-        raise UserError("--train, --val or both are needed")
+        raise UserError("there is nothing to prepare: give --train, --val or both")
     if args.val and not args.labels:
         raise UserError("--val needs --labels: the development kit, LOC_val_solution.csv or a list of classes")
     for path in filter(None, (args.train, args.val, args.labels)):
         if not path.exists():
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file or folder")
+
+    # The smaller split first: what is wrong with it shows in minutes.
     try:
         if args.val:
             prepare_val(args.val, read_labels(args.labels), args.output)
         if args.train:
             prepare_train(args.train, args.output)
     except (tarfile.TarError, EOFError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"an archive or the labels cannot be read: {type(error).__name__} {error}") from error
+        raise UserError(
+            f"an archive or the labels cannot be read: {type(error).__name__} {error}. Are the files complete?"
+        ) from error
     except OSError as error:
         raise UserError(f"{error}: is the disk full?") from error
 

@@ -1,4 +1,4 @@
-"""What several tests share: a small folder of real images, and scripts run as whole processes."""
+"""Fixtures of several test files: a small folder of real images, runs to compare with, scripts as processes."""
 
 import functools
 import http.server
@@ -9,15 +9,28 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-pytest.register_assert_rewrite("runs")  # so that its asserts say as much as a test's
+# Workers of pytest-xdist share the cores: one thread each, and for the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+pytest.register_assert_rewrite("runs")  # for messages as detailed as those of a test's own assertions
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 
-def link(source: Path, target: Path, classes: int | None = None, count: int | None = None) -> None:
-    """A split of links to another's images: of the first classes the first count each."""
+def link_images(source: Path, target: Path, classes: int | None = None, count: int | None = None) -> None:
+    """Make a folder of links to another's images.
+
+    Args:
+        source: Folder with a folder of images per class.
+        target: Folder to make, of the same form.
+        classes: Number of classes, the first ones; None: all.
+        count: Number of images of each class, the first ones; None: all.
+    """
     for folder in sorted(source.iterdir())[:classes]:
         (target / folder.name).mkdir(parents=True)
         for file in sorted(folder.iterdir())[:count]:
@@ -26,17 +39,17 @@ def link(source: Path, target: Path, classes: int | None = None, count: int | No
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
-    """An ImageFolder of 8 training and 3 validation images of each of the 10 classes, linked from the samples."""
+    """Folder of 8 training and 3 validation images of each of 10 classes, linked from the samples."""
     root = tmp_path_factory.mktemp("images")
-    link(SAMPLES / "train", root / "train", count=8)
-    link(SAMPLES / "val", root / "val", count=3)
+    link_images(SAMPLES / "train", root / "train", count=8)
+    link_images(SAMPLES / "val", root / "val", count=3)
     return root
 
 
 @pytest.fixture(scope="session")
 def undisturbed(images, tmp_path_factory) -> Path:
-    """One folder per job, of runs that nothing happened to."""
-    from runs import FLAGS, finish, log  # starts the server of processes: only where it is needed
+    """Folder with the output folders of a run of each job without interruption."""
+    from runs import FLAGS, finish, log  # its import starts the fork server: only where it is needed
 
     root = tmp_path_factory.mktemp("undisturbed")
     for job in FLAGS:
@@ -48,11 +61,15 @@ def undisturbed(images, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def script():
-    """Run a command of Python's in the repository; returns the finished process with its output as text."""
+    """Function that runs Python in the repository, as a process of its own.
 
-    def run(*words: object, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
+    It takes the command line after "python", and as keywords a timeout in seconds and environment variables; it
+    returns the completed process, with its output as text.
+    """
+
+    def run(*argv: object, timeout: int = 300, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, *map(str, words)],
+            [sys.executable, *map(str, argv)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -65,22 +82,22 @@ def script():
 
 @pytest.fixture
 def refusal(capsys):
-    """Run a script's main() in this process, to its exit with code 2; returns the message."""
+    """Function that runs a script's main() in this process, asserts that it exits with code 2, returns the message."""
     from util import errors
 
     def run(main) -> str:
         with pytest.raises(SystemExit) as end:
             errors.run(main)
-        said = capsys.readouterr()
-        assert end.value.code == 2 and "Traceback" not in said.out + said.err
-        return said.err
+        printed = capsys.readouterr()
+        assert end.value.code == 2 and "Traceback" not in printed.out + printed.err
+        return printed.err
 
     return run
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Serves tmp_path on loopback; torch.hub's cache lies in a folder of its own."""
+    """Address of an HTTP server for the files in tmp_path; torch.hub's cache lies in a folder of its own."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:

@@ -1,6 +1,7 @@
-"""Runs a script in a process of its own, with a fault built in where wanted: no fault lives in production code.
+"""Helper of the tests that runs a job in a process of its own, with a fault if wanted.
 
-The processes are forked from a server that has imported everything, so that a start takes a fraction of a second.
+A fault replaces a function of the project in that process, so that the project's code needs no hooks for faults. The
+processes are forked from a server that has imported everything, so that a start takes a fraction of a second.
 """
 
 import multiprocessing
@@ -28,8 +29,8 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_written(save: int) -> None:
-    """Killed when the save-th checkpoint is half written."""
+def kill_while_writing(save: int) -> None:
+    """Kill the process when checkpoint number `save` (from 1) is half written."""
     saves, write = [0], files._NotingErrors.write
     start = files._NotingErrors.__init__
 
@@ -49,8 +50,8 @@ def half_written(save: int) -> None:
     files._NotingErrors.__init__, files._NotingErrors.write = counting, dying
 
 
-def after_rename(number: int) -> None:
-    """Killed right after the number-th rename of a checkpoint."""
+def kill_after_rename(number: int) -> None:
+    """Kill the process right after so many renames of checkpoints."""
     renames, rename = [0], os.replace
 
     def dying(source, target):
@@ -62,8 +63,8 @@ def after_rename(number: int) -> None:
     os.replace = dying
 
 
-def killed_after_a_line(number: int) -> None:
-    """Killed right after the number-th line of log.txt."""
+def kill_after_log_line(number: int) -> None:
+    """Kill the process right after so many lines of log.txt."""
     lines, epoch = [0], log.RunLog.epoch
 
     def dying(self, values):
@@ -75,8 +76,8 @@ def killed_after_a_line(number: int) -> None:
     log.RunLog.epoch = dying
 
 
-def full_disk(megabytes: float) -> None:
-    """No file may grow beyond so many megabytes, from the second checkpoint on."""
+def fill_disk(megabytes: float) -> None:
+    """Let no file grow beyond so many megabytes, from the second checkpoint on."""
     write = misc.write
     saves = [0]
 
@@ -90,7 +91,7 @@ def full_disk(megabytes: float) -> None:
 
 
 def nan_loss(rank: int, first: int) -> None:
-    """From the first-th call on, rank's loss is not a number."""
+    """Make the loss NaN on one rank, after the first `first` forward passes."""
     calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
 
     def poisoned(self, *args, **kwargs):
@@ -103,7 +104,7 @@ def nan_loss(rank: int, first: int) -> None:
 
 
 def slow_steps(seconds: float) -> None:
-    """Every step takes so much longer: time to send a signal."""
+    """Slow every forward pass down by so many seconds, to leave time for a signal."""
     import time
 
     forward = models_mae.MaskedAutoencoderViT.forward
@@ -115,8 +116,8 @@ def slow_steps(seconds: float) -> None:
     models_mae.MaskedAutoencoderViT.forward = slow
 
 
-def hangs(rank: int, first: int) -> None:
-    """From the first-th call on, rank does not come back."""
+def hang(rank: int, first: int) -> None:
+    """Make one rank wait for ever, after the first `first` forward passes."""
     calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
 
     def waiting(self, *args, **kwargs):
@@ -129,11 +130,13 @@ def hangs(rank: int, first: int) -> None:
 
 
 FAULTS = {
-    f.__name__: f for f in (hangs, half_written, after_rename, killed_after_a_line, full_disk, nan_loss, slow_steps)
+    f.__name__: f
+    for f in (hang, kill_while_writing, kill_after_rename, kill_after_log_line, fill_disk, nan_loss, slow_steps)
 }
 
 
 def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple) -> None:
+    """Run a job in this process, which the fork server has started, with its output in a file."""
     with Path(out).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -145,40 +148,61 @@ def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple)
     errors.run(lambda: MAINS[job](argv))
 
 
-# The server of Python 3.11 imports what it preloads without the path that it is given.
+# In Python 3.11 the fork server ignores sys.path when it imports the modules to preload.
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 
 
 def process(target, *args):
-    """Start a process that runs a function of a module."""
+    """Start a process that runs a function at the top level of a module; return it."""
     started = _context.Process(target=target, args=args)
     started.start()
     return started
 
 
 def start(job: str, argv: list[str], out: Path, fault: tuple = (), env: dict[str, str] | None = None):
-    """Start a job; returns the process, whose output goes to the file `out`."""
-    return process(_run, job, [str(word) for word in argv], str(out), env or {}, fault)
+    """Start a job in a process of its own.
+
+    Args:
+        job: A key of MAINS.
+        argv: Its command line.
+        out: File for its output.
+        fault: Name and arguments of one of FAULTS; (): none.
+        env: Additional environment variables.
+
+    Returns:
+        The process.
+    """
+    return process(_run, job, [str(argument) for argument in argv], str(out), env or {}, fault)
 
 
-def start_ranks(job: str, argv: list[str], out: Path, faults: tuple = (), world: int = 2) -> list:
-    """Start `world` ranks as a launcher would; their output goes to out-0, out-1 and so on."""
+def start_ranks(job: str, argv: list[str], out: Path, fault: tuple = (), world: int = 2) -> list:
+    """Start a job on several ranks, as a launcher would.
+
+    Args:
+        job: A key of MAINS.
+        argv: Its command line.
+        out: Beginning of the names of the files for their output: out-0, out-1 and so on.
+        fault: Name and arguments of one of FAULTS; (): none.
+        world: Number of ranks.
+
+    Returns:
+        The processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [
-        start(
-            job, argv, out.with_name(f"{out.name}-{rank}"), faults, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(world)
-    ]
+    processes = []
+    for rank in range(world):
+        rank_env = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(start(job, argv, out.with_name(f"{out.name}-{rank}"), fault, rank_env))
+    return processes
 
 
-def ended(process, timeout: float = 120) -> int:
-    """The exit code, once it has ended (negative: killed by that signal)."""
+def exit_code(process, timeout: float = 120) -> int:
+    """Wait for the end of a process and return its exit code (negative: killed by that signal)."""
     process.join(timeout)
     if process.exitcode is None:
         process.kill()

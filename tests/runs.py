@@ -1,4 +1,4 @@
-"""Small runs of the three jobs, and whether two of them ended alike."""
+"""Helpers of the tests: small runs of the three jobs, and comparison of their ends."""
 
 import json
 import re
@@ -15,19 +15,21 @@ FLAGS = {
     "finetune": f"{CLASSIFY} --blr 0.01 --mixup 0.8 --cutmix 1.0",
     "linprobe": f"{CLASSIFY} --blr 1",
 }
-EVERY_STEP = ["--save_minutes", "0.00001"]
+EVERY_STEP = ["--save_minutes", "0.00001"]  # saves after every update
 
 
-def words(images, out, *more, job="pretrain"):
-    more = ["--save_freq", "1", *more]
-    return [*FLAGS[job].split(), "--data_path", images, "--output_dir", out, *more]
+def job_argv(images, out, *more, job="pretrain"):
+    """Return the command line of a small run, which saves every epoch unless more flags say otherwise."""
+    return [*FLAGS[job].split(), "--data_path", images, "--output_dir", out, "--save_freq", "1", *more]
 
 
 def state(folder, name="last"):
+    """Load checkpoint-{name}.pth."""
     return torch.load(folder / f"checkpoint-{name}.pth", weights_only=True)
 
 
 def same(a, b):
+    """Tell whether two nested structures are equal, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -38,32 +40,34 @@ def same(a, b):
 
 
 def assert_same_end(folder, undisturbed):
-    """Parameters, optimiser and random streams of the last checkpoint, and the epochs of log.txt."""
-    ours, theirs = state(folder), state(undisturbed)
-    assert ours["epoch"] == theirs["epoch"]
+    """Assert that two runs ended with the same weights, optimiser and random states, and the same epochs in log.txt."""
+    end, expected = state(folder), state(undisturbed)
+    assert end["epoch"] == expected["epoch"]
     for part in ("model", "optimizer", "rng"):
-        assert same(ours[part], theirs[part]), part
+        assert same(end[part], expected[part]), part
     assert log(folder).keys() == log(undisturbed).keys()
     for epoch, line in log(undisturbed).items():
         assert log(folder)[epoch] == pytest.approx(line, rel=1e-5)
 
 
 def log(folder):
+    """Return the lines of log.txt by epoch, without times; assert that every epoch has one line."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     for line in lines:
-        del line["data_wait"]  # a time
+        del line["data_wait"]  # a time, which differs from run to run
     assert [line["epoch"] for line in lines] == list(range(len(lines))), "an epoch is missing or there twice"
     return {line["epoch"]: line for line in lines}
 
 
 def finish(images, folder, *more, job="pretrain"):
-    process = faults.start(job, words(images, folder, "--resume", "auto", *more, job=job), folder / "out")
-    assert faults.ended(process) == 0, (folder / "out").read_text()[-3000:]
+    """Run a job with --resume auto to its end, in a process of its own; return its output."""
+    process = faults.start(job, job_argv(images, folder, "--resume", "auto", *more, job=job), folder / "out")
+    assert faults.exit_code(process) == 0, (folder / "out").read_text()[-3000:]
     return (folder / "out").read_text()
 
 
 def wait_for(path, text, timeout=60):
-    """Until a file holds the text."""
+    """Wait until a file contains a match of the regular expression `text`."""
     end = time.time() + timeout
     while time.time() < end:
         if path.exists() and re.search(text, path.read_text()):

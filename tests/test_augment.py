@@ -1,4 +1,4 @@
-"""Transforms: the sizes that published accuracies rely on, and the crops' distributions."""
+"""Transforms: the sizes that published accuracies rely on, the distributions of crops, and timm's augmentations."""
 
 import random
 from pathlib import Path
@@ -17,7 +17,7 @@ PHOTO = Path(__file__).parent / "photos" / "astronaut.jpg"
     ("size", "crop_pct", "resized"), [(224, None, 256), (28, None, 32), (448, None, 448), (28, 1.0, 28)]
 )
 def test_evaluation_resizes_the_short_side_then_crops(size, crop_pct, resized):
-    """As timm's evaluation transform does, within the rounding of two 8-bit resizers."""
+    """The result is that of timm's evaluation transform, within the rounding of two 8-bit resizers."""
     transform = CentreCrop(size, crop_pct)
     assert transform.cover[0] == resized
     pixels = np.array(Image.open(PHOTO).convert("RGB"))
@@ -28,7 +28,7 @@ def test_evaluation_resizes_the_short_side_then_crops(size, crop_pct, resized):
 
 
 def test_probing_crop_draws_once_and_clips():
-    """In a narrow image a wide crop is clipped, not drawn again."""
+    """In a narrow image a crop that is too wide is clipped; it is not drawn again."""
     random.seed(0)
     areas = [h * w / 1e4 for _, _, h, w in (random_box(100, 100, (0.08, 0.5), one_draw=True) for _ in range(4000))]
     assert sum(areas) / 4000 == pytest.approx(0.29, abs=0.01) and min(areas) < 0.09 and max(areas) > 0.49
@@ -39,7 +39,7 @@ def test_probing_crop_draws_once_and_clips():
 
 
 def test_the_strongest_draws_of_randaugment_do_not_stop_a_run():
-    """Posterize down to 0 bits, which Pillow 13 refuses, is black as it was before; and many draws of the default."""
+    """Posterizing to 0 bits, which Pillow 13 refuses, gives a black image; 300 draws of the default policy work."""
     image = Image.effect_noise((40, 40), 80).convert("RGB")
     transform = FinetuneTransform(32, (0.08, 1.0), None, "rand-m9-mstd2.0-inc1", 0.25, "pixel", 1)
     (policy,) = [step for step in transform.steps.transforms if hasattr(step, "ops")]

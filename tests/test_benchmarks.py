@@ -1,4 +1,4 @@
-"""The benchmarks run, each in its smallest form, and their files hold the rows that their heads name."""
+"""Benchmarks: each runs in its smallest form and writes the rows that its docstring names."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def test_a_benchmark_runs_and_writes_its_rows(name, images, tmp_path, script):
 
 
 def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path):
-    """In its small form, on a CPU: a stage that is missing is run again, the others are not."""
+    """With --quick on a CPU, only the stage whose JSON file was removed runs again."""
     folder, document = tmp_path / "found", tmp_path / "BENCHMARKS.md"
     words = ["benchmarks/gpu.py", "--quick", "--device", "cpu", "--output", folder]
     first = script(*words)
@@ -44,7 +44,7 @@ def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path)
     assert names == {"tests", "peaks", "step_large", "train_large"}
     (folder / "peaks.json").unlink()
     again = script(*words)
-    assert re.search(r"peaks +done in", again.stdout) and again.stdout.count("was there already") == 3
+    assert re.search(r"peaks +done in", again.stdout) and again.stdout.count("skipped: has a result already") == 3
     late = script(*words, "--minutes", "0", "--stages", "peaks", "tests")
     (folder / "peaks.json").unlink()
     dropped = script(*words, "--minutes", "0", "--stages", "peaks", "tests")

@@ -1,4 +1,4 @@
-"""Checkpoints: plain to open, safe to open, and told apart when they don't fit."""
+"""Checkpoints: their contents, safe loading, and the messages for checkpoints that are damaged or do not fit."""
 
 import pickle
 import random
@@ -38,7 +38,7 @@ def checkpoints(folder, network, optimizer, job="pretrain", scaler=None, class_t
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint of ours after one update; returns its path and the model."""
+    """Save a checkpoint after one update; return its path and the model."""
     model = autoencoder(norm_pix_loss=True)
     optimizer, scaler = optim.pretrain_optimizer(model, 1e-3, 0.05), LossScaler("off", CPU)
     scaler.backward(model(torch.randn(2, 3, 16, 16))[0])
@@ -83,7 +83,10 @@ def test_resume_brings_back_model_optimiser_and_epoch(checkpoint):
     assert (position.epoch, position.images) == (5, 0)
     assert torch.equal(other.mask_token, model.mask_token)
     assert optimizer.state[other.mask_token]["step"] == 1
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.5]  # as the flags say now
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [
+        0.0,
+        0.5,
+    ]  # the flags' value, not the checkpoint's
 
 
 def test_a_sweep_resumed_with_other_rates_trains_with_those(tmp_path):
@@ -110,7 +113,7 @@ def test_a_checkpoint_that_was_moved_away_and_linked_is_still_of_its_folder(chec
     assert sorted(tmp_path.iterdir()) == there
 
 
-def test_a_running_average_begins_at_the_weights_that_a_run_begins_with(tmp_path):
+def test_the_ema_starts_at_the_weights_that_a_run_starts_with(tmp_path):
     model, started = classifier(), classifier()
     ema = classifier()
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
@@ -121,14 +124,14 @@ def test_a_running_average_begins_at_the_weights_that_a_run_begins_with(tmp_path
 
 
 def test_a_folder_that_changed_begins_its_epoch_anew(tmp_path, capsys):
-    """Another number of images is another order."""
+    """Another number of images is shuffled differently, so that the epoch cannot be continued."""
     model = autoencoder()
     keeper = checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1e-3, 0.05))
     keeper.save(Position(3, images=64, dataset=200, totals={"loss": [1.0, 2.0]}), whole_epoch=False)
     for dataset, images in ((200, 64), (0, 64), (209, 0)):
         position = keeper.resume(str(tmp_path / "checkpoint-last.pth"), dataset=dataset)
         assert (position.epoch, position.images, bool(position.totals)) == (3, images, images > 0)
-    assert "200 training images then, 209 now: epoch 3 starts again" in capsys.readouterr().out
+    assert "number of training images changed from 200 to 209: epoch 3 starts again" in capsys.readouterr().out
 
 
 class Batches(list):
@@ -136,7 +139,10 @@ class Batches(list):
 
 
 def test_fewer_ranks_do_not_begin_in_the_midst_of_an_updates_batches(tmp_path):
-    """8 ranks x 32 x 4 have seen 195 batches of an epoch of 50,100 images, all that they can; 4 x 32 x 8 could 391."""
+    """All batches of an epoch that ended on 8 ranks are done, though 4 ranks could make one more.
+
+    50,100 images make 195 batches on 8 ranks x 32 images x 4 accumulated batches, and 391 on 4 x 32 x 8.
+    """
     model = classifier()
     keeper = checkpoints("", model, optim.pretrain_optimizer(model, 1e-3, 0.05), batch_size=128, accum_iter=8)
 
@@ -157,7 +163,7 @@ def test_random_streams_come_back():
 
 
 def test_an_unfused_optimisers_state_steps_fused_here(checkpoint, tmp_path):
-    """The reference's checkpoints say fused: None, which would carry over."""
+    """The reference's checkpoints hold fused: None, which loading their state would carry over."""
     path, _ = checkpoint
     stored = torch.load(path, weights_only=True)
     for group in stored["optimizer"]["param_groups"]:
@@ -224,7 +230,7 @@ def test_resuming_another_architecture_names_both_sides(checkpoint):
         resume(path, autoencoder(embed_dim=32), model="large")
 
 
-def spoiled(path, target, spoil):
+def save_spoiled(path, target, spoil):
     stored = torch.load(path, weights_only=True)
     spoil(stored)
     torch.save(stored, target)
@@ -232,19 +238,19 @@ def spoiled(path, target, spoil):
 
 
 def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_path):
-    """A missing decoder, a wrong head, another job, other classes, other pooling: each named, each with a remedy."""
+    """A missing decoder, a wrong head, another job, other classes or other pooling are named, with a remedy."""
     path, _ = checkpoint
 
     def no_decoder(stored):
         stored["model"] = {k: v for k, v in stored["model"].items() if not k.startswith("decoder")}
 
-    file = spoiled(path, tmp_path / "encoder.pth", no_decoder)
+    file = save_spoiled(path, tmp_path / "encoder.pth", no_decoder)
     with pytest.raises(
         UserError,
         match=r"pass it as --finetune\n  kind: encoder, without head or decoder in the file, autoencoder",
     ):
         resume(file, autoencoder())
-    file = spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="other"))
+    file = save_spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="other"))
     with pytest.raises(UserError, match="of another job, other: pass it as --finetune"):
         resume(file, autoencoder())
 
@@ -286,12 +292,12 @@ def test_a_flipped_byte_of_a_tensor_is_found(checkpoint):
         misc.load_checkpoint(path)
 
 
-def mutated(data, chance):
-    """A copy with some bits flipped, its end cut off, or a piece missing, zeroed or doubled."""
+def damage(data, chance):
+    """Return a copy with some bits flipped, its end cut off, or a piece missing, zeroed or doubled."""
     copy, kind = bytearray(data), chance.choice(["bits", "cut", "gap", "zeros", "doubled"])
     start = chance.randrange(len(copy))
     if chance.random() < 0.3:
-        start = max(0, len(copy) - chance.randrange(1, 4000))  # the archive's directory
+        start = max(0, len(copy) - chance.randrange(1, 4000))  # within the zip archive's directory
     end = min(len(copy), start + chance.choice([1, 10, 1000, 10_000]))
     if kind == "bits":
         for _ in range(chance.choice([1, 1, 8])):
@@ -315,7 +321,7 @@ def test_a_damaged_checkpoint_is_refused_or_loads_the_same_values(source, tmp_pa
     whole, chance, refused = misc.load_checkpoint(str(Path(__file__).parent / source)), random.Random(source), 0
     file = tmp_path / "copy.pth"
     for _ in range(200):
-        file.write_bytes(mutated(data, chance))
+        file.write_bytes(damage(data, chance))
         try:
             loaded = misc.load_checkpoint(str(file))
         except UserError as error:
@@ -386,7 +392,7 @@ def test_flags_that_differ_are_listed_and_another_schedule_is_refused(checkpoint
 
 
 class Hostile:
-    """Unpickled in the ordinary way, this creates a file."""
+    """Object that creates a file when it is unpickled in the ordinary way."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -442,7 +448,7 @@ def test_missing_and_unreachable_sources_say_so(tmp_path, server):
 
 
 def test_a_resumed_run_keeps_the_precision_that_was_chosen_for_it(tmp_path, monkeypatch):
-    """--amp auto measures on a CPU, and could come out differently at the next start."""
+    """On a CPU --amp auto depends on a measurement, which could come out differently at the next start."""
     model = autoencoder()
     optimizer, here = optim.pretrain_optimizer(model, 1.0, 0.5), {"amp": "auto", "device": "cpu"}
     checkpoints(tmp_path, model, optimizer, scaler=LossScaler("bf16", CPU), **here).save(Position(0), whole_epoch=True)

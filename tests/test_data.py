@@ -1,4 +1,4 @@
-"""Bad folders and bad files: found, named, and survived where training can; pictures of any kind become RGB."""
+"""Data: messages for bad folders and bad files, replacement of bad files in training, conversion of images to RGB."""
 
 import io
 import re
@@ -27,7 +27,7 @@ SMALL = "--input_size 28 --batch_size 16 --num_workers 0 --epochs 1 --warmup_epo
 MODEL = {"pretrain": "mae_vit_demo_patch4", "finetune": "vit_demo_patch4", "linprobe": "vit_demo_patch4"}
 
 
-def argv(job, data, out, *more):
+def job_argv(job, data, out, *more):
     head = [] if job == "pretrain" else ["--nb_classes", "10"]
     words = [*SMALL.split(), *head, "--model", MODEL[job], "--data_path", data, "--output_dir", out, *more]
     return [str(word) for word in words]
@@ -35,16 +35,16 @@ def argv(job, data, out, *more):
 
 @pytest.fixture
 def data(images, tmp_path):
-    """A copy of the images to spoil."""
+    """Copy the images, so that a test may spoil them."""
     return shutil.copytree(images, tmp_path / "data")
 
 
-def first(folder):
+def first_class(folder):
     return sorted(path for path in folder.iterdir() if path.is_dir())[0]
 
 
 def rename_class(data):
-    first(data / "val").rename(data / "val" / "zebra")
+    first_class(data / "val").rename(data / "val" / "zebra")
 
 
 BAD_FOLDERS = [
@@ -54,7 +54,11 @@ BAD_FOLDERS = [
     ("pretrain", lambda data: (data / "train" / "empty").mkdir(), "no images in .*train/empty: add some or remove"),
     ("linprobe", lambda data: (data / "val" / "empty").mkdir(), "no images in .*val/empty"),
     ("finetune", rename_class, r"classes of train and val differ. only in .*train: \w+.*; only in .*val: zebra"),
-    ("linprobe", lambda data: shutil.rmtree(first(data / "val")), "classes of train and val differ. only in .*train"),
+    (
+        "linprobe",
+        lambda data: shutil.rmtree(first_class(data / "val")),
+        "classes of train and val differ. only in .*train",
+    ),
 ]
 
 
@@ -62,7 +66,7 @@ BAD_FOLDERS = [
 def test_bad_folders(job, spoil, message, data, tmp_path):
     spoil(data)
     with pytest.raises(UserError, match=message):
-        MAINS[job](argv(job, data, tmp_path / "out"))
+        MAINS[job](job_argv(job, data, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -75,33 +79,33 @@ def test_bad_folders(job, spoil, message, data, tmp_path):
 )
 def test_flags_that_do_not_fit_the_folders(job, more, message, images, tmp_path):
     with pytest.raises(UserError, match=message):
-        MAINS[job](argv(job, images, tmp_path, *more))
+        MAINS[job](job_argv(job, images, tmp_path, *more))
 
 
 def test_classes_that_differ_from_the_checkpoints(data, tmp_path):
-    """On resuming and on evaluation, before training: a head would name the wrong classes."""
-    MAINS["finetune"](argv("finetune", data, tmp_path / "out"))
+    """Resuming and evaluation are refused, since the head would name the wrong classes."""
+    MAINS["finetune"](job_argv("finetune", data, tmp_path / "out"))
     for split in ("train", "val"):
-        first(data / split).rename(data / split / "zebra")
+        first_class(data / split).rename(data / split / "zebra")
     checkpoint = str(tmp_path / "out" / "checkpoint-0.pth")
     for more in (["--resume", checkpoint], ["--resume", checkpoint, "--eval"]):
         with pytest.raises(UserError, match="trained on other classes.*only in --data_path: zebra"):
-            MAINS["finetune"](argv("finetune", data, tmp_path / "out", *more))
+            MAINS["finetune"](job_argv("finetune", data, tmp_path / "out", *more))
 
 
 def spoil_files(folder):
-    """A zero-byte, a truncated and a foreign file, and a decompression bomb, in place of images."""
+    """Replace images by an empty file, a truncated one, an HTML page and a decompression bomb; return their paths."""
     files = sorted(folder.glob("*/*"))[::11]
     whole = files[1].read_bytes()
-    contents = (b"", whole[: len(whole) // 2], b"<html>404</html>", bomb())
+    contents = (b"", whole[: len(whole) // 2], b"<html>404</html>", decompression_bomb())
     for file, content in zip(files, contents, strict=False):
         file.unlink()
         file.write_bytes(content)
     return files[: len(contents)]
 
 
-def bomb():
-    """A PNG that says it is 60,000 pixels wide and high."""
+def decompression_bomb():
+    """Return a PNG file whose header claims 60,000 x 60,000 pixels."""
     out = io.BytesIO()
     Image.new("L", (8, 8)).save(out, "PNG")
     header = struct.pack(">II5B", 60000, 60000, 8, 0, 0, 0, 0)
@@ -113,17 +117,19 @@ def bomb():
 def test_bad_files_are_replaced_named_once_and_counted(workers, data, tmp_path):
     bad = spoil_files(data / "train")
     more = ["--max_bad_images", "0.05", "--epochs", "3", "--num_workers", workers]
-    process = faults.start("pretrain", argv("pretrain", data, tmp_path / "out", *more), tmp_path / "said")
-    assert faults.ended(process) == 0, (tmp_path / "said").read_text()
+    process = faults.start("pretrain", job_argv("pretrain", data, tmp_path / "out", *more), tmp_path / "said")
+    assert faults.exit_code(process) == 0, (tmp_path / "said").read_text()
     said = (tmp_path / "said").read_text()
-    assert [said.count(f"another takes its place: {file}") for file in bad] == [1] * 4, said
+    assert [said.count(f"replaced by another one: {file}") for file in bad] == [1] * 4, said
     assert "4 of 80 images cannot be read" in said and "Traceback" not in said
 
 
 def test_too_many_bad_files_stop_the_run(data, tmp_path):
     spoil_files(data / "train")
-    process = faults.start("pretrain", argv("pretrain", data, tmp_path / "out", "--num_workers", 2), tmp_path / "said")
-    assert faults.ended(process) == 2
+    process = faults.start(
+        "pretrain", job_argv("pretrain", data, tmp_path / "out", "--num_workers", 2), tmp_path / "said"
+    )
+    assert faults.exit_code(process) == 2
     said = (tmp_path / "said").read_text()
     assert re.search(r"images in .*train cannot be read .named above., more than --max_bad_images 0.01", said), said
 
@@ -131,9 +137,9 @@ def test_too_many_bad_files_stop_the_run(data, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_stops_at_the_first_bad_file(workers, data, tmp_path):
     bad = spoil_files(data / "val")[0]
-    words = argv("linprobe", data, tmp_path / "out", "--num_workers", workers)
+    words = job_argv("linprobe", data, tmp_path / "out", "--num_workers", workers)
     process = faults.start("linprobe", words, tmp_path / "said")
-    assert faults.ended(process) == 2
+    assert faults.exit_code(process) == 2
     said = (tmp_path / "said").read_text()
     assert f"error: {bad}: not an image, or empty; evaluation counts every image" in said and "Traceback" not in said
     assert (tmp_path / "out" / "checkpoint-last.pth").is_file()  # what was trained is not lost
@@ -143,16 +149,16 @@ def test_a_val_folder_of_junk_ends_pretraining_in_a_message_and_saved(data, tmp_
     for file in (data / "val").glob("*/*"):
         file.unlink()
         file.write_bytes(b"junk")
-    words = argv("pretrain", data, tmp_path / "out", "--num_workers", 1, "--monitor_freq", 1)
+    words = job_argv("pretrain", data, tmp_path / "out", "--num_workers", 1, "--monitor_freq", 1)
     process = faults.start("pretrain", words, tmp_path / "said")
-    assert faults.ended(process) == 2
+    assert faults.exit_code(process) == 2
     said = (tmp_path / "said").read_text()
     assert "100 images in a row" in said and "--monitor_freq 0" in said and "Traceback" not in said
     assert (tmp_path / "out" / "checkpoint-last.pth").is_file()
 
 
 def test_replacements_are_the_same_for_any_number_of_workers(data):
-    """Which image takes a bad one's place follows from seed, epoch and index."""
+    """The image that takes the place of a bad one follows from seed, epoch and index."""
     spoil_files(data / "train")
 
     def batches(workers):
@@ -177,7 +183,7 @@ def test_loading_leaves_the_training_loops_random_streams_alone(images):
 
 
 def test_hidden_files_are_no_images(data):
-    folder = first(data / "train")
+    folder = first_class(data / "train")
     (folder / "._a.png").write_bytes(b"Mac")
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "b.png").write_bytes(b"thumbnail")
@@ -186,7 +192,7 @@ def test_hidden_files_are_no_images(data):
     assert len(loader.dataset) == 80 and len(loader.dataset.images.classes) == 10
 
 
-def save(img, path, **more):
+def save_and_load(img, path, **more):
     img.save(path, **more)
     return load_array(str(path))
 
@@ -209,7 +215,7 @@ EIGHT_BITS = np.rint(np.linspace(0, 255, 64)).reshape(8, 8)
     ],
 )
 def test_every_depth_is_scaled_to_8_bits_and_not_clipped(img, name, expected, tmp_path):
-    rgb = save(img, tmp_path / name)
+    rgb = save_and_load(img, tmp_path / name)
     assert rgb.shape == (8, 8, 3) and np.abs(rgb - expected[..., None]).max() <= 1
 
 
@@ -218,16 +224,16 @@ def test_alpha_is_laid_over_white(mode, tmp_path):
     if mode == "P":
         img = Image.new("P", (4, 4), 7)
         img.putpalette([0, 0, 0] * 256)
-        rgb = save(img, tmp_path / "a.png", transparency=7)
+        rgb = save_and_load(img, tmp_path / "a.png", transparency=7)
     else:
-        rgb = save(Image.new(mode, (4, 4), (0,) * (len(mode) - 1) + (0,)), tmp_path / "a.png")
+        rgb = save_and_load(Image.new(mode, (4, 4), (0,) * (len(mode) - 1) + (0,)), tmp_path / "a.png")
     assert (rgb == 255).all()
-    half = save(Image.new("RGBA", (4, 4), (200, 0, 0, 128)), tmp_path / "half.png")
+    half = save_and_load(Image.new("RGBA", (4, 4), (200, 0, 0, 128)), tmp_path / "half.png")
     assert np.abs(half[0, 0].astype(int) - [227, 127, 127]).max() <= 1
 
 
 def test_cmyk_and_animations(tmp_path):
-    cmyk = save(Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK"), tmp_path / "c.jpg", quality=95)
+    cmyk = save_and_load(Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK"), tmp_path / "c.jpg", quality=95)
     assert np.abs(cmyk[8, 8].astype(int) - [200, 30, 60]).max() < 12
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
@@ -236,7 +242,7 @@ def test_cmyk_and_animations(tmp_path):
 
 
 def test_files_of_one_kind_have_one_scale(tmp_path):
-    """Whether whole numbers are 16 bits is the format's matter, not that of the numbers in a file."""
+    """Whether integers have 16 bits follows from the file format, not from the values in a file."""
     for low, high in ((0, 60000), (0, 99956)):
         Image.fromarray(np.array([[low, high]], np.int32)).save(tmp_path / "i.tif")
         assert load_array(str(tmp_path / "i.tif"), channels=1).ravel().tolist() == [low, high]
@@ -265,7 +271,7 @@ def test_orientation_is_applied_only_when_asked_for(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image", None])
 def test_unreadable_files_are_bad_images_that_name_themselves(content, tmp_path):
     file = tmp_path / "bad.png"
-    file.write_bytes(bomb() if content is None else content)
+    file.write_bytes(decompression_bomb() if content is None else content)
     with pytest.raises(BadImage, match="bad.png"):
         load_array(str(file))
 
@@ -279,7 +285,7 @@ def test_a_loader_process_hands_a_users_error_over_without_its_traceback():
 def test_one_whole_process_ends_in_one_message(data, tmp_path):
     (data / "train" / "empty").mkdir()
     done = subprocess.run(
-        [sys.executable, "main_pretrain.py", *argv("pretrain", data, tmp_path / "out")],
+        [sys.executable, "main_pretrain.py", *job_argv("pretrain", data, tmp_path / "out")],
         cwd=faults.Path(__file__).parent.parent,
         capture_output=True,
         text=True,

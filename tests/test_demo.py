@@ -1,4 +1,4 @@
-"""The demo's promise: what pre-training on the samples is worth (minutes; pytest -m slow)."""
+"""The demo: pre-training on the samples improves classification (takes minutes; pytest -m slow)."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_demo_shows_what_pretraining_is_worth(script, tmp_path):
     assert all(row in done.stdout for row in rows)
     assert (tmp_path / "reconstruction.png").stat().st_size > 10_000
 
-    # On the same encoder: one block more to train helps, and so does a learned pooling (the paper's Figure 9).
+    # On the same encoder, training one block more helps (the paper's Figure 9), and so does a learned pooling.
     encoder = tmp_path / "pretrain/checkpoint-39.pth"
     words = [*demo.CLASSIFY.split(), "--finetune", encoder, "--model", "vit_demo_patch4"]
     tune = "--batch_size 32 --epochs 5 --warmup_epochs 1 --lr 2e-3 --drop_path 0 --smoothing 0 --aa none --reprob 0"

@@ -1,4 +1,4 @@
-"""Engines: accumulation, exact evaluation, updates whose gradients are not finite."""
+"""Engines: gradient accumulation, exact evaluation, updates whose gradients are not finite."""
 
 import pytest
 import torch
@@ -28,27 +28,27 @@ def train(model, batches, accum_iter, clip_grad=None):
     return model
 
 
-def linear():
+def linear_model():
     torch.manual_seed(0)
     return nn.Linear(6, 3)
 
 
-def batches(count, size=4):
+def random_batches(count, size=4):
     torch.manual_seed(1)
     return [(torch.randn(size, 6), torch.randint(3, (size,))) for _ in range(count)]
 
 
-def merged(parts):
+def concatenate(parts):
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 def test_an_incomplete_last_group_is_an_update_of_its_own_mean():
-    """5 batches by 2: updates of the means of batches 0-1, 2-3 and 4, neither dropped nor halved."""
-    data = batches(5)
-    ours = train(linear(), data, accum_iter=2)
-    expected = train(linear(), [merged(data[:2]), merged(data[2:4]), data[4]], accum_iter=1)
+    """Five batches in groups of two make updates of the means of batches 0-1, 2-3 and 4; the last is not halved."""
+    data = random_batches(5)
+    ours = train(linear_model(), data, accum_iter=2)
+    expected = train(linear_model(), [concatenate(data[:2]), concatenate(data[2:4]), data[4]], accum_iter=1)
     assert torch.allclose(ours.weight, expected.weight, atol=1e-6)
-    assert not torch.allclose(ours.weight, train(linear(), data[:4], accum_iter=2).weight, atol=1e-4)
+    assert not torch.allclose(ours.weight, train(linear_model(), data[:4], accum_iter=2).weight, atol=1e-4)
 
 
 def test_micro_steps_cover_an_epoch():
@@ -59,39 +59,39 @@ def test_micro_steps_cover_an_epoch():
 
 
 def test_clipping_bounds_the_update():
-    before = linear()
+    before = linear_model()
     start = torch.cat([before.weight.flatten(), before.bias]).detach()
-    after = train(linear(), batches(1), accum_iter=1, clip_grad=0.01)
+    after = train(linear_model(), random_batches(1), accum_iter=1, clip_grad=0.01)
     moved = torch.cat([after.weight.flatten(), after.bias]).detach() - start
     assert moved.norm() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
 def test_top5_is_clamped_to_the_number_of_classes(capsys):
-    """With 3 classes "top-5" is top-3; the closing line is the one that people parse."""
-    stats = engine_finetune.evaluate(linear(), batches(2), CPU, LossScaler("off", CPU))
+    """With 3 classes, top-5 accuracy is top-3 accuracy. The closing line keeps its form, since scripts parse it."""
+    stats = engine_finetune.evaluate(linear_model(), random_batches(2), CPU, LossScaler("off", CPU))
     assert stats["acc5"] == 100
     line = capsys.readouterr().out.strip()
     assert line == f"* Acc@1 {stats['acc1']:.3f} Acc@5 100.000 loss {stats['loss']:.3f}"
 
 
-def not_finite(size=4):
+def nan_batch(size=4):
     return torch.full((size, 6), float("nan")), torch.zeros(size, dtype=torch.long)
 
 
 def test_gradients_that_are_not_finite_change_nothing():
-    """One bad batch among three, alone and within an accumulation group: as if its update had not been."""
-    data = batches(3)
-    expected = train(linear(), [data[0], data[2]], accum_iter=1)
-    assert torch.equal(train(linear(), [data[0], not_finite(), data[2]], accum_iter=1).weight, expected.weight)
-    grouped = train(linear(), [data[0], not_finite(), data[2]], accum_iter=2, clip_grad=1.0)
-    assert torch.equal(grouped.weight, train(linear(), [data[2]], accum_iter=1, clip_grad=1.0).weight)
+    """With one bad batch among three, alone or in an accumulation group, its update has no effect."""
+    data = random_batches(3)
+    expected = train(linear_model(), [data[0], data[2]], accum_iter=1)
+    assert torch.equal(train(linear_model(), [data[0], nan_batch(), data[2]], accum_iter=1).weight, expected.weight)
+    grouped = train(linear_model(), [data[0], nan_batch(), data[2]], accum_iter=2, clip_grad=1.0)
+    assert torch.equal(grouped.weight, train(linear_model(), [data[2]], accum_iter=1, clip_grad=1.0).weight)
 
 
 @pytest.mark.parametrize("make", ["adamw", "lars"])
 def test_skipped_updates_leave_the_optimisers_state_alone(make):
-    """Decided by the optimiser from a tensor, without waiting for the device."""
+    """The optimiser itself skips, as a tensor tells it, so that nothing waits for the device."""
     torch.manual_seed(0)
-    model, scaler = linear(), LossScaler("off", CPU)
+    model, scaler = linear_model(), LossScaler("off", CPU)
     if make == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     else:
@@ -103,17 +103,17 @@ def test_skipped_updates_leave_the_optimisers_state_alone(make):
         states = [value.clone() for state in optimizer.state.values() for value in state.values()]
         return skipped.item(), [p.detach().clone() for p in model.parameters()] + states
 
-    good, before = update(batches(1)[0])
-    bad, after = update(not_finite())
-    better, later = update(batches(1)[0])
+    good, before = update(random_batches(1)[0])
+    bad, after = update(nan_batch())
+    better, later = update(random_batches(1)[0])
     assert (good, bad, better) == (False, True, False) and len(before) >= 4
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(after, later, strict=True))
 
 
 def test_a_probes_statistics_survive_a_bad_batch():
-    model = nn.Sequential(nn.BatchNorm1d(6, affine=False), linear())
-    train(model, [*batches(1), not_finite()], accum_iter=1)
+    model = nn.Sequential(nn.BatchNorm1d(6, affine=False), linear_model())
+    train(model, [*random_batches(1), nan_batch()], accum_iter=1)
     assert torch.isfinite(model[0].running_mean).all() and model[0].num_batches_tracked == 1
 
 
@@ -157,7 +157,7 @@ def test_meters_average_windows_and_epoch():
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_stays_near_fp32(amp):
-    """Loss and gradients of an autoencoder under autocast, on the CPU, against fp32."""
+    """Loss and gradients of an autoencoder under autocast on the CPU are close to those in fp32."""
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(16, 4, 3, 32, 2, 2, 16, 1, 2)
     imgs, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)

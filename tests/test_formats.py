@@ -1,4 +1,4 @@
-"""Models go to timm, Hugging Face and ONNX, and come back: judged by those libraries' own loaders."""
+"""Formats: models exported to timm, Hugging Face and ONNX compute the same there, and can be loaded back."""
 
 import json
 
@@ -36,8 +36,8 @@ SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_head
 SMALL_MAE = {**SMALL, "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 4, "norm_pix_loss": True}
 
 
-def randomised(model):
-    """Weights far from their start, so that nothing mixed up could go unseen; LayerNorms that matter."""
+def randomise(model):
+    """Move all weights, those of LayerNorms too, away from their initial values, so that mistakes show."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +47,7 @@ def randomised(model):
 
 
 def autoencoder(size):
-    return randomised(
+    return randomise(
         models_mae.MaskedAutoencoderViT(**SMALL_MAE)
         if size == "small"
         else models_mae.MODELS["mae_vit_base_patch16"](norm_pix_loss=True)
@@ -56,11 +56,11 @@ def autoencoder(size):
 
 def classifier(size, **more):
     build = models_vit.MODELS["vit_base_patch16"] if size == "base" else models_vit.VisionTransformer
-    return randomised(build(**(SMALL if size == "small" else {}), num_classes=3, **more))
+    return randomise(build(**(SMALL if size == "small" else {}), num_classes=3, **more))
 
 
-def stored(folder, model, job, **flags):
-    """A checkpoint as a run would leave it; returns its path."""
+def save_checkpoint(folder, model, job, **flags):
+    """Save a checkpoint as a run would, and return its path."""
     ours = isinstance(model, models_mae.MaskedAutoencoderViT)
     name = "mae_vit_base_patch16" if ours else "vit_base_patch16"
     args = {
@@ -92,7 +92,7 @@ def export(source, to, folder, *more):
     return folder
 
 
-def pictures(model, count=2):
+def random_images(model, count=2):
     return torch.randn(count, model.config["in_chans"], *model.patch_embed.img_size)
 
 
@@ -102,11 +102,11 @@ def assert_same_weights(state, other):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_an_autoencoder_becomes_hugging_faces_and_comes_back(size, tmp_path):
-    """The same noise: the same mask, loss and predictions; the names are those of its released files."""
+    """The same noise gives the same mask, loss and predictions; tensor names are those of Hugging Face's files."""
     model = autoencoder(size)
-    folder = export(stored(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
+    folder = export(save_checkpoint(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder).eval()
-    imgs = pictures(model)
+    imgs = random_images(model)
     noise = torch.rand(2, model.patch_embed.num_patches)
     with torch.no_grad():
         loss, pred, mask = model(imgs, 0.75, noise)
@@ -126,7 +126,7 @@ def test_an_autoencoder_becomes_hugging_faces_and_comes_back(size, tmp_path):
 def test_every_generation_of_hugging_faces_names_is_read(generation, tmp_path):
     model = autoencoder("small")
     released = to_hugging_face(model.state_dict())
-    folder = export(stored(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
+    folder = export(save_checkpoint(tmp_path / "run", model, "pretrain"), "hf", tmp_path / "hf")
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder)
     theirs.save_pretrained(tmp_path / "saved")
     state = {
@@ -135,7 +135,7 @@ def test_every_generation_of_hugging_faces_names_is_read(generation, tmp_path):
         "as saved": load_file(tmp_path / "saved" / "model.safetensors"),
     }[generation]
     assert_same_weights(recognise(state).state, model.state_dict())
-    # without the prefix, as a bare encoder of theirs
+    # without the prefix, as transformers saves an encoder alone
     bare = {name.removeprefix("vit."): value for name, value in state.items() if not name.startswith("decoder")}
     found = recognise(bare | {"pooler.dense.weight": torch.zeros(1)})
     assert found.left_out == ["pooler.dense.weight"] and found.kind == "Hugging Face's ViT"
@@ -148,12 +148,12 @@ def test_a_classifier_on_the_class_token_becomes_hugging_faces_and_comes_back(pr
     model = classifier("small", global_pool=False)
     if probe:
         models_vit.make_linear_probe(model)
-        model.train()(pictures(model, 16) * 3 + 1)  # statistics that matter
+        model.train()(random_images(model, 16) * 3 + 1)  # BatchNorm statistics far from their initial values
         model.eval()
-    source = stored(tmp_path / "run", model, "linprobe" if probe else "finetune")
+    source = save_checkpoint(tmp_path / "run", model, "linprobe" if probe else "finetune")
     folder = export(source, "hf", tmp_path / "hf")
     theirs = transformers.ViTForImageClassification.from_pretrained(folder).eval()
-    imgs = pictures(model)
+    imgs = random_images(model)
     with torch.no_grad():
         torch.testing.assert_close(theirs(pixel_values=imgs).logits, model(imgs), rtol=1e-5, atol=1e-5)
     assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "eel"} and theirs.config.layer_norm_eps == 1e-6
@@ -165,9 +165,9 @@ def test_a_classifier_on_the_class_token_becomes_hugging_faces_and_comes_back(pr
 
 @pytest.mark.parametrize(("side", "flags"), [(32, {}), (32, {"crop_pct": 1.0}), (384, {})])
 def test_hugging_faces_image_processor_sees_what_evaluation_sees(side, flags, tmp_path):
-    """Within what another implementation of the bicubic filter makes."""
+    """The pixels agree within the differences between two implementations of the bicubic filter."""
     model = models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": side, "patch_size": side // 4})
-    folder = export(stored(tmp_path / "run", model, "pretrain", **flags), "hf", tmp_path / "hf")
+    folder = export(save_checkpoint(tmp_path / "run", model, "pretrain", **flags), "hf", tmp_path / "hf")
     file = next((SAMPLES.parent.parent / "tests" / "photos").glob("*.jpg"))
     picture = Image.open(file).convert("RGB")
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
@@ -181,18 +181,19 @@ def test_hugging_faces_image_processor_sees_what_evaluation_sees(side, flags, tm
 def test_models_become_timms_and_come_back(size, kind, tmp_path):
     if kind == "encoder":
         model = autoencoder(size)
-        source = stored(tmp_path / "run", model, "pretrain")
+        source = save_checkpoint(tmp_path / "run", model, "pretrain")
     else:
         model = classifier(size, global_pool=kind == "pooled")
         if kind == "probe":
             models_vit.make_linear_probe(model, heads=2)
-            model.train()(pictures(model, 4) * 3 + 1)
+            model.train()(random_images(model, 4) * 3 + 1)
             model.eval()
-        source = stored(tmp_path / "run", model, "linprobe" if kind == "probe" else "finetune")
+        source = save_checkpoint(tmp_path / "run", model, "linprobe" if kind == "probe" else "finetune")
     folder = export(source, "timm", tmp_path / "timm")
     usage = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("model = timm."))
-    theirs = eval(usage.replace("FOLDER", str(folder)).split(" = ", 1)[1], {"timm": timm}).eval()  # as the card says
-    imgs = pictures(model)
+    # The command in the model card builds the model.
+    theirs = eval(usage.replace("FOLDER", str(folder)).split(" = ", 1)[1], {"timm": timm}).eval()
+    imgs = random_images(model)
     with torch.no_grad():
         if kind == "encoder":
             trunk = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
@@ -221,19 +222,19 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["encoder", "pooled", "attentive"])
 def test_models_become_onnx(size, kind, tmp_path):
-    """For any number of images."""
+    """The exported model takes any number of images."""
     if kind == "encoder":
         model = autoencoder(size)
-        source = stored(tmp_path / "run", model, "pretrain")
+        source = save_checkpoint(tmp_path / "run", model, "pretrain")
     else:
         model = classifier(size, global_pool=kind == "pooled")
         if kind == "attentive":
             models_vit.make_linear_probe(model, attentive=True).eval()
-        source = stored(tmp_path / "run", model, "linprobe" if kind == "attentive" else "finetune")
+        source = save_checkpoint(tmp_path / "run", model, "linprobe" if kind == "attentive" else "finetune")
     folder = export(source, "onnx", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     for count in (1, 3):
-        imgs = pictures(model, count)
+        imgs = random_images(model, count)
         (found,) = session.run(None, {"images": imgs.numpy()})
         with torch.no_grad():
             if kind == "encoder":
@@ -246,7 +247,7 @@ def test_models_become_onnx(size, kind, tmp_path):
 
 def test_the_encoder_alone_goes_out_and_starts_finetuning(tmp_path, capsys):
     model = autoencoder("small")
-    folder = export(stored(tmp_path / "run", model, "pretrain"), "encoder", tmp_path / "encoder")
+    folder = export(save_checkpoint(tmp_path / "run", model, "pretrain"), "encoder", tmp_path / "encoder")
     state = load_file(folder / "encoder.safetensors")
     assert not any(name.startswith(("decoder", "mask_token", "head")) for name in state)
     fresh = classifier("small", global_pool=True)
@@ -256,17 +257,17 @@ def test_the_encoder_alone_goes_out_and_starts_finetuning(tmp_path, capsys):
 
 
 def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
-    """A grid of 2 x 8 could be taken for one of 4 x 4, pixels for ImageNet's."""
-    model = randomised(models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (16, 64)}))
-    source = stored(tmp_path / "run", model, "pretrain", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=1.0)
+    """The shapes alone do not tell a grid of 2 x 8 from one of 4 x 4, nor the mean and std from ImageNet's."""
+    model = randomise(models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (16, 64)}))
+    source = save_checkpoint(tmp_path / "run", model, "pretrain", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=1.0)
     ours = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
     for to in ("encoder", "timm"):
         folder = export(source, to, tmp_path / to)
         back = load_checkpoint(str(folder))
         trunk = models_vit.from_checkpoint(back, str(folder), trunk_only=True).eval()
-        imgs = pictures(model)
+        imgs = random_images(model)
         assert torch.equal(trunk.forward_features(imgs), ours.forward_features(imgs))
-        assert Pixels.of(back["args"], 3).mean == (0.3,) * 3
+        assert Pixels.from_args(back["args"], 3).mean == (0.3,) * 3
         fresh = classifier("small", global_pool=True)
         weights.load_pretrained(str(folder), fresh, {"mean": [0.485, 0.456, 0.406]})
         said = capsys.readouterr().out
@@ -275,8 +276,8 @@ def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
 
 @pytest.mark.parametrize(("to", "crop_pct"), [("hf", 1.0), ("hf", 0.85), ("timm", 0.85)])
 def test_a_classifier_that_comes_back_takes_pixels_as_before(to, crop_pct, images, tmp_path):
-    model = randomised(models_vit.VisionTransformer(**SMALL, num_classes=3, global_pool=False))
-    source = stored(tmp_path / "run", model, "finetune", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=crop_pct)
+    model = randomise(models_vit.VisionTransformer(**SMALL, num_classes=3, global_pool=False))
+    source = save_checkpoint(tmp_path / "run", model, "finetune", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=crop_pct)
     tables = []
     for resume in (source, str(export(source, to, tmp_path / to))):
         main_predict.main(["--resume", resume, "--images", str(images / "val"), "--output", str(tmp_path / "p.csv")])
@@ -285,23 +286,27 @@ def test_a_classifier_that_comes_back_takes_pixels_as_before(to, crop_pct, image
 
 
 def test_an_export_takes_the_place_of_another_in_the_same_folder(tmp_path):
-    first = stored(tmp_path / "a", classifier("small", global_pool=False), "finetune", mean=[0.1] * 3, std=[0.2] * 3)
-    second = stored(tmp_path / "b", autoencoder("small"), "pretrain", mean=[0.9] * 3, std=[0.2] * 3)
+    first = save_checkpoint(
+        tmp_path / "a", classifier("small", global_pool=False), "finetune", mean=[0.1] * 3, std=[0.2] * 3
+    )
+    second = save_checkpoint(tmp_path / "b", autoencoder("small"), "pretrain", mean=[0.9] * 3, std=[0.2] * 3)
     for to in ("timm", "encoder"):
         export(first, "hf", tmp_path / "out")
         back = load_checkpoint(str(export(second, to, tmp_path / "out")))
-        assert Pixels.of(back["args"], 3).mean == (0.9,) * 3 and "head.weight" not in back["model"]
+        assert Pixels.from_args(back["args"], 3).mean == (0.9,) * 3 and "head.weight" not in back["model"]
 
 
 def test_weights_do_not_take_the_config_of_others_for_their_own(tmp_path):
-    folder = export(stored(tmp_path / "run", autoencoder("small"), "pretrain"), "encoder", tmp_path / "out")
+    folder = export(save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain"), "encoder", tmp_path / "out")
     save_file(autoencoder("small").state_dict(), folder / "mine.safetensors")
     assert "model_config" not in load_checkpoint(str(folder / "mine.safetensors"))
 
 
 def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):
     model = classifier("small", global_pool=True)
-    folder = export(stored(tmp_path / "run", model, "finetune"), "timm", tmp_path / "timm", "--license", "cc-by-4.0")
+    folder = export(
+        save_checkpoint(tmp_path / "run", model, "finetune"), "timm", tmp_path / "timm", "--license", "cc-by-4.0"
+    )
     text = (folder / "README.md").read_text()
     for line in (
         "data | pets",
@@ -333,7 +338,7 @@ def test_what_the_other_library_cannot_run_is_said(model, to, message, tmp_path)
     model = model()
     job = "pretrain" if isinstance(model, models_mae.MaskedAutoencoderViT) else "finetune"
     with pytest.raises(UserError, match=message):
-        export(stored(tmp_path / "run", model, job), to, tmp_path / "out")
+        export(save_checkpoint(tmp_path / "run", model, job), to, tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -349,7 +354,7 @@ def test_what_the_other_library_cannot_run_is_said(model, to, message, tmp_path)
 )
 def test_an_encoder_that_does_not_fit_is_told_with_both_sides(theirs, message, tmp_path):
     other = models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, **theirs})
-    source = stored(tmp_path / "run", other, "pretrain")
+    source = save_checkpoint(tmp_path / "run", other, "pretrain")
     with pytest.raises(UserError, match=message):
         weights.load_pretrained(source, classifier("small", global_pool=True), {"model": "small"})
 
@@ -364,7 +369,7 @@ def test_files_that_are_no_vision_transformer_are_told(tmp_path):
 
 
 def test_all_zero_positions_are_warned_of(tmp_path, capsys):
-    """transformers, from a configuration, leaves them so."""
+    """A model that transformers builds from a configuration has positions of zero."""
     config = transformers.ViTMAEConfig(
         image_size=32,
         patch_size=8,
@@ -383,12 +388,12 @@ def test_all_zero_positions_are_warned_of(tmp_path, capsys):
     theirs.save_pretrained(tmp_path / "hf")
     weights.load_pretrained(str(tmp_path / "hf"), classifier("small", global_pool=True))
     said = capsys.readouterr().out
-    assert "positions are all zero" in said and "eps 1e-12, ours is 1e-6" in said
+    assert "positions are all zero" in said and "LayerNorm eps of 1e-12; the models here use 1e-6" in said
     assert "(Hugging Face's ViTMAE, encoder and decoder)" in said
 
 
 def test_the_commands_take_hugging_faces_folders(images, tmp_path, capsys):
-    """Pre-training goes on from one, fine-tuning starts from one, a classifier's is evaluated and names images."""
+    """Pre-training resumes from one, fine-tuning starts from one, and a classifier's is evaluated and predicts."""
     small = ["--device", "cpu", "--amp", "off", "--num_workers", "0", "--batch_size", "16", "--input_size", "28"]
     train = [*small, "--data_path", str(images), "--epochs", "1", "--warmup_epochs", "0"]
     mae = ["--model", "mae_vit_demo_patch4", "--monitor_freq", "0"]

@@ -1,6 +1,7 @@
-"""The arithmetic is the reference's: every file of golden/ against the project's own models, engines and optimisers.
+"""Golden tests: models, engines and optimisers compute the numbers that the reference has computed.
 
-MAE_GOLDEN names another folder of the same form (default: tests/golden); every size comes from its meta.json.
+The environment variable MAE_GOLDEN may name another folder with files of the same form as tests/golden; all sizes come
+from its meta.json.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def load(name, device="cpu"):
     return load_file(GOLDEN / f"{name}.safetensors", str(device))
 
 
-def part(tensors, prefix):
+def select_prefix(tensors, prefix):
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -61,7 +62,7 @@ SPEED = {  # attention, compiled, grad_checkpoint
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """The device that the arithmetic runs on, in full fp32."""
+    """Device of the models, with matrix products in full fp32."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
     assert not torch.backends.cuda.matmul.allow_tf32
@@ -70,13 +71,13 @@ def device(request):
 
 @pytest.fixture
 def looser(device):
-    """The factor of every tolerance: a GPU adds up in another order."""
+    """Factor of every tolerance: greater on a GPU, which sums in another order."""
     return 10 if device.type == "cuda" else 1
 
 
 @pytest.fixture(params=SPEED)
 def fast(request, device):
-    """Sets up a model with each speed-up: the same bounds must hold."""
+    """Function that applies a speed-up to a model; the same tolerances hold for all of them."""
     attention, compiled, grad_checkpoint = SPEED[request.param]
     if compiled and device.type == "cpu" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
@@ -85,16 +86,16 @@ def fast(request, device):
 
 def autoencoder(norm_pix_loss):
     model = MaskedAutoencoderViT(**ENCODER, **DECODER, norm_pix_loss=norm_pix_loss)
-    model.load_state_dict(part(load("mae_forward"), "state/"))
+    model.load_state_dict(select_prefix(load("mae_forward"), "state/"))
     return model
 
 
-def schedule_of(run):
+def build_schedule(run):
     return CosineSchedule(run["lr"], run["min_lr"], run["warmup_epochs"], run["epochs"])
 
 
 class Recorder(nn.Module):
-    """The model handed to an engine: feeds stored noise, notes every loss and learning rate."""
+    """Model that an engine trains with the stored noise, and that records every loss and learning rate."""
 
     def __init__(self, model, optimizer, noise=None):
         super().__init__()
@@ -102,7 +103,7 @@ class Recorder(nn.Module):
         self.losses, self.lrs = [], []
 
     def forward(self, imgs, mask_ratio=None, noise=None):
-        # A group's own lr divided by its scale is the schedule's.
+        # A group's learning rate divided by its scale is the schedule's.
         group = self.optimizer.param_groups[0]
         self.lrs.append(group["lr"] / group.get("lr_scale", 1.0))
         if mask_ratio is None:
@@ -112,17 +113,17 @@ class Recorder(nn.Module):
         return loss, pred, mask
 
 
-def updater_of(run, recorder, device, amp):
+def build_updater(run, recorder, device, amp):
     scaler = LossScaler(amp, device)
     settings = {"accum_iter": run["accum_iter"], "clip_grad": run.get("clip_grad")}
-    return Updater(recorder, recorder.optimizer, schedule_of(run), scaler, **settings)
+    return Updater(recorder, recorder.optimizer, build_schedule(run), scaler, **settings)
 
 
-def check_final(model, final, lr_sum, looser):
-    """Every tensor within 1e-5, times looser.
+def assert_final_weights(model, final, lr_sum, looser):
+    """Assert that every tensor is within 1e-5, times looser, of the reference's.
 
-    The key third of a qkv bias, whose true gradient is zero, so that AdamW amplifies rounding: finite, and within twice
-    the sum of the learning rates applied.
+    Only the keys' third of a qkv bias may differ by twice the sum of the learning rates: its true gradient is zero, so
+    that AdamW amplifies the rounding.
     """
     state = model.state_dict()
     assert set(state) == set(final)
@@ -159,7 +160,7 @@ def test_patchify_and_back():
 @pytest.mark.parametrize("ratio", CONFIG["mask_ratios"])
 def test_mae_forward_and_gradients(norm_pix, ratio, device, looser):
     golden, model = load("mae_forward", device), autoencoder(norm_pix).to(device)
-    expected = part(golden, f"forward/norm_pix={norm_pix}/mask_ratio={ratio}/")
+    expected = select_prefix(golden, f"forward/norm_pix={norm_pix}/mask_ratio={ratio}/")
     latent, mask, ids_restore = model.forward_encoder(golden["imgs"], ratio, golden["noise"])
     assert torch.equal(mask, expected["mask"]) and torch.equal(ids_restore, expected["ids_restore"])
     assert_close(latent, expected["latent"], 1e-5 * looser, "latent")
@@ -168,7 +169,7 @@ def test_mae_forward_and_gradients(norm_pix, ratio, device, looser):
     assert_close(loss.reshape(1), expected["loss"], 1e-5 * looser, "loss")
     assert_close(pred, expected["pred"], 1e-5 * looser, "pred")
     loss.backward()
-    norms = part(expected, "grad_norm/")
+    norms = select_prefix(expected, "grad_norm/")
     trained = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == set(norms)
     for name, norm in norms.items():
@@ -178,7 +179,7 @@ def test_mae_forward_and_gradients(norm_pix, ratio, device, looser):
 def test_learning_rate_schedule():
     facts = META["lr_schedule"]
     for epoch, lr in facts["points"]:
-        assert schedule_of(facts).at(epoch) == pytest.approx(lr, abs=1e-6 * facts["lr"])
+        assert build_schedule(facts).at(epoch) == pytest.approx(lr, abs=1e-6 * facts["lr"])
 
 
 def test_lars_steps():
@@ -221,7 +222,7 @@ def run_pretraining(golden, run, fast, device, amp="off"):
     fast(model)
     optimizer = optim.pretrain_optimizer(model, run["lr"], run["weight_decay"])
     recorder = Recorder(model, optimizer, golden["noise"])
-    updater = updater_of(run, recorder, device, amp)
+    updater = build_updater(run, recorder, device, amp)
     loader = [(imgs, None) for imgs in golden["imgs"]]
     stats = [
         engine_pretrain.train_one_epoch(recorder, loader, updater, epoch, mask_ratio=run["mask_ratio"])
@@ -236,15 +237,15 @@ def test_pretraining_run(fast, device, looser):
     assert_close(recorder.lrs, golden["lrs"], 1e-6, "learning rates")
     assert_close(recorder.losses, golden["losses"], 1e-5 * looser, "losses")
     assert stats == [pytest.approx(expected, abs=1e-5 * looser) for expected in run["epoch_stats"]]
-    check_final(model, part(golden, "final/"), sum(recorder.lrs[:: run["accum_iter"]]), looser)
+    assert_final_weights(model, select_prefix(golden, "final/"), sum(recorder.lrs[:: run["accum_iter"]]), looser)
 
 
 def test_optimizer_state_is_stored_in_the_published_order():
-    """The stored checkpoint is the end of the stored run: our moments must be its moments, one by one."""
+    """The stored checkpoint is the end of the stored run, so that its moments equal those of the same run here."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         stored = torch.load(GOLDEN / "reference_pretrain_checkpoint.pth", weights_only=True)
     golden, run = load("pretrain_run"), META["pretrain_run"]
-    if not all(torch.equal(stored["model"][name], value) for name, value in part(golden, "final/").items()):
+    if not all(torch.equal(stored["model"][name], value) for name, value in select_prefix(golden, "final/").items()):
         pytest.skip("this set's checkpoint is of another run")
     _, optimizer, _, _ = run_pretraining(golden, run, lambda model: None, torch.device("cpu"))
     ours = optimizer.state_dict()
@@ -255,22 +256,23 @@ def test_optimizer_state_is_stored_in_the_published_order():
 
 
 def run_classifier(golden, run, model, optimizer, criterion, device, amp="off"):
-    """Train with the project's engine; returns the learning rates and the loss of each batch, and the epochs' means."""
+    """Train with the project's engine; return learning rates and losses of the batches, and the means of the epochs."""
     recorder, losses, size = Recorder(model, optimizer), [], run["batch_size"]
 
-    def noting(logits, targets):
+    def recorded_criterion(logits, targets):
         losses.append(criterion(logits, targets))
         return losses[-1]
 
     loader = list(zip(golden["train/imgs"].split(size), golden["train/targets"].split(size), strict=True))
-    updater = updater_of(run, recorder, device, amp)
+    updater = build_updater(run, recorder, device, amp)
     stats = [
-        engine_finetune.train_one_epoch(recorder, noting, loader, updater, epoch) for epoch in range(run["epochs"])
+        engine_finetune.train_one_epoch(recorder, recorded_criterion, loader, updater, epoch)
+        for epoch in range(run["epochs"])
     ]
     return recorder.lrs, [loss.item() for loss in losses], stats
 
 
-def check_classifier(golden, run, model, losses, stats, looser):
+def assert_classifier(golden, run, model, losses, stats, looser):
     assert_close(losses, golden["losses"], 1e-5 * looser, "losses")
     assert stats == [pytest.approx(expected, abs=1e-5 * looser) for expected in run.get("epoch_stats", stats)]
     model.eval()
@@ -278,24 +280,24 @@ def check_classifier(golden, run, model, losses, stats, looser):
         assert_close(model(golden["val/imgs"]), golden["val/logits"], 1e-5 * looser, "logits")
 
 
-def finetuning(golden, run, fast, device, amp="off"):
-    """Fine-tune as in the golden run; returns the model and what run_classifier returns."""
+def run_finetuning(golden, run, fast, device, amp="off"):
+    """Fine-tune as in the golden run; return the model and the results of run_classifier."""
     model = VisionTransformer(
         **ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"], drop_path_rate=run["drop_path"]
     )
-    model.load_state_dict(part(golden, "init/"))
+    model.load_state_dict(select_prefix(golden, "init/"))
     fast(model.to(device))
     optimizer = optim.finetune_optimizer(model, run["lr"], run["weight_decay"], run["layer_decay"])
     criterion = LabelSmoothingCrossEntropy(run["smoothing"])
     return model, *run_classifier(golden, run, model, optimizer, criterion, device, amp)
 
 
-def probing(golden, run, fast, device, amp="off"):
-    """Train a linear probe as in the golden run; returns the model and what run_classifier returns."""
+def run_probing(golden, run, fast, device, amp="off"):
+    """Train a linear probe as in the golden run; return the model and the results of run_classifier."""
     model = make_linear_probe(
         VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"])
     )
-    model.load_state_dict(part(golden, "init/"))
+    model.load_state_dict(select_prefix(golden, "init/"))
     fast(model.to(device))
     optimizer = optim.probe_optimizer(model, [run["lr"]], run["weight_decay"])
     return model, *run_classifier(golden, run, model, optimizer, nn.CrossEntropyLoss(), device, amp)
@@ -304,9 +306,9 @@ def probing(golden, run, fast, device, amp="off"):
 @pytest.mark.parametrize("name", ["finetune_run_avg", "finetune_run_cls"])
 def test_finetuning_run(name, fast, device, looser):
     golden, run = load(name, device), META[name]
-    model, lrs, losses, stats = finetuning(golden, run, fast, device)
-    check_classifier(golden, run, model, losses, stats, looser)
-    check_final(model, part(golden, "final/"), sum(lrs[:: run["accum_iter"]]), looser)
+    model, lrs, losses, stats = run_finetuning(golden, run, fast, device)
+    assert_classifier(golden, run, model, losses, stats, looser)
+    assert_final_weights(model, select_prefix(golden, "final/"), sum(lrs[:: run["accum_iter"]]), looser)
 
     sizes = [run["batch_size"], run["batch_size"]]  # unequal: N, N, the rest
     sizes.append(len(golden["val/imgs"]) - sum(sizes))
@@ -318,16 +320,16 @@ def test_finetuning_run(name, fast, device, looser):
 
 def test_linear_probing_run(device, looser):
     golden, run = load("linprobe_run", device), META["linprobe_run"]
-    model, lrs, losses, stats = probing(golden, run, lambda model: None, device)
-    check_classifier(golden, run, model, losses, stats, looser)
-    check_final(model, part(golden, "final/"), sum(lrs), looser)
+    model, lrs, losses, stats = run_probing(golden, run, lambda model: None, device)
+    assert_classifier(golden, run, model, losses, stats, looser)
+    assert_final_weights(model, select_prefix(golden, "final/"), sum(lrs), looser)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ["pretrain_run", "finetune_run_avg", "finetune_run_cls", "linprobe_run"])
 def test_losses_in_bf16_with_compiled_blocks(name):
-    """The default on a GPU: every batch's loss within 2 % of the fp32 run's."""
+    """With the defaults on a GPU the loss of every batch is within 2 % of that of the fp32 run."""
     device = torch.device("cuda")
     golden, run = load(name, device), META[name]
 
@@ -337,16 +339,16 @@ def test_losses_in_bf16_with_compiled_blocks(name):
     if name == "pretrain_run":
         losses = run_pretraining(golden, run, fast, device, "bf16")[2].losses
     elif name == "linprobe_run":
-        losses = probing(golden, run, fast, device, "bf16")[2]
+        losses = run_probing(golden, run, fast, device, "bf16")[2]
     else:
-        losses = finetuning(golden, run, fast, device, "bf16")[2]
+        losses = run_finetuning(golden, run, fast, device, "bf16")[2]
     assert losses == pytest.approx(golden["losses"].tolist(), rel=0.02)
 
 
 @pytest.mark.parametrize("over_http", [False, True])
 @pytest.mark.parametrize("name", ["finetune_run_avg", "finetune_run_cls"])
 def test_reference_checkpoint_starts_finetuning(name, over_http, server, tmp_path):
-    """From a file and from a server on loopback; the keys left out are the reference's."""
+    """From a file or from a server, the missing and surplus keys are those that the reference reports."""
     run = META[name]
     model = VisionTransformer(**ENCODER, num_classes=CONFIG["classes"], global_pool=run["global_pool"])
     source = str(GOLDEN / "reference_pretrain_checkpoint.pth")
@@ -360,7 +362,7 @@ def test_reference_checkpoint_starts_finetuning(name, over_http, server, tmp_pat
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune"])
 def test_reference_checkpoint_resumes(job):
-    """Model, optimiser state (each moment at a parameter of its shape) and epoch of the reference's own files."""
+    """Model, epoch and optimiser state are restored, each moment at the parameter of its shape."""
     source = str(GOLDEN / f"reference_{job}_checkpoint.pth")
     stored = misc.load_checkpoint(source)
     if job == "pretrain":

@@ -1,4 +1,4 @@
-"""On a CUDA device: nothing waits for it between logging steps, the speed-ups leave the numbers alone, runs resume."""
+"""CUDA devices: no step waits for the device, speed-ups leave the numbers alone, runs resume."""
 
 import os
 import random
@@ -7,7 +7,7 @@ import signal
 import faults
 import pytest
 import torch
-from runs import EVERY_STEP, assert_same_end, finish, same, state, wait_for, words
+from runs import EVERY_STEP, assert_same_end, finish, job_argv, same, state, wait_for
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -27,7 +27,7 @@ SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads
 
 
 class Batches:
-    """Batches on the device; between the first logging step and the last, waiting for the device is an error."""
+    """Batches on the device; waiting for the device is an error between the first logging step and the last."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -47,7 +47,7 @@ class Batches:
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 @pytest.mark.parametrize("job", ["pretrain", "grid", "block", "finetune", "linprobe"])
 def test_no_step_waits_for_the_device(job, amp):
-    """grid, block: pre-training with such masks."""
+    """The jobs "grid" and "block" are pre-training with masks of that kind."""
     imgs, targets = torch.randn(8, 3, 32, 32, device=CUDA), torch.zeros(8, dtype=torch.long, device=CUDA)
     loader, scaler = Batches([(imgs, targets)] * 12), LossScaler(amp, CUDA)
     if job in ("pretrain", "grid", "block"):
@@ -88,11 +88,11 @@ def test_speed_ups_leave_the_numbers_alone(setting):
 
 
 def test_a_sharded_optimiser_goes_on_from_its_checkpoint():
-    """Of one rank, whose ZeRO holds everything; ours is made so with several ranks only."""
+    """One rank suffices here: its ZeroRedundancyOptimizer holds the whole state."""
     torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
 
-        def optimizer_of(model):
+        def build_optimizer(model):
             return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3, fused=True)
 
         def step(model, optimizer):
@@ -102,14 +102,14 @@ def test_a_sharded_optimiser_goes_on_from_its_checkpoint():
 
         torch.manual_seed(0)
         model = nn.Linear(4, 3).to(CUDA)
-        optimizer = optimizer_of(model)
+        optimizer = build_optimizer(model)
         step(model, optimizer)
         dist.gather_optimizer(optimizer)
         state, weights = optimizer.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
         step(model, optimizer)
         again = nn.Linear(4, 3).to(CUDA)
         again.load_state_dict(weights)
-        other = optimizer_of(again)
+        other = build_optimizer(again)
         dist.load_optimizer(other, state)
         step(again, other)
         assert torch.equal(again.weight, model.weight) and not other.state
@@ -120,19 +120,19 @@ def test_a_sharded_optimiser_goes_on_from_its_checkpoint():
 @pytest.mark.parametrize("attention", ["plain", "fused"])
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
 def test_a_killed_run_resumes_to_the_same_bits(job, attention, images, tmp_path):
-    """As tests/test_interruptions.py does on the CPU: bf16, without compilation, killed three times in mid-epoch."""
+    """The run, in bf16 and without compilation, is killed three times in mid-epoch."""
     more = ["--device", "cuda", "--amp", "bf16", "--no_compile", "--attention", attention, "--num_workers", 2]
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
     finish(images, tmp_path / "undisturbed", *more, job=job)
     chance = random.Random(job)
     for _ in range(3):
-        argv = words(images, tmp_path / "killed", *EVERY_STEP, *more, "--resume", "auto", job=job)
+        argv = job_argv(images, tmp_path / "killed", *EVERY_STEP, *more, "--resume", "auto", job=job)
         process = faults.start(job, argv, tmp_path / "killed" / "out")
         wait_for(tmp_path / "killed" / "out", r"epoch \d+/\d+ \[|trained")
         process.join(chance.uniform(0, 0.6))
         process.kill()
-        assert faults.ended(process) in (-signal.SIGKILL, 0)
+        assert faults.exit_code(process) in (-signal.SIGKILL, 0)
     finish(images, tmp_path / "killed", *more, job=job)
     assert_same_end(tmp_path / "killed", tmp_path / "undisturbed")
 
@@ -143,11 +143,11 @@ def test_a_compiled_run_resumes_on_the_gpu(images, tmp_path):
     for name in ("undisturbed", "stopped"):
         (tmp_path / name).mkdir()
     finish(images, tmp_path / "undisturbed", *more)
-    argv = words(images, tmp_path / "stopped", *more)
+    argv = job_argv(images, tmp_path / "stopped", *more)
     process = faults.start("pretrain", argv, tmp_path / "stopped" / "out", ("slow_steps", 0.1))
     wait_for(tmp_path / "stopped" / "out", r"epoch 1/\d+ \[1/", timeout=120)
     os.kill(process.pid, signal.SIGTERM)
-    assert faults.ended(process) == 143, (tmp_path / "stopped" / "out").read_text()[-3000:]
+    assert faults.exit_code(process) == 143, (tmp_path / "stopped" / "out").read_text()[-3000:]
     finish(images, tmp_path / "stopped", *more)
     ours, theirs = state(tmp_path / "stopped"), state(tmp_path / "undisturbed")
     assert same(ours["rng"], theirs["rng"]) and ours["epoch"] == theirs["epoch"]

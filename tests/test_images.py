@@ -1,4 +1,4 @@
-"""What the data path makes of a picture: Pillow's pixels, exact boxes, flips and normalisation, the stated crops."""
+"""Images: pixels as Pillow decodes and resizes them, flips, normalisation, and the distribution of crops."""
 
 import os
 import random
@@ -15,7 +15,7 @@ from util.data import datasets, images, loaders, transforms
 from util.data.images import Pixels, load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
-FOLDER = os.environ.get("MAE_PHOTOS")  # a folder of other photographs to compare on
+FOLDER = os.environ.get("MAE_PHOTOS")  # another folder of photographs to compare on
 BOXES = 5
 
 
@@ -23,12 +23,12 @@ def photographs():
     return sorted(Path(FOLDER).rglob("*.JPEG")) + sorted(Path(FOLDER).rglob("*.jpg")) if FOLDER else PHOTOS
 
 
-def with_pillow(file):
+def decode_with_pillow(file):
     return np.asarray(Image.open(file).convert("RGB"))
 
 
-def differences(file):
-    """|ours - Pillow's| over BOXES crops, whose boxes follow from the seed."""
+def pixel_differences(file):
+    """Return the absolute differences to Pillow's pixels, in levels, over BOXES crops with fixed seeds."""
     picture = Image.open(file).convert("RGB")
     levels = []
     for seed in range(BOXES):
@@ -47,7 +47,7 @@ def differences(file):
 def test_crops_are_pillows_within_half_a_level():
     means, high = {}, {}
     for file in photographs():
-        found = differences(file)
+        found = pixel_differences(file)
         means[file.name], high[file.name] = found.mean().item(), np.quantile(found.numpy(), 0.999)
     assert max(means.values()) <= 0.5 and max(high.values()) <= 8, (means, high)
     print(f"{len(means)} photographs: mean at most {max(means.values()):.3f}, 99.9 % at most {max(high.values()):.0f}")
@@ -55,7 +55,7 @@ def test_crops_are_pillows_within_half_a_level():
 
 @pytest.mark.parametrize("file", PHOTOS, ids=lambda file: file.name)
 def test_decoded_pixels_are_pillows_bit_for_bit(file, monkeypatch):
-    expected = with_pillow(file)
+    expected = decode_with_pillow(file)
     assert np.array_equal(load_array(str(file)), expected)
     monkeypatch.setattr(images, "simplejpeg", None)
     assert np.array_equal(load_array(str(file)), expected), "without simplejpeg"
@@ -70,17 +70,17 @@ def test_plain_jpegs_do_not_go_through_pillow(monkeypatch):
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_odd_jpegs_get_pillows_pixels(mode, tmp_path):
     Image.open(PHOTOS[1]).convert(mode).save(tmp_path / "odd.jpg", quality=90)
-    assert np.array_equal(load_array(str(tmp_path / "odd.jpg")), with_pillow(tmp_path / "odd.jpg"))
+    assert np.array_equal(load_array(str(tmp_path / "odd.jpg")), decode_with_pillow(tmp_path / "odd.jpg"))
 
 
 def test_damaged_jpegs_are_pillows_to_judge(tmp_path):
-    """Cut off: bad. A stray byte between segments, which Pillow forgives: Pillow's pixels."""
+    """A file that is cut off is bad; one with a stray byte between segments, which Pillow accepts, is not."""
     data = PHOTOS[1].read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     with pytest.raises(images.BadImage, match="cut.jpg"):
         load_array(str(tmp_path / "cut.jpg"))
     (tmp_path / "stray.jpg").write_bytes(data + b"\0" * 7)
-    assert np.array_equal(load_array(str(tmp_path / "stray.jpg")), with_pillow(PHOTOS[1]))
+    assert np.array_equal(load_array(str(tmp_path / "stray.jpg")), decode_with_pillow(PHOTOS[1]))
 
 
 def test_flipped_pixels_are_the_same_ones_mirrored():
@@ -113,7 +113,7 @@ def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
 
 
 def test_crops_follow_the_stated_distribution():
-    """Area uniform, aspect log-uniform in 3/4 to 4/3, position uniform."""
+    """The area is uniform, the aspect ratio log-uniform between 3/4 and 4/3, and the position uniform."""
     random.seed(0)
     boxes = torch.tensor([transforms.random_box(1000, 1000, (0.2, 0.5)) for _ in range(6000)]).double()
     top, left, height, width = boxes.T
@@ -125,7 +125,7 @@ def test_crops_follow_the_stated_distribution():
 
 
 def test_pretraining_crops_are_distributed_as_torchvisions():
-    """Where boxes may not fit: means and quantiles of 6,000 draws of each, and the same box when no draw can fit."""
+    """Ten quantiles of 6,000 draws agree where boxes may not fit, and so does the box if no draw can fit."""
     random.seed(0), torch.manual_seed(0)
     image = torch.zeros(3, 300, 500)
     ours = torch.tensor([transforms.random_box(300, 500, (0.2, 1.0)) for _ in range(6000)]).double()
@@ -167,7 +167,7 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
     assert torch.equal(alone, epoch(1)) and torch.equal(alone, epoch(2))
 
 
-def folder_of(root, count):
+def make_class_folders(root, count):
     for name in ("a", "b"):
         (root / "train" / name / "deeper").mkdir(parents=True)
         for number in range(count):
@@ -179,7 +179,7 @@ def folder_of(root, count):
 
 
 def test_the_listing_is_torchvisions(tmp_path):
-    root = folder_of(tmp_path, 12)
+    root = make_class_folders(tmp_path, 12)
     (root / "a" / ".hidden.jpg").unlink(), (root / "b" / ".hidden.jpg").unlink()
     theirs = ImageFolder(root)
     ours = datasets.Images(root, None, Pixels())

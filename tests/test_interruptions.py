@@ -1,4 +1,4 @@
-"""Whatever stops a run, it goes on from where it was and ends with the same bits."""
+"""Interruptions: whatever stops a run, it resumes where it was and ends with the same bits."""
 
 import os
 import random
@@ -11,34 +11,34 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from runs import EVERY_STEP, assert_same_end, finish, log, state, wait_for, words
+from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait_for
 
 from util.data.loaders import EpochSampler
 
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
 def test_killed_at_random_moments(job, images, undisturbed, tmp_path):
-    """Ten kills in all, between the start and some way into a run that saves at every step; then it may finish."""
+    """Runs that save after every update are killed ten times in all, and then finish."""
     chance = random.Random(job)
     for _ in range({"pretrain": 6, "finetune": 2, "linprobe": 2}[job]):
         more = [*EVERY_STEP, "--num_workers", chance.choice([0, 2]), "--resume", "auto"]
-        process = faults.start(job, words(images, tmp_path, *more, job=job), tmp_path / "out")
+        process = faults.start(job, job_argv(images, tmp_path, *more, job=job), tmp_path / "out")
         wait_for(tmp_path / "out", r"epoch \d+ \[|trained")
         process.join(chance.uniform(0, 0.6))
         process.kill()
-        assert faults.ended(process) in (-signal.SIGKILL, 0)
+        assert faults.exit_code(process) in (-signal.SIGKILL, 0)
     finish(images, tmp_path, "--num_workers", 2, job=job)
     assert_same_end(tmp_path, undisturbed / job)
 
 
 @pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
 def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, tmp_path):
-    """One checkpoint, the exit code of the signal, and the same end for any number of workers."""
-    argv = words(images, tmp_path, "--num_workers", 2)
+    """The run saves one checkpoint, exits with the signal's code, and resumes with another number of workers."""
+    argv = job_argv(images, tmp_path, "--num_workers", 2)
     process = faults.start("pretrain", argv, tmp_path / "out", ("slow_steps", 0.1))
     wait_for(tmp_path / "out", r"epoch 1/\d+ \[1/")
     os.kill(process.pid, getattr(signal, sent))
-    assert faults.ended(process) == code, (tmp_path / "out").read_text()
+    assert faults.exit_code(process) == code, (tmp_path / "out").read_text()
     said = (tmp_path / "out").read_text()
     assert f"stopped by {sent} in epoch 1" in said and "checkpoint-last.pth" in said and "Traceback" not in said
     stopped = state(tmp_path)
@@ -49,7 +49,7 @@ def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, 
 
 
 def test_two_signals_end_at_once(images, tmp_path):
-    argv = words(images, tmp_path, "--num_workers", 0)
+    argv = job_argv(images, tmp_path, "--num_workers", 0)
     process = faults.start("pretrain", argv, tmp_path / "out", ("slow_steps", 3))
     wait_for(tmp_path / "out", "of them trained")
     time.sleep(0.5)
@@ -57,13 +57,13 @@ def test_two_signals_end_at_once(images, tmp_path):
     time.sleep(0.2)
     start = time.time()
     os.kill(process.pid, signal.SIGTERM)
-    assert faults.ended(process) in (-signal.SIGTERM, 143) and time.time() - start < 1
+    assert faults.exit_code(process) in (-signal.SIGTERM, 143) and time.time() - start < 1
     assert not list(tmp_path.glob("checkpoint-*.pth"))
 
 
 def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_to_save(images, undisturbed, tmp_path, script):
-    """As a terminal's Ctrl-C or a scheduler sends it."""
-    argv = words(images, tmp_path, "--num_workers", 2, "--epochs", 300)
+    """A terminal's Ctrl-C and some schedulers signal the loader processes, too."""
+    argv = job_argv(images, tmp_path, "--num_workers", 2, "--epochs", 300)
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "main_pretrain.py", *map(str, argv)],
@@ -94,31 +94,33 @@ def _processes_of(group: int) -> list[int]:
 
 
 def test_two_ranks_agree_on_where_to_stop(images, tmp_path):
-    """SIGTERM to one of them: both save once and exit 143, and end as an undisturbed pair does."""
+    """After SIGTERM to one rank both save and exit with 143; resumed, they end as an undisturbed pair does."""
     pair = ["--accum_iter", "1", "--num_workers", "0"]
     for name, fault in (("whole", ()), ("cut", ("slow_steps", 0.1))):
         (tmp_path / name).mkdir()
-        argv, out = words(images, tmp_path / name, *pair), tmp_path / name / "out"
+        argv, out = job_argv(images, tmp_path / name, *pair), tmp_path / name / "out"
         processes = faults.start_ranks("pretrain", argv, out, fault)
         if fault:
             wait_for(tmp_path / name / "out-0", r"epoch 1/\d+ \[1/")
             os.kill(processes[1].pid, signal.SIGTERM)
-        codes = [faults.ended(process) for process in processes]
+        codes = [faults.exit_code(process) for process in processes]
         assert codes == ([143, 143] if fault else [0, 0]), (tmp_path / name / "out-1").read_text()
     assert 0 < state(tmp_path / "cut")["position"]["images"] < 80 and len(state(tmp_path / "cut")["rng"]) == 2
     again = faults.start_ranks(
-        "pretrain", words(images, tmp_path / "cut", *pair, "--resume", "auto"), tmp_path / "cut" / "out"
+        "pretrain", job_argv(images, tmp_path / "cut", *pair, "--resume", "auto"), tmp_path / "cut" / "out"
     )
-    assert [faults.ended(process) for process in again] == [0, 0], (tmp_path / "cut" / "out-0").read_text()
+    assert [faults.exit_code(process) for process in again] == [0, 0], (tmp_path / "cut" / "out-0").read_text()
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("first", [0, 7])
 def test_nan_on_one_rank_changes_nothing_and_stops_both(first, images, tmp_path):
-    argv = words(images, tmp_path, "--accum_iter", "1", "--num_workers", "0", "--epochs", "50", "--max_bad_steps", "3")
+    argv = job_argv(
+        images, tmp_path, "--accum_iter", "1", "--num_workers", "0", "--epochs", "50", "--max_bad_steps", "3"
+    )
     start = time.time()
     processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("nan_loss", 1, first))
-    assert [faults.ended(process, 60) for process in processes] == [1, 1] and time.time() - start < 60
+    assert [faults.exit_code(process, 60) for process in processes] == [1, 1] and time.time() - start < 60
     said = (tmp_path / "out-0").read_text()
     assert "loss was not finite on rank 1" in said and "--max_bad_steps 3 in a row" in said, said
     assert f"from step {first % 5} on" in said and "Traceback" not in said
@@ -130,13 +132,13 @@ def test_nan_on_one_rank_changes_nothing_and_stops_both(first, images, tmp_path)
 
 
 def test_a_killed_loader_process_ends_the_run_with_a_message(images, tmp_path):
-    argv = words(images, tmp_path, "--num_workers", 2, "--epochs", 300)
+    argv = job_argv(images, tmp_path, "--num_workers", 2, "--epochs", 300)
     process = faults.start("pretrain", argv, tmp_path / "out")
     wait_for(tmp_path / "out", r"epoch 0/\d+ \[10/10\]")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     os.kill(int(children[0]), signal.SIGKILL)
-    assert faults.ended(process, 60) == 1
+    assert faults.exit_code(process, 60) == 1
     said = (tmp_path / "out").read_text()
     assert "A loader process died" in said and "--resume auto" in said and "Traceback" not in said, said
     assert not Path(f"/proc/{children[1]}").exists(), "an orphan"
@@ -162,7 +164,7 @@ errors.run(lambda: main_pretrain.main(sys.argv[2:]))
 def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
     (tmp_path / "dying.py").write_text(DYING)
     pair = ["--accum_iter", "1", "--num_workers", "0", "--resume", "auto"]
-    whole = faults.start_ranks("pretrain", words(images, tmp_path / "whole", *pair), tmp_path / "out")
+    whole = faults.start_ranks("pretrain", job_argv(images, tmp_path / "whole", *pair), tmp_path / "out")
     done = script(
         "-m",
         "torch.distributed.run",
@@ -173,18 +175,18 @@ def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
         1,
         tmp_path / "dying.py",
         tmp_path / "marker",
-        *words(images, tmp_path / "cut", *pair),
+        *job_argv(images, tmp_path / "cut", *pair),
         PYTHONPATH=".",
         OMP_NUM_THREADS="1",
     )
-    assert [faults.ended(process) for process in whole] == [0, 0]
+    assert [faults.exit_code(process) for process in whole] == [0, 0]
     assert done.returncode == 0 and (tmp_path / "marker").exists(), done.stderr[-3000:]
     assert "resuming from" in done.stdout
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_another_number_of_ranks_keeps_schedule_and_images(images, tmp_path, monkeypatch):
-    """Stopped in mid-epoch on one rank, on with two, and the other way: the same images of the epoch, each once."""
+    """A run that changes between one and two ranks in mid-epoch uses every image of the epoch once."""
 
     def order(world, batch_size, first_step):
         parts = []
@@ -209,16 +211,16 @@ def test_another_number_of_ranks_keeps_schedule_and_images(images, tmp_path, mon
         folder = tmp_path / name
         folder.mkdir()
         start, go_on = (faults.start_ranks, _alone) if name == "shrink" else (_alone, faults.start_ranks)
-        argv = words(images, folder, *before, "--num_workers", 0)
+        argv = job_argv(images, folder, *before, "--num_workers", 0)
         processes = start("pretrain", argv, folder / "a", ("slow_steps", 0.1))
         wait_for(folder / ("a-0" if name == "shrink" else "a"), r"epoch 1/\d+ \[1/")
         os.kill(processes[0].pid, signal.SIGTERM)
-        assert {faults.ended(process) for process in processes} == {143}
+        assert {faults.exit_code(process) for process in processes} == {143}
         at = state(folder)["position"]["images"]
         assert 0 < at < 80 and at % 16 == 0
-        argv = words(images, folder, *after, "--num_workers", 0, "--resume", "auto")
+        argv = job_argv(images, folder, *after, "--num_workers", 0, "--resume", "auto")
         processes = go_on("pretrain", argv, folder / "b")
-        assert {faults.ended(process) for process in processes} == {0}
+        assert {faults.exit_code(process) for process in processes} == {0}
         said = (folder / ("b" if name == "shrink" else "b-0")).read_text()
         assert f"(epoch 1, {at} images done)" in said and state(folder)["optimizer"]["state"][0]["step"] == 15
         assert _rates(folder) == pytest.approx(undisturbed_rates, rel=1e-6)

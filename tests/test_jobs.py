@@ -1,10 +1,10 @@
-"""The three scripts on real images: published commands, going on, two processes."""
+"""Jobs: the three training scripts on real images, with the published commands, resumed, and on two ranks."""
 
 import json
 
 import pytest
 import torch
-from conftest import link
+from conftest import link_images
 
 import main_finetune
 import main_linprobe
@@ -13,7 +13,7 @@ from util.errors import UserError
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
 
-# The published flags, word for word; SMALL then makes them fit 80 pictures of 28 x 28 pixels.
+# The published flags, word for word; SMALL then overrides some, to fit 80 images of 28 x 28 pixels.
 PRETRAIN = (
     "--batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 --epochs 800 --warmup_epochs 40 "
     "--blr 1.5e-4 --weight_decay 0.05"
@@ -32,7 +32,7 @@ def flags(*parts, **values):
     return [w for p in parts for w in p.split()] + [w for k, v in values.items() for w in (f"--{k}", str(v))]
 
 
-def log_of(folder):
+def log_lines(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
@@ -50,7 +50,7 @@ def pretrained(images, tmp_path_factory):
 def test_published_pretraining_command(pretrained):
     stored = torch.load(pretrained, weights_only=True)
     assert stored["epoch"] == 0 and stored["args"]["mask_ratio"] == 0.75 and stored["model_config"]["norm_pix_loss"]
-    (line,) = log_of(pretrained.parent)
+    (line,) = log_lines(pretrained.parent)
     assert set(line) == {"train_loss", "train_lr", "test_loss", "test_knn", "epoch", "n_parameters", "data_wait"}
     assert line["n_parameters"] == sum(v.numel() for k, v in stored["model"].items() if "pos_embed" not in k)
     assert list(pretrained.parent.glob("events.out.tfevents.*"))
@@ -59,7 +59,7 @@ def test_published_pretraining_command(pretrained):
 @pytest.mark.parametrize(("job", "published"), [("finetune", FINETUNE), ("linprobe", PROBE)])
 def test_published_classifier_commands_and_their_evaluation(job, published, pretrained, images, tmp_path, capsys):
     MAINS[job](flags(published, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, finetune=pretrained))
-    (line,) = log_of(tmp_path)
+    (line,) = log_lines(tmp_path)
     assert set(line) == {
         "train_loss",
         "train_lr",
@@ -75,7 +75,7 @@ def test_published_classifier_commands_and_their_evaluation(job, published, pret
     trained = capsys.readouterr().out
     assert "new here: " in trained and "not used: decoder_blocks.*" in trained
 
-    # --eval of what was saved gives what was logged; it needs no train/ folder
+    # --eval of the checkpoint prints the logged figures; it needs no train/ folder.
     (tmp_path / "val").symlink_to(images / "val")
     token = "--cls_token" if job == "linprobe" else ""
     MAINS[job](flags(EVALUATE, SMALL_VIT, token, data_path=tmp_path, resume=tmp_path / "checkpoint-0.pth"))
@@ -83,7 +83,7 @@ def test_published_classifier_commands_and_their_evaluation(job, published, pret
     assert capsys.readouterr().out.splitlines()[-1] == expected
 
 
-def test_probing_leaves_the_trunk_alone(pretrained, images, tmp_path):
+def test_probing_leaves_the_encoder_alone(pretrained, images, tmp_path):
     main_linprobe.main(flags(PROBE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=2, finetune=pretrained))
     before, after = (
         torch.load(path, weights_only=True)["model"] for path in (pretrained, tmp_path / "checkpoint-1.pth")
@@ -95,7 +95,7 @@ def test_probing_leaves_the_trunk_alone(pretrained, images, tmp_path):
 def test_resume_goes_on_at_the_next_epoch(images, tmp_path):
     path = pretrain(images, tmp_path, "--save_freq 1", epochs=2)
     pretrain(images, tmp_path, "--resume_override", epochs=3, resume=path)
-    assert [line["epoch"] for line in log_of(tmp_path)] == [0, 1, 2]
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1, 2]
     stored = torch.load(tmp_path / "checkpoint-2.pth", weights_only=True)
     assert stored["epoch"] == 2 and stored["optimizer"]["state"][0]["step"] == 3 * 5
 
@@ -107,7 +107,7 @@ def test_patch_size_overrides_the_models(images, tmp_path):
 
 
 def test_too_small_a_head_names_the_flag_to_pass(images, tmp_path):
-    """A head smaller than the folders is an error that says which flag to pass."""
+    """A head with fewer outputs than there are class folders is an error that names the flag."""
     with pytest.raises(UserError, match="pass --nb_classes 10"):
         main_finetune.main(flags(FINETUNE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, nb_classes=3))
 
@@ -132,7 +132,7 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("job", MAINS)
 def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp_path, script):
-    """torchrun, gloo, with accumulation; the ranks' random numbers (masks, mixup) differ all the same."""
+    """The parameters agree after training with accumulation, though masks and mixup differ between the ranks."""
     (tmp_path / "dump.py").write_text(DUMP)
     published = {
         "pretrain": f"{PRETRAIN} {SMALL} --model mae_vit_demo_patch4",
@@ -160,16 +160,16 @@ def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp
     assert ranks[0]["stats"] == ranks[1]["stats"] and ranks[0]["next"] != ranks[1]["next"]
     before = torch.load(pretrained, weights_only=True)["model"] if job != "pretrain" else {}
     assert job == "linprobe" or not torch.equal(ranks[0]["model"]["cls_token"], before.get("cls_token", torch.zeros(1)))
-    assert len(log_of(tmp_path)) == 2 and done.stdout.count("trained 2 epochs") == 1
+    assert len(log_lines(tmp_path)) == 2 and done.stdout.count("trained 2 epochs") == 1
 
 
 @pytest.mark.parametrize("share", ["", "--dist_eval"])
 def test_evaluation_counts_every_image_once_on_two_processes(share, images, pretrained, tmp_path, script, capsys):
-    """30 images on 2 ranks in batches of 4: the closing line is that of one process, shared or not."""
+    """The closing line for 29 images on 2 ranks is that of one process, with and without --dist_eval."""
     main_linprobe.main(flags(PROBE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, finetune=pretrained))
-    # 29 images: not divisible by 2
+    # 29 images, a number that 2 ranks cannot share equally.
     val = tmp_path / "data" / "val"
-    link(images / "val", val)
+    link_images(images / "val", val)
     next(iter(sorted(val.glob("*/*")))).unlink()
     words = flags(
         "--eval --cls_token",
@@ -188,14 +188,14 @@ def test_evaluation_counts_every_image_once_on_two_processes(share, images, pret
     assert [line for line in done.stdout.splitlines() if line.startswith("* Acc@1")] == [expected]
 
 
-def test_the_running_average_is_the_same_on_all_ranks(images, tmp_path, script):
-    """What two ranks say of it, each of its share, is what one says of the checkpoint's."""
+def test_the_ema_is_the_same_on_all_ranks(images, tmp_path, script):
+    """Two ranks that evaluate the EMA, each on its share, get the loss that one process gets from the checkpoint."""
     average = "--model_ema --model_ema_decay 0.9 --dist_eval --amp off"
     words = flags(average, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1)
     done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "main_finetune.py", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     done = script("main_finetune.py", *words, "--eval", "--resume", tmp_path / "checkpoint-0.pth")
-    assert f"loss {log_of(tmp_path)[-1]['test_ema_loss']:.3f}" in done.stdout.splitlines()[-1]
+    assert f"loss {log_lines(tmp_path)[-1]['test_ema_loss']:.3f}" in done.stdout.splitlines()[-1]
 
 
 def test_the_scripts_run_as_commands(images, pretrained, tmp_path, script):

@@ -1,4 +1,4 @@
-"""Who started the processes, and submitit's jobs."""
+"""Detection of the launcher, and submitit's jobs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import faults
 import pytest
 import torch
 from conftest import ROOT
-from runs import assert_same_end, words
+from runs import assert_same_end, job_argv
 
 import main_submitit
 from util import options
@@ -31,8 +31,8 @@ SRUN = {
 
 
 @pytest.fixture
-def bare(monkeypatch):
-    """No launcher; what a test sets goes again."""
+def no_launcher(monkeypatch):
+    """Remove all launchers' environment variables, and afterwards those that the test has set."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "SUBMITIT_", "MASTER_")) or "RANK" in name or "WORLD_SIZE" in name:
             monkeypatch.delenv(name)
@@ -42,78 +42,81 @@ def bare(monkeypatch):
         del os.environ[name]
 
 
-def test_sruns_variables_make_the_group(bare):
+def test_sruns_variables_make_the_group(no_launcher):
     for name, value in SRUN.items():
-        bare.setenv(name, value)
-    assert launchers.adopt() == []
+        no_launcher.setenv(name, value)
+    assert launchers.set_torchrun_env() == []
     found = [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")]
     assert found == ["9", "11", "1", "3", "node1"]
 
 
-def test_a_batch_script_without_srun_is_one_process(bare):
+def test_a_batch_script_without_srun_is_one_process(no_launcher):
     for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
-        bare.setenv(name, SRUN[name])
-    bare.setenv("SLURM_NTASKS", "8")
-    assert launchers.adopt() == [] and "WORLD_SIZE" not in os.environ
+        no_launcher.setenv(name, SRUN[name])
+    no_launcher.setenv("SLURM_NTASKS", "8")
+    assert launchers.set_torchrun_env() == [] and "WORLD_SIZE" not in os.environ
 
 
-def test_submitits_own_processes_within_srun_are_a_group(bare):
+def test_submitits_own_processes_within_srun_are_a_group(no_launcher):
     mine = {"GLOBALID": "1", "NTASKS": "2", "LOCALID": "1", "JOB_ID": "5"}
     for name, value in {**SRUN, **{f"SUBMITIT_LOCAL_{name}": value for name, value in mine.items()}}.items():
-        bare.setenv(name, value)
-    assert launchers.adopt() == [] and os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
+        no_launcher.setenv(name, value)
+    assert launchers.set_torchrun_env() == [] and os.environ["RANK"] == "1" and os.environ["WORLD_SIZE"] == "2"
 
 
-def test_every_process_says_that_the_machine_has_too_few_gpus(bare):
-    bare.setattr(torch.cuda, "is_available", lambda: True)
-    bare.setattr(torch.cuda, "device_count", lambda: 2)
-    bare.setenv("LOCAL_WORLD_SIZE", "4")
+def test_every_process_says_that_the_machine_has_too_few_gpus(no_launcher):
+    no_launcher.setattr(torch.cuda, "is_available", lambda: True)
+    no_launcher.setattr(torch.cuda, "device_count", lambda: 2)
+    no_launcher.setenv("LOCAL_WORLD_SIZE", "4")
     for rank in range(4):
-        bare.setenv("LOCAL_RANK", str(rank))
+        no_launcher.setenv("LOCAL_RANK", str(rank))
         assert "need 4 GPU(s), one each, and it has 2" in options.device_problems("cuda")[0]
-    bare.setattr(torch.cuda, "device_count", lambda: 4)
+    no_launcher.setattr(torch.cuda, "device_count", lambda: 4)
     assert options.device_problems("cuda") == []
     assert "the 4 processes of this machine take a GPU each" in options.device_problems("cuda:0")[0]
-    bare.setattr(torch.cuda, "device_count", lambda: 1)
-    bare.setenv("SLURM_STEP_NUM_TASKS", "4")  # which shows each its own
+    no_launcher.setattr(torch.cuda, "device_count", lambda: 1)
+    no_launcher.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun, which shows each process a GPU of its own
     assert options.device_problems("cuda") == [] and launchers.gpu_index(1) == 0
 
 
-def test_torchrun_within_srun_decides(bare):
+def test_torchrun_within_srun_decides(no_launcher):
     for name, value in {**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
-        bare.setenv(name, value)
-    assert launchers.adopt() == [] and os.environ["RANK"] == "3"
+        no_launcher.setenv(name, value)
+    assert launchers.set_torchrun_env() == [] and os.environ["RANK"] == "3"
 
 
-def test_open_mpis_variables_need_the_flag(bare):
+def test_open_mpis_variables_need_the_flag(no_launcher):
     for name, value in (("RANK", "1"), ("SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")):
-        bare.setenv(f"OMPI_COMM_WORLD_{name}", value)
-    assert launchers.adopt() == [] and "RANK" not in os.environ
-    assert launchers.adopt(dist_on_itp=True) == []
+        no_launcher.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    assert launchers.set_torchrun_env() == [] and "RANK" not in os.environ
+    assert launchers.set_torchrun_env(dist_on_itp=True) == []
     assert os.environ["RANK"] == "1" and os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_ranks_without_an_address_to_meet_at_are_told(bare):
-    bare.setenv("RANK", "0")
-    bare.setenv("WORLD_SIZE", "2")
-    assert launchers.adopt() == [launchers.NO_HOST] and launchers.adopt(dist_url="tcp://node1:1") == []
-    bare.setenv("MASTER_ADDR", "node1")
-    assert launchers.adopt() == [] and os.environ["MASTER_PORT"] == "29500"
+def test_ranks_without_an_address_to_meet_at_are_told(no_launcher):
+    no_launcher.setenv("RANK", "0")
+    no_launcher.setenv("WORLD_SIZE", "2")
+    assert (
+        launchers.set_torchrun_env() == [launchers.NO_HOST]
+        and launchers.set_torchrun_env(dist_url="tcp://node1:1") == []
+    )
+    no_launcher.setenv("MASTER_ADDR", "node1")
+    assert launchers.set_torchrun_env() == [] and os.environ["MASTER_PORT"] == "29500"
 
 
-def test_the_cores_of_a_node_are_shared_out_once(bare):
-    bare.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    bare.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launchers.cores() == 4  # torchrun: all see all
-    bare.setenv("SLURM_CPUS_ON_NODE", "64")
-    assert launchers.cores() == 16  # srun has bound each task to its own
-    bare.setenv("SLURM_CPUS_ON_NODE", "8")
-    assert launchers.cores() == 2  # not bound, and only half of the node is the job's
+def test_the_cores_of_a_node_are_shared_out_once(no_launcher):
+    no_launcher.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    no_launcher.setenv("LOCAL_WORLD_SIZE", "4")
+    assert launchers.cores() == 4  # under torchrun every process may use all cores
+    no_launcher.setenv("SLURM_CPUS_ON_NODE", "64")
+    assert launchers.cores() == 16  # srun has bound each task to cores of its own
+    no_launcher.setenv("SLURM_CPUS_ON_NODE", "8")
+    assert launchers.cores() == 2  # no binding, and the job has only half of the node
 
 
 def submission(images, folder, *more, job="pretrain", executor="local", tasks=2):
     own = [job, "--job_dir", folder, "--executor", executor, "--ngpus", 0, "--tasks", tasks, "--timeout", 60]
-    return list(map(str, [*own, "--", *words(images, folder, *more, job=job)]))
+    return list(map(str, [*own, "--", *job_argv(images, folder, *more, job=job)]))
 
 
 def submit(*args, **more):
@@ -128,17 +131,17 @@ def submit(*args, **more):
 
 
 @pytest.fixture
-def refused(bare, refusal):
-    """Submit in this process what can't be; returns the message."""
-    bare.setenv("PYTHONPATH", "")  # which the launcher extends
+def submit_refused(no_launcher, refusal):
+    """Function that submits in this process a job that is refused; it returns the message."""
+    no_launcher.setenv("PYTHONPATH", "")  # the launcher extends it
     return lambda *args, **more: refusal(lambda: main_submitit.main(submission(*args, **more)))
 
 
 def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, tmp_path):
-    """The signal that ends SLURM's time: saved, queued again, and at the end the bits of an undisturbed run."""
+    """After the signal for the end of SLURM's time the run saves, is queued again, and ends with the same bits."""
     pair = ["--batch_size", 4, "--num_workers", 0, "--epochs", 6]
-    for process in faults.start_ranks("pretrain", words(images, tmp_path / "whole", *pair), tmp_path / "out"):
-        assert faults.ended(process) == 0
+    for process in faults.start_ranks("pretrain", job_argv(images, tmp_path / "whole", *pair), tmp_path / "out"):
+        assert faults.exit_code(process) == 0
     job = submit(images, tmp_path / "job", *pair)
     log = tmp_path / "job" / "log.txt"
     end = time.time() + 120
@@ -158,12 +161,12 @@ def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, t
     [
         (["--epochs", 0], "--epochs 0 must be at least 1"),
         (["--no_such_flag"], "unrecognized arguments"),
-        (["--resume", "x.pth"], "begins with --finetune or anew"),
+        (["--resume", "x.pth"], "resumes from its own folder only (--resume auto); omit the flag"),
         (["--overwrite"], "choose another --job_dir"),
     ],
 )
-def test_submitit_says_at_once_what_is_wrong_with_the_jobs_flags(flags, expected, images, tmp_path, refused):
-    assert expected in refused(images, tmp_path / "job", *flags)
+def test_submitit_says_at_once_what_is_wrong_with_the_jobs_flags(flags, expected, images, tmp_path, submit_refused):
+    assert expected in submit_refused(images, tmp_path / "job", *flags)
     assert not (tmp_path / "job").exists()
 
 
@@ -182,15 +185,15 @@ def test_submitits_debug_runs_in_this_process(images, tmp_path):
     assert len([json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]) == 2
 
 
-def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, monkeypatch, refused):
+def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, monkeypatch, submit_refused):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert "--executor local" in refused(images, tmp_path / "job", executor="slurm")
+    assert "--executor local" in submit_refused(images, tmp_path / "job", executor="slurm")
 
 
-def test_sbatchs_refusal_is_a_message(images, tmp_path, monkeypatch, refused):
+def test_sbatchs_refusal_is_a_message(images, tmp_path, monkeypatch, submit_refused):
     (tmp_path / "bin").mkdir()
     for name in ("srun", "sbatch"):
         (tmp_path / "bin" / name).write_text("#!/bin/sh\necho invalid partition specified: typo >&2\nexit 1\n")
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    assert "invalid partition specified: typo" in refused(images, tmp_path / "job", executor="slurm")
+    assert "invalid partition specified: typo" in submit_refused(images, tmp_path / "job", executor="slurm")

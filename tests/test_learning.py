@@ -1,4 +1,4 @@
-"""A short training learns where things are: predictions of one image differ between its patches."""
+"""Learning: after a short training the predictions for an image differ between its patches."""
 
 import pytest
 import torch
@@ -17,8 +17,11 @@ CPU = torch.device("cpu")
 
 
 def spread_of_masked_predictions(zero_positions: bool) -> float:
-    """Standard deviation over an image's masked patches (per pixel of the patch, then averaged over pixels and
-    images) of the predictions, as a share of the target's, after 15 epochs on 500 images."""
+    """Pre-train for 15 epochs on 500 images; return how much predictions vary between the patches of an image.
+
+    That is the standard deviation over an image's masked patches, for each pixel of the patch, averaged over pixels
+    and images, as a share of the target's.
+    """
     torch.manual_seed(0)
     pictures = ImageFolder(SAMPLES / "train", TF.to_tensor)
     imgs = torch.stack([pictures[i][0] for i in range(0, len(pictures), 4)])
@@ -49,6 +52,6 @@ def test_masked_predictions_differ_between_patches():
 
 
 def test_without_positions_they_would_not():
-    """The same measurement fails when positions are zero: it can tell."""
+    """Without position embeddings the same measurement fails, which shows that it can."""
     with pytest.raises(AssertionError):
         assert spread_of_masked_predictions(zero_positions=True) >= 0.2

@@ -1,4 +1,4 @@
-"""Models: what the golden data, all of one shape, cannot show."""
+"""Models: masks, other shapes, initial weights and sizes, which the golden data of one shape cannot show."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_initial_weights_are_the_papers():
     [("base_patch16", 85.8), ("large_patch16", 303.3), ("huge_patch14", 630.8), ("small_patch16", 21.7)],
 )
 def test_published_sizes(name, encoder_millions):
-    """ViT-B/L/H without head: 86, 303 (304 with positions) and 631 M."""
+    """Encoders without head have 86 (ViT-B), 303 (ViT-L; 304 with positions) and 631 (ViT-H) million parameters."""
     with torch.device("meta"):
         vit = models_vit.VisionTransformer(
             **{**models_vit.MODELS[f"vit_{name}"].keywords, "num_classes": 10, "global_pool": False}
@@ -75,7 +75,7 @@ def test_published_sizes(name, encoder_millions):
 
 @pytest.mark.parametrize("size", ["demo_patch4", "tiny_patch16", "small_patch16", "base_patch16", "large_patch16"])
 def test_every_autoencoder_has_its_classifier(size):
-    """Same names and shapes, so that every encoder can be fine-tuned."""
+    """Names and shapes of the tensors agree, so that every encoder can be fine-tuned."""
     mae = models_mae.MODELS[f"mae_vit_{size}"]
     vit = models_vit.MODELS[f"vit_{size}"]
     shared = ("patch_size", "embed_dim", "depth", "num_heads")
@@ -85,8 +85,7 @@ def test_every_autoencoder_has_its_classifier(size):
 
 @pytest.mark.parametrize("pool", [True, False])
 def test_classifier_pools_as_told(pool):
-    """Permuting the patch tokens' positions with the patches leaves both poolings alone; the class token only
-    matters where it is pooled."""
+    """Permuting patches with their positions changes neither; the class token matters only where it is pooled."""
     model = models_vit.VisionTransformer(img_size=16, num_classes=3, global_pool=pool, **SMALL).eval()
     imgs = torch.randn(2, 3, 16, 16)
     tokens = model.forward_features(imgs)

@@ -1,4 +1,7 @@
-"""Two hosts (tests/hosts.sh), torchrun on each; one is cut off and comes back. As root: pytest -m net"""
+"""Two hosts (tests/hosts.sh) with torchrun on each; one is cut off and comes back.
+
+To run as root: pytest -m net
+"""
 
 import os
 import shutil
@@ -9,29 +12,29 @@ import sys
 import faults
 import pytest
 from conftest import ROOT
-from runs import assert_same_end, wait_for, words
+from runs import assert_same_end, job_argv, wait_for
 
 pytestmark = pytest.mark.net
 FLAGS = ["--batch_size", 4, "--num_workers", 0, "--epochs", 40, "--dist_timeout", 0.15, "--resume", "auto"]
 
 
-def hosts(what):
-    return subprocess.run([ROOT / "tests" / "hosts.sh", what], capture_output=True, text=True)
+def run_hosts_script(action):
+    return subprocess.run([ROOT / "tests" / "hosts.sh", action], capture_output=True, text=True)
 
 
 @pytest.fixture
-def cable():
+def network():
     if os.geteuid() or not shutil.which("ip"):
         pytest.skip("needs root and Debian's iproute2")
-    done = hosts("up")
+    done = run_hosts_script("up")
     if done.returncode:
         pytest.skip(f"no network namespaces here: {done.stderr}")
     yield
-    hosts("down")
+    run_hosts_script("down")
 
 
-def node(host, out, *argv):
-    """torchrun on a host, in a process group of its own; its output is appended to the file."""
+def start_torchrun(host, out, *argv):
+    """Start torchrun on a host, in a process group of its own; append its output to a file."""
     torchrun = [
         "-m",
         "torch.distributed.run",
@@ -68,21 +71,21 @@ def node(host, out, *argv):
         )
 
 
-def test_a_node_that_was_cut_off_comes_back_and_the_run_ends_as_undisturbed(cable, images, tmp_path):
+def test_a_node_that_was_cut_off_comes_back_and_the_run_ends_as_undisturbed(network, images, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    for process in faults.start_ranks("pretrain", words(images, whole, *FLAGS), tmp_path / "out"):
-        assert faults.ended(process) == 0
-    argv = ["main_pretrain.py", *words(images, folder, *FLAGS)]
-    nodes = {host: node(host, tmp_path / host, *argv) for host in "ab"}
+    for process in faults.start_ranks("pretrain", job_argv(images, whole, *FLAGS), tmp_path / "out"):
+        assert faults.exit_code(process) == 0
+    argv = ["main_pretrain.py", *job_argv(images, folder, *FLAGS)]
+    nodes = {host: start_torchrun(host, tmp_path / host, *argv) for host in "ab"}
     try:
         wait_for(folder / "log.txt", '"epoch": 3')
-        assert hosts("cut").returncode == 0
+        assert run_hosts_script("cut").returncode == 0
         for pid in subprocess.run(["ip", "netns", "pids", "mae-b"], capture_output=True, text=True).stdout.split():
             os.kill(int(pid), signal.SIGKILL)
         nodes["b"].wait(30)
         wait_for(tmp_path / "a", "lost another process", 60)
-        assert hosts("mend").returncode == 0
-        nodes["b"] = node("b", tmp_path / "b", *argv)
+        assert run_hosts_script("mend").returncode == 0
+        nodes["b"] = start_torchrun("b", tmp_path / "b", *argv)
         codes = [nodes[host].wait(180) for host in "ab"]
         said = (tmp_path / "a").read_text() + (tmp_path / "b").read_text()
         assert codes == [0, 0], said[-4000:]

@@ -1,7 +1,7 @@
-"""Runs that an earlier version began resume, with the same random streams, order and augmentations, and end alike.
+"""Old checkpoints: runs of an earlier version resume with the same order and random numbers, and end alike.
 
-old_checkpoints/ holds, for each job, the state in the middle of epoch 0 and at the end of the run, written by the last
-version whose models had a second forward path. Their models are tiny, so that the files are small.
+old_checkpoints/ holds for each job the state in the middle of epoch 0 and at the end of the run, written by the last
+version whose models had a second forward path. The models are tiny, so that the files are small.
 """
 
 import shutil
@@ -33,7 +33,10 @@ JOBS = {
 
 @pytest.fixture
 def resume(images, tmp_path, monkeypatch):
-    """Resume a job's old checkpoint in this process; returns the states saved, the first one before any step."""
+    """Function that resumes a job's old checkpoint in this process.
+
+    It returns the states that are saved, the first before any step.
+    """
     decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
     autoencoder = partial(models_mae.MaskedAutoencoderViT, **ENCODER, **decoder)
     monkeypatch.setitem(models_mae.MODELS, "mae_vit_demo_patch4", autoencoder)
@@ -62,7 +65,10 @@ def resume(images, tmp_path, monkeypatch):
 
 
 def without_key_bias(state):
-    """The weights; without the keys' part of a qkv bias, whose true gradient is zero: AdamW amplifies its rounding."""
+    """Return the weights without the keys' third of each qkv bias.
+
+    Its true gradient is zero, so that AdamW amplifies the rounding.
+    """
     return {name: value.view(3, -1)[[0, 2]] if name.endswith("qkv.bias") else value for name, value in state.items()}
 
 
@@ -82,5 +88,5 @@ def test_an_old_checkpoint_resumes(job, resume):
         ours, theirs = (without_key_bias(state.get(part, {})) for state in (ended, end))
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
-            assert (ours[name] - value).abs().max() <= 1e-5, name  # another processor rounds otherwise
+            assert (ours[name] - value).abs().max() <= 1e-5, name  # another processor rounds differently
     assert ended["stats"] == {name: pytest.approx(value, abs=1e-4) for name, value in end["stats"].items()}

@@ -1,4 +1,4 @@
-"""Flags: the reference's names and defaults; every problem reported at once, before anything is read."""
+"""Flags: names and defaults are the reference's; all problems are reported at once, before anything is read."""
 
 import re
 import time
@@ -130,23 +130,23 @@ BAD = [
     ("finetune", "--mixup 0.8 --batch_size 3", "must be even"),
     ("linprobe", "--model mae_vit_base_patch16", "choose one of vit_demo_patch4"),
     ("pretrain", "--dist_on_itp", "OMPI_COMM_WORLD_RANK is not set"),
-    ("linprobe", "--weight_decay -1", "must not be negative"),
+    ("linprobe", "--weight_decay -1", "must be at least 0 and finite"),
     ("linprobe", "--nb_classes 0", "--nb_classes 0 must be at least 1"),
     ("pretrain", "--keep 0", "--keep 0 must be at least 1"),
-    ("pretrain", "--save_minutes -1", "must not be negative"),
+    ("pretrain", "--save_minutes -1", "must be at least 0 and finite"),
     ("pretrain", "--max_bad_images 2", "must lie between 0 and 1"),
     ("pretrain", "--max_bad_steps 0", "must be at least 1"),
-    ("pretrain", "--lr nan", "--lr nan must not be negative"),
+    ("pretrain", "--lr nan", "--lr nan must be at least 0 and finite"),
     ("pretrain", "--clip_grad 0", "must be greater than 0"),
     ("pretrain", "--patch_size 0", "--patch_size 0 must be at least 1"),
     ("pretrain", "--device gpu", "--device gpu is unknown: choose cuda, mps or cpu"),
     ("pretrain", "--device meta", "choose cuda, mps or cpu"),
-    ("pretrain", "--resume auto --output_dir=", "looks into --output_dir, which is empty"),
+    ("pretrain", "--resume auto --output_dir=", "looks for checkpoints in --output_dir, which is ''"),
     ("pretrain", "--output_dir pyproject.toml", "can't be written to: .*pyproject.toml is a file"),
     ("pretrain", "--output_dir pyproject.toml/run", "can't be written to: .*pyproject.toml is a file"),
     ("pretrain", "--output_dir /proc/run", "--output_dir /proc/run can't be written to"),
     ("pretrain", "--log_dir /proc/run", "--log_dir /proc/run can't be written to"),
-    ("finetune", "--aa wrong-m9", "--aa wrong-m9 is no policy of timm's"),
+    ("finetune", "--aa wrong-m9", "--aa wrong-m9 is not a policy of timm"),
     ("finetune", "--drop_path 1", "must be at least 0 and less than 1"),
     ("finetune", "--smoothing 1", "must be at least 0 and less than 1"),
     ("finetune", "--layer_decay 0", "must be greater than 0"),
@@ -184,7 +184,7 @@ def test_what_argparse_refuses_names_the_flag(job, flags, capsys):
 
 
 def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
-    """A fresh start, or one from elsewhere, in a folder with checkpoints is refused, and nothing is touched."""
+    """A run that does not resume a folder's checkpoints is refused in it, and no file is changed."""
     (tmp_path / "run").mkdir()
     for name in ("run/checkpoint-3.pth", "elsewhere.pth"):
         (tmp_path / name).write_bytes(b"precious")
@@ -198,7 +198,8 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
     words = [*common, "--finetune", str(tmp_path / "run" / "checkpoint-3.pth"), "--overwrite"]
     with pytest.raises(UserError, match="--overwrite would remove --finetune"):
         options.check(main_finetune.get_args(words), models_vit.MODELS)
-    (tmp_path / "run" / "checkpoint-3.pth").rename(tmp_path / "run" / "log.txt")  # a log alone is another run's, too
+    # A log without checkpoints belongs to another run, too.
+    (tmp_path / "run" / "checkpoint-3.pth").rename(tmp_path / "run" / "log.txt")
     with pytest.raises(UserError, match="holds another run .log.txt."):
         options.check(main_pretrain.get_args(common), models_mae.MODELS)
 
@@ -207,9 +208,9 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
     ("job", "flags", "message"),
     [
         ("finetune", "--crop_pct 87.5", "--crop_pct 87.5 must be greater than 0, and at most 1"),
-        ("pretrain", "--seed 4294967296", "--seed 4294967296 must not be negative, and below"),
+        ("pretrain", "--seed 4294967296", "--seed 4294967296 must be at least 0 and less than 2147483648"),
         ("pretrain", "--start_epoch 400", "--start_epoch 400 must be less than --epochs 400"),
-        ("linprobe", "--blr 0.1 0.2 --min_lr 0.01", "--min_lr would be another for each of several --blr"),
+        ("linprobe", "--blr 0.1 0.2 --min_lr 0.01", "--min_lr would differ between the heads of several --blr"),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(job, flags, message):

@@ -68,7 +68,7 @@ def test_an_attentive_probe_trains_its_query_and_its_head_only():
 
 
 def test_a_pooled_probe_does_not_depend_on_the_untrained_norm():
-    """BatchNorm undoes fc_norm's scale and bias, so that pooling is well-defined though no file has them."""
+    """Pre-training has no fc_norm; its scale and bias do not matter, since the BatchNorm that follows removes them."""
     torch.manual_seed(0)
     model = models_vit.make_linear_probe(models_vit.VisionTransformer(**SIZE, global_pool=True)).train()
     imgs = torch.randn(32, 3, 16, 16)
@@ -88,7 +88,7 @@ def test_an_attentive_probe_runs_and_resumes(images, tmp_path):
 
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.5, 4), (0.25, 2), (0.01, 1)])
 def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, images):
-    def chosen(seed):
+    def chosen_images(seed):
         loader = loaders.train_loader(
             str(images),
             transforms.Crop(28, (1.0, 1.0)),
@@ -101,7 +101,7 @@ def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, im
         assert torch.cat([targets for _, targets in loader]).bincount().tolist() == [per_class] * 10
         return dataset.chosen.tolist()
 
-    assert chosen(0) == chosen(0) != chosen(1)
+    assert chosen_images(0) == chosen_images(0) != chosen_images(1)
 
 
 def test_the_confusion_matrix_counts_every_image(images, tmp_path, capsys):
@@ -115,8 +115,8 @@ def test_the_confusion_matrix_counts_every_image(images, tmp_path, capsys):
     assert sum(int(row[1 + n]) for n, row in enumerate(rows)) / 30 * 100 == pytest.approx(accuracy)
 
 
-def test_a_running_average_of_the_weights_is_kept_resumed_and_evaluated(images, tmp_path):
-    """It lags behind the weights; interrupted after 1 epoch of 2 it ends the same."""
+def test_the_ema_is_saved_resumed_and_evaluated(images, tmp_path):
+    """The EMA differs from the weights, and is the same at the end of a run that was interrupted after an epoch."""
     words = [*SMALL.split(), "--data_path", str(images), "--model_ema", "--model_ema_decay", "0.5", "--drop_path", "0"]
     two = ["--epochs", "2", "--resume", "auto", "--output_dir"]
     main_finetune.main([*words, *two, str(tmp_path / "whole")])
@@ -136,7 +136,7 @@ def test_a_running_average_of_the_weights_is_kept_resumed_and_evaluated(images, 
 
 
 class TwoHeads(torch.nn.Module):
-    """The first head is always wrong, the second always right: an image's pixels are its class."""
+    """Model for images whose pixels are their class; its first head is always wrong, the second always right."""
 
     def forward(self, imgs):
         right = torch.nn.functional.one_hot(imgs[:, 0, 0, 0].long(), 3).float()
@@ -171,7 +171,7 @@ def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_w
         engine_finetune.write_confusion("/dev/full", torch.zeros(4), ["a", "b"], False, torch.device("cpu"))
 
 
-def test_a_run_too_short_for_its_running_average_is_told(capsys):
+def test_a_run_too_short_for_its_ema_is_warned_of(capsys):
     model = torch.nn.Linear(2, 2)
     main_finetune.build_ema(model, 0.9999, 1950)
     assert "82% of the EMA is still the untrained start after all 1950" in capsys.readouterr().out

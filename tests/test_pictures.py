@@ -1,4 +1,4 @@
-"""Honest pictures and monitors: visible pixels are the input's own, masks remove what they say, figures repeat."""
+"""Monitoring and small scripts: reconstructions, masks, k-NN, features and predictions."""
 
 import argparse
 import json
@@ -39,15 +39,15 @@ def autoencoder(norm_pix_loss=False):
     )
 
 
-def pixels():
+def random_pixels():
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_a_perfect_predictor_gives_back_the_original(norm_pix_loss):
-    model, imgs = autoencoder(norm_pix_loss), (pixels() - MEAN) / STD
+    model, imgs = autoencoder(norm_pix_loss), (random_pixels() - MEAN) / STD
     rows = pictures.panels(model, imgs, model.target(imgs), torch.ones(3, 16), MEAN, STD)
-    assert (rows[:, 2] - pixels()).abs().max() < 1e-5 and (rows[:, 3] - pixels()).abs().max() < 1e-5
+    assert (rows[:, 2] - random_pixels()).abs().max() < 1e-5 and (rows[:, 3] - random_pixels()).abs().max() < 1e-5
 
 
 def test_values_of_other_units_are_shown_in_the_originals_range():
@@ -64,45 +64,45 @@ def test_values_of_other_units_are_shown_in_the_originals_range():
 
 
 def test_visible_patches_are_the_inputs_own_and_masked_ones_grey():
-    model, imgs = autoencoder(), (pixels() - MEAN) / STD
+    model, imgs = autoencoder(), (random_pixels() - MEAN) / STD
     noise = torch.rand(3, 16)
     rows = pictures.reconstruct(model, imgs, 0.75, noise, MEAN, STD)
     _, mask, _ = model.random_masking(noise[..., None], 0.75, noise)
     hidden = model.unpatchify(mask[..., None].expand(-1, -1, 48)).bool()
     original, masked, reconstruction, mixed = rows.unbind(1)
     assert torch.equal(mixed[~hidden], original[~hidden]) and torch.equal(masked[~hidden], original[~hidden])
-    assert (original - pixels()).abs().max() < 1e-6 and (masked[hidden] == 0.5).all()
+    assert (original - random_pixels()).abs().max() < 1e-6 and (masked[hidden] == 0.5).all()
     assert torch.equal(mixed[hidden], reconstruction[hidden])
     assert not torch.allclose(reconstruction[~hidden], original[~hidden], atol=0.01), "the model's, not the input"
     assert model.training, "the model's mode is put back"
 
 
-def removed(kind, ratio, grid=(14, 14), N=200):
+def removed_patches(kind, ratio, grid=(14, 14), N=200):
     noise = masking.noise(kind, N, grid, CPU, torch.Generator().manual_seed(0))
     keep = int(grid[0] * grid[1] * (1 - ratio))
     return (noise.argsort(1).argsort(1) >= keep).reshape(N, *grid)
 
 
 def test_grid_masks_keep_one_of_every_four_patches_regularly():
-    mask = removed("grid", 0.75)
+    mask = removed_patches("grid", 0.75)
     assert not mask[:, ::2, ::2].any() and mask[:, 1::2].all() and mask[:, :, 1::2].all()
-    half = removed("grid", 0.5)
+    half = removed_patches("grid", 0.5)
     assert not half[:, ::2, ::2].any() and not half[:, 1::2, 1::2].any() and half.float().mean() == 0.5
 
 
 def test_block_masks_remove_large_blocks():
-    """As much as asked; most neighbours of a removed patch are removed, too, unlike in random masks."""
+    """The ratio is met, and unlike in random masks most neighbours of a removed patch are removed, too."""
 
     def neighbours_alike(mask):
         return (mask[:, 1:] == mask[:, :-1]).float().mean()
 
     for ratio in (0.5, 0.75):
-        blocks, anywhere = removed("block", ratio), removed("random", ratio)
+        blocks, anywhere = removed_patches("block", ratio), removed_patches("random", ratio)
         assert blocks.flatten(1).sum(1).unique().tolist() == anywhere.flatten(1).sum(1).unique().tolist()
         assert neighbours_alike(blocks) > 0.85 > 0.7 > neighbours_alike(anywhere)
-    often = removed("block", 0.5, N=1000).float().mean(0)
+    often = removed_patches("block", 0.5, N=1000).float().mean(0)
     assert often.min() > 0.02 and often.max() < 0.9, "every place is removed now and then"
-    assert not torch.equal(removed("block", 0.5)[0], removed("block", 0.5)[1])
+    assert not torch.equal(removed_patches("block", 0.5)[0], removed_patches("block", 0.5)[1])
 
 
 @pytest.mark.parametrize("kind", masking.KINDS)
@@ -134,19 +134,19 @@ PRETRAIN = (
 
 @pytest.fixture(scope="module")
 def pretrained(images, tmp_path_factory):
-    """A short run with its monitors."""
+    """Output folder of a short pre-training with monitoring."""
     out = tmp_path_factory.mktemp("run")
     words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(out)]
     main_pretrain.main([*words, "--epochs", "6", "--monitor_freq", "2", "--norm_pix_loss"])
     return out
 
 
-def lines(folder):
+def log_lines(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def test_monitors_repeat_and_the_fixed_mask_loss_falls(pretrained, images, tmp_path):
-    log = lines(pretrained)
+    log = log_lines(pretrained)
     losses = [line["test_loss"] for line in log if "test_loss" in line]
     assert [line["epoch"] for line in log if "test_loss" in line] == [1, 3, 5] and losses[-1] < losses[0]
     assert all(0 <= line["test_knn"] <= 100 for line in log if "test_loss" in line)
@@ -155,15 +155,15 @@ def test_monitors_repeat_and_the_fixed_mask_loss_falls(pretrained, images, tmp_p
         "epoch-0003.png",
         "epoch-0005.png",
     ]
-    # Looking changes nothing: the same run without monitors has the same training losses.
+    # Monitoring does not change training: the same run without it has the same losses.
     words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(tmp_path)]
     main_pretrain.main([*words, "--epochs", "6", "--monitor_freq", "0", "--norm_pix_loss"])
-    assert [line["train_loss"] for line in lines(tmp_path)] == [line["train_loss"] for line in log]
-    assert "test_loss" not in lines(tmp_path)[-1]
+    assert [line["train_loss"] for line in log_lines(tmp_path)] == [line["train_loss"] for line in log]
+    assert "test_loss" not in log_lines(tmp_path)[-1]
 
 
 def test_fixed_mask_loss_is_the_same_for_one_and_two_ranks(pretrained, images, tmp_path, script):
-    """And in a second evaluation of the same weights: a rate of 0 trains nothing."""
+    """A learning rate of 0 leaves the weights alone, so that two evaluations of each run must agree, too."""
     words = [*PRETRAIN.replace("--lr 3e-3", "--lr 0").split(), "--data_path", str(images), "--epochs", "2"]
     words += ["--monitor_freq", "1", "--norm_pix_loss", "--resume_override"]
     torchrun, results = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"], []
@@ -176,7 +176,7 @@ def test_fixed_mask_loss_is_the_same_for_one_and_two_ranks(pretrained, images, t
         more = ["--resume", weights, "--output_dir", out]
         done = script(*launcher, "main_pretrain.py", *words, *batch, *more, OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stdout + done.stderr
-        results += [(line["test_loss"], line["test_knn"]) for line in lines(out)]
+        results += [(line["test_loss"], line["test_knn"]) for line in log_lines(out)]
         assert done.stdout.count("monitor after epoch 1:") == 1 and "\r" not in done.stdout + done.stderr
     losses = [loss for loss, _ in results]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
@@ -187,7 +187,7 @@ def test_fixed_mask_loss_is_the_same_for_one_and_two_ranks(pretrained, images, t
 def test_training_with_other_masks(kind, images, tmp_path):
     words = [*PRETRAIN.split(), "--data_path", str(images), "--output_dir", str(tmp_path), "--epochs", "1"]
     main_pretrain.main([*words, "--mask_sampling", kind, "--mask_ratio", "0.5", "--monitor_freq", "0"])
-    assert lines(tmp_path)[-1]["train_loss"] < 3
+    assert log_lines(tmp_path)[-1]["train_loss"] < 3
 
 
 def reconstruct(checkpoint, images, output, *more):
@@ -203,7 +203,7 @@ def test_a_grid_of_reconstructions_is_written(pretrained, images, tmp_path, caps
         assert sheet.width > 4 * 160 and sheet.height > 3 * 160
     reconstruct(pretrained / "checkpoint-5.pth", images, tmp_path / "one", "--num", "2", "--separate")
     assert len(list((tmp_path / "one").iterdir())) == 8
-    for name in ("a", "b"):  # images of the same name
+    for name in ("a", "b"):  # two images of the same name
         (tmp_path / "alike" / "val" / name).mkdir(parents=True)
         (tmp_path / "alike" / "val" / name / "1.png").symlink_to(next((images / "val" / "bag").iterdir()))
     reconstruct(pretrained / "checkpoint-5.pth", tmp_path / "alike", tmp_path / "two", "--separate")
@@ -211,7 +211,7 @@ def test_a_grid_of_reconstructions_is_written(pretrained, images, tmp_path, caps
 
 
 def test_released_style_files_are_recognised_by_their_shapes(pretrained, images, tmp_path):
-    """Bare weights: the width of the trunk says which; the decoder's heads are the paper's."""
+    """In files without a configuration the encoder's width tells the model; the decoder has the paper's heads."""
     torch.manual_seed(0)
     model = models_mae.MODELS["mae_vit_base_patch16"](img_size=32)
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
@@ -247,7 +247,7 @@ def test_features_of_any_checkpoint(pretrained, images, tmp_path, capsys):
 
 
 def test_the_scripts_see_the_images_that_training_sees(images, tmp_path):
-    """Linked folders, too; hidden ones not."""
+    """Linked folders are included, hidden ones are not."""
     (tmp_path / "data" / ".thumbs").mkdir(parents=True)
     hidden = (tmp_path / "data" / ".thumbs" / "1.png", tmp_path / "data" / ".2.png")
     for file in hidden:
@@ -257,7 +257,7 @@ def test_the_scripts_see_the_images_that_training_sees(images, tmp_path):
     found = inference.find([tmp_path / "data"])
     trained = datasets.Images(tmp_path / "data", None, Pixels())
     assert [str(path) for path in found] == [path for path, _ in trained.samples] and len(found) == 6
-    assert inference.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # asked for by name
+    assert inference.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # a file that is named is read though hidden
 
 
 def test_of_a_sweeps_heads_the_best_one_speaks():
@@ -305,10 +305,10 @@ def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():
     [
         (main_reconstruct, ["--device", "gpu"], "--device gpu"),
         (main_reconstruct, ["--batch_size", "0"], "--batch_size"),
-        (main_reconstruct, ["--output", "grid.xyz"], "a picture wanted"),
+        (main_reconstruct, ["--output", "grid.xyz"], "does not end in an image format that can be written"),
         (main_predict, ["--crop_pct", "-1"], "--crop_pct"),
         (main_predict, ["--crop_pct", "87.5"], "at most 1"),
-        (main_reconstruct, ["--output", "grid.psd"], "a picture wanted"),
+        (main_reconstruct, ["--output", "grid.psd"], "does not end in an image format that can be written"),
         (main_predict, ["--output", "/tmp"], "it is a folder"),
         (main_reconstruct, ["--separate", "--output", __file__], "is a file"),
         (main_features, ["--output", "features.txt"], "must end in .npz"),

@@ -1,4 +1,4 @@
-"""scripts/prepare_imagenet.py: every image in its class, checked, and nothing done twice."""
+"""scripts/prepare_imagenet.py: every image gets to its class, archives are checked, and nothing is done twice."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ import prepare_imagenet
 LABELS = ["n00000002", "n00000001", "n00000003"] * 2
 
 
-def add(tar, name, data):
+def add_file(tar, name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
@@ -23,18 +23,18 @@ def add(tar, name, data):
 
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
-    """Three classes of two images, in place of a thousand of fifty."""
+    """Small stand-ins for ImageNet's files, with three classes of two images."""
     monkeypatch.setattr(prepare_imagenet, "CLASSES", 3)
     monkeypatch.setattr(prepare_imagenet, "PER_CLASS", 2)
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         for number in range(1, 7):
-            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", b"%d" % number * number)
+            add_file(tar, f"ILSVRC2012_val_{number:08d}.JPEG", b"%d" % number * number)
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name in sorted(set(LABELS)):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as part:
-                add(part, f"{name}_1.JPEG", name.encode())
-            add(tar, f"{name}.tar", inner.getvalue())
+                add_file(part, f"{name}_1.JPEG", name.encode())
+            add_file(tar, f"{name}.tar", inner.getvalue())
     (tmp_path / "labels.txt").write_text("\n".join(LABELS))
     rows = [f"ILSVRC2012_val_{n:08d},{label} 1 2 3 4" for n, label in reversed(list(enumerate(LABELS, 1)))]
     (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "\n".join(rows))
@@ -65,15 +65,15 @@ def test_the_development_kits_classes_are_read(archives):
     meta = io.BytesIO()
     scipy_io.savemat(meta, {"synsets": synsets})
     with tarfile.open(archives / "devkit.tar.gz", "w:gz") as tar:
-        add(tar, "kit/data/meta.mat", meta.getvalue())
-        add(tar, "kit/data/ILSVRC2012_validation_ground_truth.txt", b"2\n1\n3\n2\n1\n3\n")
+        add_file(tar, "kit/data/meta.mat", meta.getvalue())
+        add_file(tar, "kit/data/ILSVRC2012_validation_ground_truth.txt", b"2\n1\n3\n2\n1\n3\n")
     assert prepare_imagenet.read_labels(archives / "devkit.tar.gz") == LABELS
 
 
 def test_a_second_run_writes_nothing_and_a_cut_off_one_goes_on(archives, capsys):
     prepare(archives)
     file = archives / "out/val/n00000002/ILSVRC2012_val_00000004.JPEG"
-    file.write_bytes(b"4")  # cut off
+    file.write_bytes(b"4")  # as if the script had been killed while writing it
     prepare(archives)
     prepare(archives)
     assert file.read_bytes() == b"4444"

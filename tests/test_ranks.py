@@ -1,4 +1,4 @@
-"""Several ranks compute what one would, and none waits for ever."""
+"""Several ranks: they compute the same as one, and none waits for ever."""
 
 import time
 
@@ -6,8 +6,8 @@ import faults
 import pytest
 import ranks
 import torch
-from conftest import SAMPLES, link
-from runs import finish, same, state, words
+from conftest import SAMPLES, link_images
+from runs import finish, job_argv, same, state
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import engine_finetune
@@ -30,32 +30,32 @@ from util.updater import Updater
 CPU = torch.device("cpu")
 
 
-class MasksOfImages(models_mae.MaskedAutoencoderViT):
-    """The masks follow from the images alone, however these are spread over batches and ranks."""
+class MasksFromImages(models_mae.MaskedAutoencoderViT):
+    """Autoencoder whose masks depend on the images alone, not on their distribution over batches and ranks."""
 
     def forward(self, imgs, mask_ratio=0.75, noise=None):
         return super().forward(imgs, mask_ratio, (self.patchify(imgs).mean(dim=2) * 997) % 1)
 
 
-def make(job):
+def build_model(job):
     torch.manual_seed(0)
     if job == "pretrain":
-        return MasksOfImages(**models_mae.MODELS["mae_vit_demo_patch4"].keywords | {"img_size": 28})
+        return MasksFromImages(**models_mae.MODELS["mae_vit_demo_patch4"].keywords | {"img_size": 28})
     model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=5, global_pool=True)
-    torch.nn.init.normal_(model.head.weight, std=0.1)  # or nothing below the head would get a gradient
+    torch.nn.init.normal_(model.head.weight, std=0.1)  # with weights of zero the encoder would get no gradient
     return model
 
 
-def batches(updates, accum):
-    """This rank's share of `updates` global batches of 12 images, in `accum` micro-batches each."""
+def batches_of_rank(updates, accum):
+    """Return this rank's share of `updates` global batches of 12 images, each in `accum` micro-batches."""
     draw = torch.Generator().manual_seed(1)
     imgs = torch.randn(updates, 12, 3, 28, 28, generator=draw)
     targets = torch.randint(5, (updates, 12), generator=draw)
-    mine = slice(dist.rank(), None, dist.world_size())
+    share = slice(dist.rank(), None, dist.world_size())
     return [
         part
         for update in range(updates)
-        for part in zip(imgs[update][mine].chunk(accum), targets[update][mine].chunk(accum), strict=True)
+        for part in zip(imgs[update][share].chunk(accum), targets[update][share].chunk(accum), strict=True)
     ]
 
 
@@ -67,62 +67,62 @@ def train(job, model, loader, optimizer, epoch=0, accum=1):
     return engine_finetune.train_one_epoch(model, torch.nn.CrossEntropyLoss(), loader, updater, epoch)
 
 
-def one_update(job, accum=1):
-    """The gradients of one update, read off a step of plain gradient descent; and its loss."""
-    model = make(job)
+def gradients_of_one_update(job, accum=1):
+    """Return the gradients of one update, read off a step of SGD with a learning rate of 1, and its loss."""
+    model = build_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     wrapped = dist.wrap(model, CPU, static=accum == 1)
-    stats = train(job, wrapped, batches(1, accum), torch.optim.SGD(model.parameters(), lr=1.0), accum=accum)
+    stats = train(job, wrapped, batches_of_rank(1, accum), torch.optim.SGD(model.parameters(), lr=1.0), accum=accum)
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}, stats["loss"]
 
 
 @pytest.mark.parametrize("job", ["pretrain", "finetune"])
 def test_gradients_of_several_ranks_are_those_of_one(job, tmp_path):
-    """Two and three ranks, and two that accumulate, against one process with the same images and masks."""
-    gradients, loss = one_update(job)
+    """Two ranks, three ranks, and two that accumulate agree with one process on the same images and masks."""
+    gradients, loss = gradients_of_one_update(job)
     scale = max(g.abs().max() for g in gradients.values())
     for name, world, accum in (("alone", 1, 3), ("two", 2, 1), ("three", 3, 1), ("accumulating", 2, 3)):
-        for theirs, their_loss in ranks.run(world, tmp_path / name, one_update, job, accum):
+        for theirs, their_loss in ranks.run(world, tmp_path / name, gradients_of_one_update, job, accum):
             assert their_loss == pytest.approx(loss, rel=1e-6), name
             for key, gradient in gradients.items():
                 assert (theirs[key] - gradient).abs().max() <= 2e-6 * scale, (name, key)
 
 
-def half_an_accumulation():
-    """How many gradients there are amid an accumulation, and in how many pieces of memory."""
-    model = make("pretrain")
+def count_gradient_buffers():
+    """Return the number of gradients amid an accumulation, and that of the memory buffers that hold them."""
+    model = build_model("pretrain")
     wrapped = dist.wrap(model, CPU)
-    train("pretrain", wrapped, batches(2, 2), optim.pretrain_optimizer(model, 1e-3, 0.05), accum=2)
+    train("pretrain", wrapped, batches_of_rank(2, 2), optim.pretrain_optimizer(model, 1e-3, 0.05), accum=2)
     with dist.grad_sync(wrapped, False):
-        wrapped(batches(1, 2)[0][0])[0].backward()
+        wrapped(batches_of_rank(1, 2)[0][0])[0].backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return len(grads), len({grad.untyped_storage().data_ptr() for grad in grads})
 
 
 def test_accumulation_keeps_no_gradients_beside_ddps_buckets(tmp_path):
-    for gradients, pieces in ranks.run(2, tmp_path, half_an_accumulation):
+    for gradients, pieces in ranks.run(2, tmp_path, count_gradient_buffers):
         assert gradients > 50 and pieces < 5
 
 
-def losses():
-    """The loss of each of 20 steps of AdamW."""
-    model = make("pretrain")
+def loss_curve():
+    """Return the loss of each of 20 steps of AdamW."""
+    model = build_model("pretrain")
     wrapped = dist.wrap(model, CPU, static=True)
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
-    loader = batches(20, 1)
+    loader = batches_of_rank(20, 1)
     return [train("pretrain", wrapped, [loader[step]], optimizer, epoch=step)["loss"] for step in range(20)]
 
 
 def test_two_ranks_follow_the_loss_curve_of_one(tmp_path):
-    alone = losses()
+    alone = loss_curve()
     assert alone[-1] < 0.9 * alone[0]
-    for curve in ranks.run(2, tmp_path, losses):
+    for curve in ranks.run(2, tmp_path, loss_curve):
         assert curve == pytest.approx(alone, rel=1e-5)
 
 
-def own_opinions(images, folder):
-    """Three epochs whose evaluation comes out differently on each rank; returns the best accuracy, as it thinks."""
-    model = make("finetune")
+def best_of_differing_accuracies(images, folder):
+    """Run three epochs whose accuracy differs between the ranks; return the best one that this rank has recorded."""
+    model = build_model("finetune")
     args = {"model": "vit_demo_patch4", "batch_size": 4, "accum_iter": 1, "keep": None}
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
     keeper = misc.Checkpoints(str(folder), "finetune", model, optimizer, LossScaler("off", CPU), args)
@@ -138,48 +138,50 @@ def own_opinions(images, folder):
 
 
 def test_ranks_whose_accuracies_differ_agree_on_the_best(images, tmp_path):
-    """Else one of them would wait alone to write its checkpoint."""
-    assert ranks.run(2, tmp_path, own_opinions, images, tmp_path / "run") == [50.0, 50.0]
+    """Otherwise a rank would wait alone for the others to save the best checkpoint."""
+    assert ranks.run(2, tmp_path, best_of_differing_accuracies, images, tmp_path / "run") == [50.0, 50.0]
 
 
-def watched(data):
-    """What pre-training's monitor says; the masks follow from the file names."""
+def monitor_stats(data):
+    """Return the figures of pre-training's monitor, whose masks follow from the file names."""
     views = loaders.monitor_loaders(str(data), CentreCrop(28), Pixels(), loaders.Loading(4, 0, False, 0, CPU))
     watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
-    return watch(make("pretrain"), 0, lambda: None)
+    return watch(build_model("pretrain"), 0, lambda: None)
 
 
 def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
     for split in ("train", "val"):
-        link(images / split, tmp_path / split, classes=2, count=1)
-    alone = watched(tmp_path)
+        link_images(images / split, tmp_path / split, classes=2, count=1)
+    alone = monitor_stats(tmp_path)
     assert set(alone) == {"loss", "knn"}
-    for stats in ranks.run(3, tmp_path / "out", watched, tmp_path):
+    for stats in ranks.run(3, tmp_path / "out", monitor_stats, tmp_path):
         assert stats == pytest.approx(alone, rel=1e-5)
 
 
-def evaluated_with_a_bad_image(root):
+def error_of_evaluation(root):
     images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(2, 0, False, 0, CPU), distributed=True)
     poll = signals.Requests(save_minutes=0).poll
     try:
-        engine_finetune.evaluate(make("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True, poll=poll)
+        engine_finetune.evaluate(
+            build_model("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True, poll=poll
+        )
     except UserError as error:
         return str(error)
 
 
 def test_a_bad_image_that_one_rank_meets_is_every_ranks_error(images, tmp_path):
-    """And none waits for the others' polls: 8 and 7 images, the first of them bad."""
-    link(images / "val", tmp_path / "val", classes=5)  # as many as make() has
+    """Of 15 images the first is bad, which one rank reads; the other must not wait for it."""
+    link_images(images / "val", tmp_path / "val", classes=5)  # as many classes as the model has
     bad = sorted((tmp_path / "val").glob("*/*"))[0]
     bad.unlink()
     bad.write_bytes(b"")
-    said = ranks.run(2, tmp_path / "out", evaluated_with_a_bad_image, tmp_path / "val")
+    said = ranks.run(2, tmp_path / "out", error_of_evaluation, tmp_path / "val")
     assert said[0] == said[1] and str(bad) in said[0]
 
 
-def clock():
-    """Four polls, an hour after the last checkpoint: when to save."""
+def save_requests_after_an_hour():
+    """Poll four times, an hour after the last checkpoint; return for each poll whether to save."""
     requests, answers = signals.Requests(save_minutes=30), []
     requests.saved -= 3600
     for _ in range(4):
@@ -190,12 +192,12 @@ def clock():
 
 
 def test_the_clock_asks_once_for_a_checkpoint(tmp_path):
-    assert ranks.run(2, tmp_path, clock) == [[False, True, False, False]] * 2
+    assert ranks.run(2, tmp_path, save_requests_after_an_hour) == [[False, True, False, False]] * 2
 
 
-def exchanged(accum):
-    """Numbers sent to the other rank in each of 3 updates of `accum` micro-batches, and the model's size."""
-    model, sent = make("pretrain"), []
+def count_exchanged_numbers(accum):
+    """Return the count of numbers exchanged in 3 updates of `accum` micro-batches, and that of the parameters."""
+    model, sent = build_model("pretrain"), []
     wrapped = dist.wrap(model, CPU, static=accum == 1)
 
     def counting(group, bucket):
@@ -203,59 +205,59 @@ def exchanged(accum):
         return allreduce_hook(group, bucket)
 
     wrapped.register_comm_hook(None, counting)
-    train("pretrain", wrapped, batches(3, accum), torch.optim.SGD(model.parameters(), lr=0.1), accum=accum)
+    train("pretrain", wrapped, batches_of_rank(3, accum), torch.optim.SGD(model.parameters(), lr=0.1), accum=accum)
     return sum(sent), sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("accum", [1, 3])
 def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
-    for sent, size in ranks.run(2, tmp_path, exchanged, accum):
+    for sent, size in ranks.run(2, tmp_path, count_exchanged_numbers, accum):
         assert sent == 3 * size
 
 
-def evaluated(root):
+def evaluate_split(root):
     images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(8, 0, False, 0, CPU), distributed=True)
     return len(images), engine_finetune.evaluate(
-        make("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True
+        build_model("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True
     )
 
 
 def test_101_images_give_the_same_counts_on_one_two_and_three_ranks(tmp_path):
-    link(SAMPLES / "val", tmp_path / "val", classes=5, count=20)
+    link_images(SAMPLES / "val", tmp_path / "val", classes=5, count=20)
     first = min((SAMPLES / "val").iterdir())
     (tmp_path / "val" / first.name / "101.png").symlink_to(sorted(first.iterdir())[20])
-    total, alone = evaluated(tmp_path / "val")
+    total, alone = evaluate_split(tmp_path / "val")
     assert total == 101
     for world in (2, 3):
-        for _, shared in ranks.run(world, tmp_path / str(world), evaluated, tmp_path / "val"):
+        for _, shared in ranks.run(world, tmp_path / str(world), evaluate_split, tmp_path / "val"):
             assert shared["acc1"] == alone["acc1"] and shared["acc5"] == alone["acc5"]
             assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
-def drawn():
+def draw_random_numbers():
     return [torch.rand(1).item() for _ in range(100)]
 
 
 def test_no_rank_repeats_anothers_random_numbers(tmp_path):
-    numbers = sum(ranks.run(3, tmp_path, drawn), [])
+    numbers = sum(ranks.run(3, tmp_path, draw_random_numbers), [])
     assert len(set(numbers)) == 300
 
 
-def listed(root):
+def count_listed_files(root):
     if dist.rank():
         listing.list_files = lambda *_: pytest.fail("walked by another rank than 0")
     return len(datasets.Images(root, CentreCrop(28), Pixels()))
 
 
 def test_only_rank_0_lists_the_files(images, tmp_path):
-    assert ranks.run(3, tmp_path, listed, images / "train") == [80, 80, 80]
+    assert ranks.run(3, tmp_path, count_listed_files, images / "train") == [80, 80, 80]
 
 
 def optimizer_bytes(shard):
-    model = make("pretrain")
+    model = build_model("pretrain")
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05, shard)
-    train("pretrain", dist.wrap(model, CPU, static=True), batches(2, 1), optimizer)
+    train("pretrain", dist.wrap(model, CPU, static=True), batches_of_rank(2, 1), optimizer)
     states = dist.local_optimizer(optimizer).state.values()
     return sum(value.numel() * 4 for one in states for value in one.values())
 
@@ -267,20 +269,22 @@ def test_sharding_spreads_the_optimisers_memory(tmp_path):
 
 
 def test_sharded_runs_end_as_others_and_their_checkpoints_fit_anywhere(images, tmp_path):
-    """Two ranks, fp32: the same bits with and without --shard; each goes on from the other's file, also alone."""
+    """Runs with and without --shard end with the same bits, and resume from each other's files, also on one rank."""
     small = ["--batch_size", 4, "--num_workers", 0, "--epochs", 2]
     ends = {}
     for name, more in (("plain", []), ("shard", ["--shard"])):
-        for process in faults.start_ranks("pretrain", words(images, tmp_path / name, *small, *more), tmp_path / name):
-            assert faults.ended(process) == 0, (tmp_path / f"{name}-0").read_text()[-3000:]
+        for process in faults.start_ranks(
+            "pretrain", job_argv(images, tmp_path / name, *small, *more), tmp_path / name
+        ):
+            assert faults.exit_code(process) == 0, (tmp_path / f"{name}-0").read_text()[-3000:]
         ends[name] = state(tmp_path / name)
     assert same(ends["plain"]["model"], ends["shard"]["model"])
     assert same(ends["plain"]["optimizer"], ends["shard"]["optimizer"])
     on = ["--epochs", 3, "--resume_override", "--resume"]
     for name, more, before in (("plain_on", ["--shard"], "plain"), ("shard_on", [], "shard")):
-        argv = words(images, tmp_path / name, *small, *more, *on, tmp_path / before / "checkpoint-1.pth")
+        argv = job_argv(images, tmp_path / name, *small, *more, *on, tmp_path / before / "checkpoint-1.pth")
         for process in faults.start_ranks("pretrain", argv, tmp_path / name):
-            assert faults.ended(process) == 0, (tmp_path / f"{name}-0").read_text()[-3000:]
+            assert faults.exit_code(process) == 0, (tmp_path / f"{name}-0").read_text()[-3000:]
     assert same(state(tmp_path / "plain_on")["model"], state(tmp_path / "shard_on")["model"])
     small[1] = 8
     (tmp_path / "alone").mkdir()
@@ -291,17 +295,21 @@ def test_sharded_runs_end_as_others_and_their_checkpoints_fit_anywhere(images, t
 def test_a_process_that_stays_away_is_an_error_in_time(images, tmp_path):
     env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653"}
     start = time.time()
-    process = faults.start("pretrain", words(images, tmp_path / "o", "--dist_timeout", 0.05), tmp_path / "out", env=env)
-    assert faults.ended(process) == 1 and time.time() - start < 30
+    process = faults.start(
+        "pretrain", job_argv(images, tmp_path / "o", "--dist_timeout", 0.05), tmp_path / "out", env=env
+    )
+    assert faults.exit_code(process) == 1 and time.time() - start < 30
     said = (tmp_path / "out").read_text()
-    assert "rank 0 of 2 did not meet the others at 127.0.0.1:29653 within 3 s" in said and "Traceback" not in said
+    assert (
+        "rank 0 of 2 could not join the process group at 127.0.0.1:29653 within 3 s" in said and "Traceback" not in said
+    )
 
 
 def test_a_rank_that_hangs_ends_the_others_with_a_message(images, tmp_path):
-    argv = words(images, tmp_path / "o", "--dist_timeout", 0.1, "--num_workers", 0)
-    processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("hangs", 1, 3))
+    argv = job_argv(images, tmp_path / "o", "--dist_timeout", 0.1, "--num_workers", 0)
+    processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("hang", 1, 3))
     try:
-        assert faults.ended(processes[0], 60) == 1
+        assert faults.exit_code(processes[0], 60) == 1
         said = (tmp_path / "out-0").read_text()
         assert "rank 0 lost another process" in said and "imed out" in said and "Traceback" not in said
     finally:

@@ -1,4 +1,4 @@
-"""Datasets are prepared whole or not at all; the recipes run; the tables say what the logs say."""
+"""Datasets, recipes and results: data are prepared completely or not at all, recipes run, tables match the logs."""
 
 import gzip
 import json
@@ -18,26 +18,28 @@ from scripts import pixel_baseline, prepare_data, results
 from util.errors import UserError
 
 
-def idx(path, values):
+def write_idx(path, values):
     head = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
     path.write_bytes(gzip.compress(head + values.tobytes()))
 
 
 @pytest.fixture
-def clothes(tmp_path):
-    """Fashion-MNIST's four files, 3 pictures of each class."""
+def fashion_mnist_files(tmp_path):
+    """Folder with stand-ins for Fashion-MNIST's four files, with 3 images of each class."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("train", "t10k"):
         labels = np.tile(np.arange(10, dtype=np.uint8), 3)
-        idx(source / f"{name}-labels-idx1-ubyte.gz", labels)
-        idx(source / f"{name}-images-idx3-ubyte.gz", np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8))
+        write_idx(source / f"{name}-labels-idx1-ubyte.gz", labels)
+        write_idx(
+            source / f"{name}-images-idx3-ubyte.gz", np.random.default_rng(0).integers(0, 256, (30, 28, 28), np.uint8)
+        )
     return source
 
 
-def test_fashion_mnist_becomes_folders_once(clothes, tmp_path, monkeypatch):
+def test_fashion_mnist_becomes_folders_once(fashion_mnist_files, tmp_path, monkeypatch):
     monkeypatch.setitem(prepare_data.COUNTS, "fashion_mnist", (30, 30))
-    words = ["fashion_mnist", "--source", str(clothes), "--output", str(tmp_path / "data")]
+    words = ["fashion_mnist", "--source", str(fashion_mnist_files), "--output", str(tmp_path / "data")]
     prepare_data.main(words)
     assert (tmp_path / "data" / "train" / "sandal" / "00015.png").is_file()
     first = (tmp_path / "data" / "train").stat().st_ino
@@ -66,16 +68,16 @@ def test_an_archive_of_folders_is_taken_and_a_wrong_one_told(images, tmp_path, m
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz", dereference=True) as tar:
         tar.add(images, "whatever")
     prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "data")])
-    assert prepare_data.counted(tmp_path / "data") == (80, 30)
+    assert prepare_data.count_images(tmp_path / "data") == (80, 30)
     monkeypatch.setitem(prepare_data.COUNTS, "cifar10", (81, 30))
-    with pytest.raises(UserError, match="c.tar.gz holds 80 and 30 images, 81 and 30 wanted"):
+    with pytest.raises(UserError, match="c.tar.gz holds 80 training and 30 validation images instead of 81 and 30"):
         prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "data")])
-    assert prepare_data.counted(tmp_path / "data") == (80, 30)  # as they were
+    assert prepare_data.count_images(tmp_path / "data") == (80, 30)  # unchanged
     monkeypatch.setitem(prepare_data.COUNTS, "cifar10", (80, 30))
     own = tmp_path / "mine" / "train" / "x" / "own.png"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"precious")
-    with pytest.raises(UserError, match="mine/train/x is not among what would be written"):
+    with pytest.raises(UserError, match="mine/train/x does not belong to the dataset"):
         prepare_data.main(["cifar10", "--source", str(tmp_path / "c.tar.gz"), "--output", str(tmp_path / "mine")])
     assert own.read_bytes() == b"precious"
     (tmp_path / "broken.tar").write_bytes(b"no archive")
@@ -96,7 +98,7 @@ def test_raw_pixels_are_a_baseline(images, tmp_path, capsys):
         pixel_baseline.main(["--data_path", str(tmp_path), "--iterations", "5"])
 
 
-def log(path, accuracy):
+def write_log(path, accuracy):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"epoch": e, "test_acc1": accuracy - 1 + e}) + "\n" for e in range(2)))
 
@@ -105,8 +107,8 @@ def test_tables_say_last_epochs_with_mean_and_deviation(tmp_path, monkeypatch, c
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "PICTURES", tmp_path)
     for seed, accuracy in enumerate((80.0, 82.0, 84.0)):
-        log(tmp_path / "results" / "cifar10" / "finetune" / f"seed{seed}.jsonl", accuracy)
-        log(tmp_path / "results" / "ablations" / "default" / f"seed{seed}" / "probe.jsonl", accuracy - 10)
+        write_log(tmp_path / "results" / "cifar10" / "finetune" / f"seed{seed}.jsonl", accuracy)
+        write_log(tmp_path / "results" / "ablations" / "default" / f"seed{seed}" / "probe.jsonl", accuracy - 10)
     results.datasets()
     results.ablations()
     said = capsys.readouterr().out
@@ -134,7 +136,7 @@ def test_every_ablation_is_plotted_and_every_plot_run():
 
 @pytest.fixture
 def recipe(images, tmp_path):
-    """Runs a recipe on 80 pictures, between folders with a space in their names; returns its output."""
+    """Function that runs a recipe on 80 images, in folders with a space in their names; it returns the output."""
     (tmp_path / "my data").symlink_to(images)
     env = {
         **os.environ,
@@ -154,7 +156,7 @@ def recipe(images, tmp_path):
 
 @pytest.mark.slow
 def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
-    """The second time everything is there already."""
+    """A recipe that is run again trains nothing, since its run has finished."""
     for row in ("pretrain", "finetune", "scratch", "probe", "attentive", "knn", "pixels"):
         recipe(f"fashion_mnist/{row}", *([] if row in ("knn", "pixels") else ["--batch_size", "16"]))
         last = json.loads((tmp_path / "results" / row / "seed0.jsonl").read_text().splitlines()[-1])
@@ -167,7 +169,7 @@ def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10/pretrain", "cifar10/finetune", "cifar10/scratch", "imagenette/pretrain"])
 def test_recipes_for_a_gpu_have_flags_that_are_right(name, recipe, tmp_path):
-    """Their commands, cut down to two epochs of small pictures."""
+    """Their commands run with two epochs of small images."""
     small = ["--device", "cpu", "--batch_size", "16", "--epochs", "2", "--warmup_epochs", "0", "--input_size", "32"]
     recipe(name, *small, *(["--finetune", ""] if name.endswith("finetune") else []))
     assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 1

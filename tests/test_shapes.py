@@ -1,4 +1,4 @@
-"""Images of any shape and kind go through all jobs: grey, 16-bit, many channels, rectangles, no classes."""
+"""Shapes and kinds of images: grey, 16-bit, many channels, rectangles, and folders without classes."""
 
 import json
 
@@ -25,39 +25,39 @@ from util.pos_embed import resize_pos_embed, sincos_pos_embed
 SMALL = "--batch_size 4 --num_workers 0 --device cpu --amp off --warmup_epochs 0 --epochs 1 --monitor_freq 1"
 
 
-def noise(*shape):
+def random_pixels(*shape):
     return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
 
 
-def grey(path, number):
+def save_grey(path, number):
     Image.open(sorted((SAMPLES / "train").glob("*/*.png"))[number * 7]).convert("L").save(path.with_suffix(".png"))
 
 
-def colour(path, number):
-    Image.fromarray(noise(70 + number, 100, 3)).save(path.with_suffix(".png"))
+def save_colour(path, number):
+    Image.fromarray(random_pixels(70 + number, 100, 3)).save(path.with_suffix(".png"))
 
 
-def bands(path, number):
+def save_bands(path, number):
     values = np.random.default_rng(number).normal(1000, 300, (64, 64, 13)).astype(np.float32)
     np.save(path.with_suffix(".npy"), values if number % 2 else values.transpose(2, 0, 1))
 
 
-def sixteen(path, number):
+def save_16_bit(path, number):
     values = np.random.default_rng(number).integers(0, 65536, (32, 32)).astype(np.uint16)
     Image.fromarray(values).save(path.with_suffix(".png"))
 
 
 CASES = {
-    "grey": (grey, "--in_chans 1 --input_size 28 --patch_size 4"),
-    "rectangle": (colour, "--input_size 64 96 --patch_size 16"),
-    "bands": (bands, f"--in_chans 13 --input_size 64 --patch_size 8 --mean {'1000 ' * 13}--std {'300 ' * 13}"),
-    "sixteen": (sixteen, "--in_chans 1 --input_size 32 --patch_size 8 --mean 0.5 --std 0.3"),
+    "grey": (save_grey, "--in_chans 1 --input_size 28 --patch_size 4"),
+    "rectangle": (save_colour, "--input_size 64 96 --patch_size 16"),
+    "bands": (save_bands, f"--in_chans 13 --input_size 64 --patch_size 8 --mean {'1000 ' * 13}--std {'300 ' * 13}"),
+    "sixteen": (save_16_bit, "--in_chans 1 --input_size 32 --patch_size 8 --mean 0.5 --std 0.3"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_job_takes_the_images(case, tmp_path):
-    """Pre-train (with another decoder), fine-tune, probe, reconstruct, features; the checkpoint knows its pixels."""
+    """All scripts run one after another, and those that read a checkpoint take channels, mean and std from it."""
     make, shape = CASES[case]
     for split, count in (("train", 4), ("val", 2)):
         for name in "ab":
@@ -99,7 +99,7 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path):
     (data / place).mkdir(parents=True, exist_ok=True)
     (data / place / "deeper").mkdir()
     for number in range(6):
-        grey(data / place / ("deeper" if number % 2 else "") / f"{number}", number)
+        save_grey(data / place / ("deeper" if number % 2 else "") / f"{number}", number)
     out = ["--output_dir", str(tmp_path / "out"), "--data_path", str(data)]
     main_pretrain.main([*SMALL.split(), *["--model", "mae_vit_demo_patch4", "--input_size", "28"], *out])
     assert len(datasets.open_split(datasets.Images, str(data), "train", None, Pixels(), flat=True)) == 6
@@ -128,7 +128,7 @@ def test_files_become_the_channels_that_are_asked_for(tmp_path):
     values = np.random.default_rng(0).integers(0, 65536, (5, 6)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "16.png")
     assert np.array_equal(load_array(str(tmp_path / "16.png"), channels=1)[..., 0], (values / 65535).astype(np.float32))
-    rgba = noise(5, 6, 4)
+    rgba = random_pixels(5, 6, 4)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
     assert np.array_equal(load_array(str(tmp_path / "rgba.png"), channels=4), rgba)
     assert load_array(str(tmp_path / "rgba.png"), channels=1).shape == (5, 6, 1)
@@ -137,28 +137,30 @@ def test_files_become_the_channels_that_are_asked_for(tmp_path):
     stacked = load_array(str(tmp_path / "pages.tif"), channels=7)
     assert np.array_equal(stacked[..., 3], (np.asarray(pages[3]) / 65535).astype(np.float32))
     np.save(tmp_path / "whole.npy", np.arange(90).reshape(5, 6, 3).astype(np.int32))
-    assert load_array(str(tmp_path / "whole.npy"), channels=3).max() == 89  # as it is, whatever its range
+    assert (
+        load_array(str(tmp_path / "whole.npy"), channels=3).max() == 89
+    )  # values are not scaled, whatever their range
     np.save(tmp_path / "float.npy", np.full((3, 5, 6), 7.5))
     assert (load_array(str(tmp_path / "float.npy"), channels=3) == 7.5).all()
-    with pytest.raises(WrongChannels, match=r"--in_chans 5, and this file has 7 page\(s\) of 1 channel"):
+    with pytest.raises(WrongChannels, match=r"--in_chans 5, but this file has 7 page\(s\) of 1 channel"):
         load_array(str(tmp_path / "pages.tif"), channels=5)
-    with pytest.raises(WrongChannels, match=r"--in_chans 2, and this array is \[3, 5, 6\]"):
+    with pytest.raises(WrongChannels, match=r"--in_chans 2, but this array is \[3, 5, 6\]"):
         load_array(str(tmp_path / "float.npy"), channels=2)
 
 
 def test_wrong_channels_end_a_run_before_it_begins(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     for number in range(4):
-        bands(tmp_path / "train" / "a" / str(number), number)
+        save_bands(tmp_path / "train" / "a" / str(number), number)
     words = f"--in_chans 4 --mean {'0 ' * 4}--std {'1 ' * 4}--output_dir={tmp_path / 'o'} --device cpu --batch_size 2"
-    with pytest.raises(UserError, match=r"0.npy: --in_chans 4, and this array is \[13, 64, 64\]"):
+    with pytest.raises(UserError, match=r"0.npy: --in_chans 4, but this array is \[13, 64, 64\]"):
         main_pretrain.main([*words.split(), "--data_path", str(tmp_path), "--model", "mae_vit_demo_patch4"])
 
 
 def test_files_of_8_and_16_bits_meet_in_a_batch(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
-    grey(tmp_path / "train" / "a" / "0", 0)
-    sixteen(tmp_path / "train" / "a" / "1", 0)
+    save_grey(tmp_path / "train" / "a" / "0", 0)
+    save_16_bit(tmp_path / "train" / "a" / "1", 0)
     pixels = Pixels(1, (0.0,), (1.0,))
     for workers in (0, 1):
         crop = Crop(16, (1.0, 1.0))
@@ -175,12 +177,12 @@ def test_a_rectangle_is_covered_then_cut(tmp_path):
     out = CentreCrop((16, 32), 1.0)(stripes)
     assert out.shape == (3, 16, 32) and out[:, :, :15].max() < 60 and out[:, :, 17:].min() > 200
     assert CentreCrop((32, 16), 0.5)(stripes).shape == (3, 32, 16)
-    assert CentreCrop((64, 64))(noise(33, 71, 5)).shape == (5, 64, 64)
+    assert CentreCrop((64, 64))(random_pixels(33, 71, 5)).shape == (5, 64, 64)
 
 
 def test_mean_and_standard_deviation_of_a_folder(tmp_path, capsys):
     for number in range(3):
-        bands(tmp_path / str(number), number)
+        save_bands(tmp_path / str(number), number)
     mean_std.main([str(tmp_path), "--in_chans", "13"])
     words = capsys.readouterr().out.split()
     mean, std = (list(map(float, words[words.index(f"--{name}") + 1 :][:13])) for name in ("mean", "std"))
@@ -188,9 +190,9 @@ def test_mean_and_standard_deviation_of_a_folder(tmp_path, capsys):
 
 
 def test_positions_resize_as_the_references_and_alike_along_both_sides():
-    """Squares against the golden data; rectangles: transposing the picture transposes the table."""
+    """Transposing an image transposes its table of positions, also when the table is resized."""
     golden = load_file(ROOT / "tests" / "golden" / "pos_embed.safetensors")
-    assert golden  # what is in it is checked by test_golden
+    assert golden  # its values are checked in test_golden.py
     h, w = 6, 10
     table = torch.randn(1, 1 + h * w, 8)
 
@@ -205,7 +207,7 @@ def test_positions_resize_as_the_references_and_alike_along_both_sides():
     torch.testing.assert_close(transposed(resized, 9, 4), other)
     sincos = sincos_pos_embed(16, (h, w))
     swapped = transposed(sincos_pos_embed(16, (w, h)), w, h)
-    torch.testing.assert_close(sincos[..., :8], swapped[..., 8:])  # rows there are columns here
+    torch.testing.assert_close(sincos[..., :8], swapped[..., 8:])  # rows of one are columns of the other
     smooth = resize_pos_embed(sincos_pos_embed(32, (14, 14)).float(), (14, 14), (14, 20))
     columns = smooth[0, 1:].unflatten(0, (14, 20))
     torch.testing.assert_close(columns[:, :, 16:], columns[:, :1, 16:].expand(-1, 20, -1))  # rows stay as they were

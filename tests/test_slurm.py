@@ -1,6 +1,6 @@
-"""A real SLURM on this machine (tests/slurm.sh): srun, main_submitit.py, a job that is put back into the queue.
+"""A real SLURM on this machine (tests/slurm.sh): srun, main_submitit.py, and jobs that are queued again.
 
-As root, with Debian's packages slurmctld, slurmd, slurm-client and munge: pytest -m slurm
+To run as root, with Debian's packages slurmctld, slurmd, slurm-client and munge: pytest -m slurm
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 import faults
 import pytest
 from conftest import ROOT
-from runs import FLAGS, assert_same_end, wait_for, words
+from runs import FLAGS, assert_same_end, job_argv, wait_for
 
 pytestmark = pytest.mark.slurm
 PAIR = ["--batch_size", 4, "--num_workers", 0]
@@ -26,7 +26,7 @@ def cluster(tmp_path_factory):
         pytest.skip(f"needs root and Debian's slurmctld, slurmd, slurm-client, munge; missing: {missing}")
     folder = tmp_path_factory.mktemp("slurm")
     for parent in folder.parents[:2]:
-        parent.chmod(0o755)  # munge wants a path that nobody else can write to, and all can search
+        parent.chmod(0o755)  # munge requires a path that only root can write to and everyone can search
     subprocess.run([ROOT / "tests" / "slurm.sh", "start", folder], check=True, timeout=120)
     yield {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf", "OMP_NUM_THREADS": "1"}
     subprocess.run([ROOT / "tests" / "slurm.sh", "stop", folder], check=True)
@@ -42,7 +42,7 @@ def run(cluster, *argv, timeout=300):
 
 
 def submit(cluster, job, folder, *flags):
-    """Submit through main_submitit.py; returns the job's number."""
+    """Submit through main_submitit.py and return the job's number."""
     own = ["main_submitit.py", job, "--job_dir", folder, "--ngpus", 0, "--tasks", 2, "--cpus", 1, "--timeout", 60]
     return re.search(r"job (\d+):", run(cluster, sys.executable, *own, "--partition", "all", "--", *flags))[1]
 
@@ -52,7 +52,7 @@ def output(folder):
 
 
 def wait(cluster, job, folder, timeout=240):
-    """Until the job has left the queue; it must have been completed."""
+    """Wait until the job has completed; fail if it ends in another state."""
     end = time.time() + timeout
     while time.time() < end:
         state = re.search(r"JobState=(\w+)", run(cluster, "scontrol", "show", "job", job))[1]
@@ -65,10 +65,10 @@ def wait(cluster, job, folder, timeout=240):
 
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
-    """Two ranks that nothing happened to."""
+    """Output folder of a run on two ranks without interruption."""
     folder = tmp_path_factory.mktemp("whole")
-    for process in faults.start_ranks("pretrain", words(images, folder, *PAIR, "--epochs", 40), folder / "out"):
-        assert faults.ended(process) == 0
+    for process in faults.start_ranks("pretrain", job_argv(images, folder, *PAIR, "--epochs", 40), folder / "out"):
+        assert faults.exit_code(process) == 0
     return folder
 
 
@@ -78,9 +78,9 @@ def probe_flags(images, pretrained):
 
 @pytest.mark.parametrize("launcher", ["srun", "submitit"])
 def test_slurm_pretrains_probes_and_evaluates(launcher, cluster, images, undisturbed, tmp_path):
-    """Two tasks are two ranks: the parameters are those of two ranks started otherwise."""
+    """Two tasks are two ranks, whose parameters are those of two ranks started without SLURM."""
     pretrain, probe = tmp_path / "pretrain", tmp_path / "probe"
-    flags = words(images, pretrain, *PAIR, "--epochs", 40)
+    flags = job_argv(images, pretrain, *PAIR, "--epochs", 40)
     srun = ["srun", "--ntasks", 2, sys.executable]
     if launcher == "srun":
         run(cluster, *srun, "main_pretrain.py", *flags)
@@ -104,8 +104,8 @@ def test_slurm_pretrains_probes_and_evaluates(launcher, cluster, images, undistu
 
 
 def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(cluster, images, undisturbed, tmp_path):
-    """scontrol requeue, as preemption does it: SIGTERM, saved, queued again, on from there."""
-    job = submit(cluster, "pretrain", tmp_path, *words(images, tmp_path, *PAIR, "--epochs", 40))
+    """`scontrol requeue` does the same as preemption: SIGTERM, and the job is queued again."""
+    job = submit(cluster, "pretrain", tmp_path, *job_argv(images, tmp_path, *PAIR, "--epochs", 40))
     wait_for(tmp_path / "log.txt", '"epoch": 2')
     run(cluster, "scontrol", "requeue", job)
     wait(cluster, job, tmp_path)
@@ -115,8 +115,8 @@ def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(cluster, images, un
 
 
 def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(cluster, images, undisturbed, tmp_path):
-    """SIGUSR2 to every task, as SLURM's --signal sends it before the end."""
-    job = submit(cluster, "pretrain", tmp_path, *words(images, tmp_path, *PAIR, "--epochs", 40))
+    """SLURM's --signal sends SIGUSR2 to every task some time before the limit."""
+    job = submit(cluster, "pretrain", tmp_path, *job_argv(images, tmp_path, *PAIR, "--epochs", 40))
     wait_for(tmp_path / "log.txt", '"epoch": 2')
     run(cluster, "scancel", "--signal=USR2", job)
     wait(cluster, job, tmp_path)

@@ -1,37 +1,34 @@
-"""A week in two minutes: 200 short epochs under a rain of kill -9.
-
-python -m pytest -m soak
-"""
+"""Soak test: 200 short epochs of a run that is killed again and again (minutes; pytest -m soak)."""
 
 import random
 import re
 
 import faults
 import pytest
-from runs import EVERY_STEP, assert_same_end, words
+from runs import EVERY_STEP, assert_same_end, job_argv
 
 EPOCHS, KEEP = 200, 3
 
 
 @pytest.mark.soak
 def test_200_epochs_under_kill_9(images, tmp_path):
-    """It finishes, as an undisturbed run does, and leaves --keep checkpoints, the best and the last."""
+    """The run ends as an undisturbed one, and leaves --keep checkpoints, the best and the last."""
     flags = ["--patch_size", 7, "--epochs", EPOCHS, "--keep", KEEP, "--num_workers", 0]
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    whole = faults.start("finetune", words(images, tmp_path / "whole", *flags, job="finetune"), tmp_path / "out")
-    assert faults.ended(whole, 600) == 0, (tmp_path / "out").read_text()[-3000:]
+    whole = faults.start("finetune", job_argv(images, tmp_path / "whole", *flags, job="finetune"), tmp_path / "out")
+    assert faults.exit_code(whole, 600) == 0, (tmp_path / "out").read_text()[-3000:]
 
     chance, kills = random.Random(0), 0
     while True:
         often = EVERY_STEP if chance.random() < 0.2 else []
-        argv = words(images, tmp_path / "cut", *flags, *often, "--resume", "auto", job="finetune")
+        argv = job_argv(images, tmp_path / "cut", *flags, *often, "--resume", "auto", job="finetune")
         process = faults.start("finetune", argv, tmp_path / "out")
         process.join(chance.uniform(0.5, 5))
         if process.exitcode is None:
             process.kill()
             kills += 1
-        code = faults.ended(process)
+        code = faults.exit_code(process)
         if code == 0:
             break
         assert code == -9, (tmp_path / "out").read_text()[-3000:]

@@ -1,4 +1,4 @@
-"""Every speed-up leaves the numbers alone; a sweep's heads end as each would alone."""
+"""Speed-ups leave the numbers alone; each head of a learning-rate sweep ends as it would alone."""
 
 import json
 import resource
@@ -20,7 +20,10 @@ DECODER = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
 
 
 def step(model, amp="off", **settings):
-    """Loss and all gradients of a step, in fp32, with drop_path where the model has it; amp: prepared as for that."""
+    """Return the loss and all gradients of a step in fp32.
+
+    With amp="bf16" the model is prepared as for bf16, though the step itself is in fp32.
+    """
     speed.prepare(model, CPU, amp, **{"attention": "plain", "compiled": False, "grad_checkpoint": False, **settings})
     model.train().zero_grad()
     torch.manual_seed(1)
@@ -45,7 +48,7 @@ def classifier():
 
 @pytest.mark.slow
 def test_ddp_leaves_compiled_blocks_whole(script):
-    """Its cuts at a megabyte of parameters would make two graphs of each block."""
+    """DDP would split each block into two graphs, at a megabyte of parameters."""
     words = """
 import torch
 from torch._dynamo.utils import counters
@@ -74,7 +77,7 @@ print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
         {"attention": "fused"},
         {"grad_checkpoint": True},
         {"compiled": True, "amp": "bf16"},
-        # Compilation takes long, and the golden runs have the first, too, and the second with fused attention.
+        # Compilation takes long, and the golden tests cover both cases, too.
         pytest.param({"compiled": True}, marks=pytest.mark.slow),
         pytest.param({"compiled": True, "grad_checkpoint": True}, marks=pytest.mark.slow),
     ],
@@ -98,12 +101,12 @@ def test_compiled_and_checkpointed_models_keep_their_parameter_names():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_blocks_of_different_stochastic_depth_share_their_compiled_code():
-    """PyTorch gives up at the ninth version of a function, and runs it uncompiled from there on."""
+    """PyTorch compiles at most eight versions of a function, and then runs it uncompiled."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = models_vit.VisionTransformer(**ENCODER | {"depth": 10}, num_classes=3, drop_path_rate=0.3)
     step(model, compiled=True)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first block's rate is 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # two graphs, since the first block's rate is 0
 
 
 def test_stochastic_depth_drops_whole_images_as_often_as_it_should():
@@ -135,7 +138,7 @@ def test_memory_that_a_step_frees_is_kept_for_the_next():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(20_000_000)  # 80 MB, 20,000 pages
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert sum(faults) < 5 * 20_000  # a few places in turn
+    assert sum(faults) < 5 * 20_000  # the allocator alternates between a few places
 
 
 def test_attention_is_plain_only_where_that_is_faster():
@@ -150,7 +153,7 @@ SMALL = (
 
 
 def test_each_head_of_a_sweep_ends_as_it_would_alone(images, tmp_path, capsys):
-    """Parameters, accuracy and loss; the best head stands for all."""
+    """Parameters, accuracy and loss agree, and the accuracy of the best head is logged as the run's."""
 
     def probe(name, *rates):
         where = ["--data_path", str(images), "--output_dir", str(tmp_path / name)]

@@ -1,4 +1,4 @@
-"""Mixed precision: which one, the loss scaler, and the updates that were skipped."""
+"""Mixed precision: the choice of the data type, fp16's loss scaling, and the count of skipped updates."""
 
 import time
 from collections.abc import Iterable
@@ -13,9 +13,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def choose(amp: str, device: torch.device) -> str:
-    """Resolve --amp: "auto" is bf16 where the hardware does it fast, fp16 on older CUDA cards, else off.
+    """Resolve --amp to "bf16", "fp16" or "off".
 
-    All ranks must call, and take rank 0's answer.
+    "auto" is bf16 where the hardware computes it fast, fp16 on older CUDA cards, and off elsewhere. All ranks must
+    call: on a CPU rank 0 measures for all.
     """
     if amp != "auto":
         return amp
@@ -26,28 +27,38 @@ def choose(amp: str, device: torch.device) -> str:
 
 @cache
 def bf16_is_faster_on_cpu() -> bool:
-    """Whether matrix products in bf16 take less than 3/4 of the time of those in fp32; a fifth of a second.
+    """Measure whether matrix products in bf16 take less than 3/4 of the time of those in fp32, in a fifth of a second.
 
-    Measured, since the instructions say little: with avx512_bf16 and without AMX it is twice as fast on a Zen 4 and
-    half as fast on an Intel Xeon (2 cores each). By turns, so that what else the machine does hits both.
+    It is measured, since the list of instructions says little: with avx512_bf16 and without AMX bf16 is twice as fast
+    on a Zen 4 and half as fast on an Intel Xeon (2 cores each).
     """
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():  # torch has no public name for it
         return False
+
+    # The two types take turns, so that the machine's other work slows both; the fastest of ten counts.
     matrices = [torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    best = {a.dtype: float("inf") for a in matrices}
+    best = {matrix.dtype: float("inf") for matrix in matrices}
     for _ in range(10):
-        for a in matrices:
+        for matrix in matrices:
             start = time.perf_counter()
-            a @ a
-            best[a.dtype] = min(best[a.dtype], time.perf_counter() - start)
+            matrix @ matrix
+            best[matrix.dtype] = min(best[matrix.dtype], time.perf_counter() - start)
     return best[torch.bfloat16] < 0.75 * best[torch.float32]
 
 
 class LossScaler:
-    """Autocast, the loss scaling that fp16 needs, clipping and the optimiser's step. `state_dict` is torch's."""
+    """Mixed precision of a run: autocast, the loss scaling that fp16 needs, clipping, and the optimiser's step.
+
+    `state_dict` is that of torch's GradScaler: empty unless the precision is fp16.
+    """
 
     def __init__(self, amp: str, device: torch.device) -> None:
-        """Set up a precision: --amp, "auto", "bf16", "fp16" or "off"."""
+        """Set up the precision.
+
+        Args:
+            amp: "auto", "bf16", "fp16" or "off", as --amp.
+            device: Where the model is trained.
+        """
         self.device_type = device.type
         self.use(choose(amp, device))
 
@@ -57,60 +68,83 @@ class LossScaler:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=amp == "fp16")
 
     def autocast(self) -> torch.autocast:
+        """Return the context in which the forward pass runs in this precision."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss, which is scaled first with fp16."""
         self.scaler.scale(loss).backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], clip_grad: float | None
     ) -> Tensor:
-        """Apply the accumulated gradients, their global norm clipped to clip_grad if given, and clear them.
+        """Update the parameters with the accumulated gradients, and clear the gradients.
 
-        Gradients that are not finite change nothing: neither parameters nor the optimiser's state. Returns whether
-        that was so, as a boolean tensor: fused optimisers read it on the device, and nothing waits for it.
+        Gradients that are not finite change nothing: neither parameters nor the optimiser's state.
+
+        Args:
+            optimizer: Over the parameters.
+            parameters: All of the model's; those without a gradient are left out.
+            clip_grad: Largest norm of all gradients together; None: no clipping.
+
+        Returns:
+            Whether the update was skipped, a boolean tensor on the device. Fused optimisers read it there, so that
+            nothing waits for the device.
         """
+        # Remove fp16's scale, so that the norm and the clipping refer to the true gradients.
         parameters = [p for p in parameters if p.grad is not None]
         self.scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         skipped = ~torch.isfinite(norm)
         if clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+
+        # fp16's scaler skips by itself, and a fused optimiser by the flag `found_inf` on the device, as GradScaler sets
+        # it. Any other optimiser has to be asked on the host, which waits for the device.
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
         elif getattr(local := dist.local_optimizer(optimizer), "_step_supports_amp_scaling", False):
-            local.found_inf = skipped.float()  # the way that GradScaler itself goes
+            local.found_inf = skipped.float()
             optimizer.step()
             del local.found_inf
         elif not skipped:
             optimizer.step()
+
         dist.zero_grad(optimizer)
         return skipped
 
     def state_dict(self) -> dict:
+        """Return the state of fp16's scaler; empty with another precision."""
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Take a stored scaler; the empty one of a run without fp16 leaves a fresh one."""
+        """Load the state of fp16's scaler; an empty one, of a run without fp16, leaves the scaler as new."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 
 
 class BadSteps:
-    """Counts, on the device, the updates that were skipped; all ranks count alike, since they exchange gradients.
+    """Count of the skipped updates, kept on the device; all ranks count alike, since they exchange gradients.
 
-    An fp16 scaler starts high and halves itself at an overflow: what it can absorb, 16 in a row, does not count.
+    An fp16 scaler starts high and halves itself at every overflow: the 16 skipped updates in a row that this may take
+    do not count.
     """
 
     def __init__(self, limit: int, device: torch.device, amp: str) -> None:
-        """limit: --max_bad_steps, how many in a row stop the run."""
+        """Start at zero.
+
+        Args:
+            limit: Skipped updates in a row that stop the run (--max_bad_steps).
+            device: Where the model is trained.
+            amp: "bf16", "fp16" or "off".
+        """
         self.limit, self.absorbed = limit, 16 if amp == "fp16" else 0
         self.streak, self.count, self.first = (torch.zeros((), dtype=torch.long, device=device) for _ in range(3))
         self.tripped = torch.zeros((), dtype=torch.bool, device=device)
 
     def update(self, skipped: Tensor, step: int) -> None:
-        """Take note of the update made at batch `step` of the epoch."""
+        """Record whether the update made at batch `step` of the epoch was skipped, without waiting for the device."""
         self.streak = torch.where(skipped, self.streak + 1, 0)
         counts = self.streak > self.absorbed
         self.first = torch.where(counts & (self.count == 0), step, self.first)
@@ -118,7 +152,12 @@ class BadSteps:
         self.tripped = self.tripped | (self.streak >= self.limit + self.absorbed)
 
     def read(self) -> tuple[int, int, bool]:
-        """Since the last call: how many, the first one's batch, and whether the limit was met. Waits for the device."""
+        """Return the count and start it anew; waits for the device.
+
+        Returns:
+            The number of skipped updates since the last call, the batch of the first one, and whether the limit was
+            reached.
+        """
         count, first = self.count.item(), self.first.item()
         self.count = torch.zeros_like(self.count)
         return count, first, bool(self.tripped)

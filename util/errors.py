@@ -1,7 +1,7 @@
-"""How a script ends when something is wrong: one message and an exit code, not a traceback.
+"""How a script ends when something is wrong: with one message and an exit code instead of a traceback.
 
-2    the user can put it right: flags, data, checkpoint, a full disk or GPU
-1    the run failed: gradients that are not finite, a loader or another rank that died or does not answer
+2    the user can fix it: flags, data, checkpoint, a full disk or GPU
+1    the run failed: gradients that are not finite, a loader process or another rank that died or does not answer
 143  stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 130 by SIGINT
 """
 
@@ -17,88 +17,121 @@ import torch.distributed
 
 from util.distributed import dist
 
+# System errors that mean: a file could not be written.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 # How gloo, NCCL and the store say that another process is gone.
 PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout")
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what is wrong, where, and what to do.
+    """Something that the user can fix; the message says what is wrong, where, and what to do.
 
-    Every rank meets it alike, so that one speaks for all.
+    Every rank raises it alike, so that one of them prints it for all.
     """
 
     def __init__(self, message: str) -> None:
-        if message.startswith("Caught "):  # what a loader process raised comes back with its traceback in front
+        # An error that a loader process raised arrives with that process's traceback in front: keep the message only.
+        if message.startswith("Caught "):
             message = re.split(r"util\.errors\.\w+: ", message)[-1].strip()
         super().__init__(message)
 
 
 class LocalError(UserError):
-    """A UserError that one rank meets alone: that rank says it."""
+    """A UserError that one rank meets alone, and prints itself."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved where it stands."""
+    """The end of a run that was asked to stop by a signal, and has saved its state."""
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
 
 
-def _complain(error: Exception) -> int:
-    """Say what happened, on stderr; returns the exit code. Raises the error again if it is a bug of ours."""
-    text, code, speaks = f"error: {error}", 1, True
-    if isinstance(error, UserError):
-        code, speaks = 2, isinstance(error, LocalError) or os.environ.get("LOCAL_RANK", "0") == "0"
-    elif isinstance(error, Stopped):
-        text, code, speaks = str(error), 130 if error.signum == SIGINT else 143, dist.rank() == 0
-    elif isinstance(error, FloatingPointError):
-        text = f"rank {dist.rank()} stops: {error}"
-    elif isinstance(error, torch.OutOfMemoryError):
-        text, code = (
-            f"error: rank {dist.rank()}: {str(error).split('. ')[0]}. Halve --batch_size and double "
-            "--accum_iter, or add --grad_checkpoint",
-            2,
-        )
-    elif isinstance(error, OSError) and error.errno in DISK:
-        text, code = f"error: cannot write {error.filename or 'to the output folder'}: {error.strerror}", 2
-    elif isinstance(error, RuntimeError) and re.search(r"shared memory(\(shm\)| limit)", str(error)):
-        text, code = (
-            "error: /dev/shm, through which loader processes send their batches, is full: lower "
-            "--num_workers, or start the container with --ipc=host or --shm-size 16g",
-            2,
-        )
-    elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        text += (
-            ". A loader process died; out of memory is the usual reason: lower --num_workers. "
-            "Resume from the newest checkpoint with --resume auto"
-        )
-    elif isinstance(error, dist.RendezvousError):
-        pass
-    elif isinstance(error, RuntimeError) and dist.world_size() > 1 and PEERS.search(str(error)):
-        text = (
-            f"error: rank {dist.rank()} lost another process: {str(error).splitlines()[0]}. Look for that one's own "
-            "message; resume from the newest checkpoint with --resume auto"
-        )
-    else:
-        raise error
-    if speaks:
-        print(text, file=sys.stderr, flush=True)
-    return code
-
-
 def run(main: Callable[[], object]) -> None:
-    """Run a script's main(); whatever a user should read ends in one message and the exit code listed above."""
+    """Run a script's main function, and end the process with the message and exit code that fit how it went.
+
+    Args:
+        main: The script; its result is ignored.
+
+    Raises:
+        SystemExit: With one of the exit codes above; after a success the function returns.
+        Exception: An error that is foreseen nowhere, which is a bug, with its traceback.
+    """
     code = 0
     try:
         main()
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        code = _complain(error)
+        code = _print_error(error)
     # After a failure the other ranks may be gone, and leaving the group in good order would wait for them.
     if torch.distributed.is_initialized() and code in (0, 130, 143):
         torch.distributed.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def _print_error(error: Exception) -> int:
+    """Print a foreseen error to stderr and return the exit code; raise any other error again."""
+    description = _describe(error)
+    if description is None:
+        raise error
+    message, code = description
+    if _prints_on_this_rank(error):
+        print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _prints_on_this_rank(error: Exception) -> bool:
+    """Return whether this rank prints the error: of those that all ranks raise alike, one rank does it for all."""
+    if isinstance(error, Stopped):
+        return dist.rank() == 0
+    if isinstance(error, UserError) and not isinstance(error, LocalError):
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # may be raised before there is a process group
+    return True
+
+
+def _describe(error: Exception) -> tuple[str, int] | None:
+    """Return the message and the exit code of an error that is foreseen, None of any other."""
+    # Errors of this repository: they carry their message.
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, Stopped):
+        return str(error), 130 if error.signum == SIGINT else 143
+    if isinstance(error, FloatingPointError):
+        return f"rank {dist.rank()} stops: {error}", 1
+    if isinstance(error, dist.RendezvousError):
+        return f"error: {error}", 1
+
+    # Errors of torch and the system: the message adds the remedy.
+    if isinstance(error, torch.OutOfMemoryError):
+        problem = str(error).split(". ")[0]
+        remedy = "Halve --batch_size and double --accum_iter, or add --grad_checkpoint"
+        return f"error: rank {dist.rank()}: {problem}. {remedy}", 2
+    if isinstance(error, OSError) and error.errno in DISK:
+        file = error.filename or "to the output folder"
+        return f"error: cannot write {file}: {error.strerror}. Make room there, or choose another folder", 2
+    if isinstance(error, RuntimeError):
+        return _describe_runtime_error(str(error))
+    return None
+
+
+def _describe_runtime_error(text: str) -> tuple[str, int] | None:
+    """Return message and exit code for a RuntimeError of torch, which only its text tells from others."""
+    if re.search(r"shared memory(\(shm\)| limit)", text):
+        return (
+            "error: /dev/shm, through which loader processes send their batches, is full: lower --num_workers, or "
+            "start the container with --ipc=host or --shm-size 16g"
+        ), 2
+    if "DataLoader worker" in text:
+        return (
+            f"error: {text}. A loader process died; out of memory is the usual reason: lower --num_workers. Resume "
+            "from the newest checkpoint with --resume auto"
+        ), 1
+    if dist.world_size() > 1 and PEERS.search(text):
+        return (
+            f"error: rank {dist.rank()} lost another process: {text.splitlines()[0]}. See that process's own message "
+            "for the reason; resume from the newest checkpoint with --resume auto"
+        ), 1
+    return None

@@ -1,4 +1,7 @@
-"""Images given on the command line, as evaluation sees them: what the scripts share that look at them."""
+"""Inference on image files: the flags, files and preprocessing that the small scripts share.
+
+main_predict.py, main_features.py and main_reconstruct.py see images as the evaluation of the checkpoint's job did.
+"""
 
 import argparse
 from collections.abc import Iterator
@@ -19,49 +22,75 @@ from util.options import device_problems
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Device, batches, and how an image is cut and turned."""
+    """Add the flags for the batch size, the device, and how an image is cropped and rotated."""
     add = parser.add_argument
-    add("--batch_size", default=64, type=int)
-    add("--crop_pct", type=float, help="share of the image kept; default: as in the checkpoint's evaluation")
-    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says; default: likewise")
-    add("--device", default=dist.default_device(), help="cuda, mps or cpu")
+    add("--batch_size", default=64, type=int, help="images per batch")
+    add("--crop_pct", type=float, help="share of the image that is kept; default: as in the checkpoint's evaluation")
+    add(
+        "--exif",
+        action="store_true",
+        help="rotate photographs as their EXIF orientation says; default: as in the checkpoint's evaluation",
+    )
+    add("--device", default=dist.default_device(), help="cuda, mps or cpu; default: the best one that is available")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError with every problem of the flags, before any work."""
+    """Check the flags before any work.
+
+    Args:
+        args: The flags of `add_flags` and the script's --output, with --separate if the script has that.
+
+    Raises:
+        UserError: Flags are invalid, or the output can't be written; names all problems at once.
+    """
     problems = device_problems(args.device)
     if args.batch_size < 1:
         problems.append(f"--batch_size {args.batch_size} must be at least 1")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         problems.append(f"--crop_pct {args.crop_pct} must be greater than 0, and at most 1")
-    into = args.output if getattr(args, "separate", False) else args.output.parent
-    why = "it is a folder" if into != args.output and args.output.is_dir() else unwritable(into)
-    if why:
-        problems.append(f"--output {args.output} can't be written to: {why}")
+
+    # With --separate the output is a folder, else a file.
+    separate = getattr(args, "separate", False)
+    folder = args.output if separate else args.output.parent
+    reason = "it is a folder" if not separate and args.output.is_dir() else unwritable(folder)
+    if reason:
+        problems.append(f"--output {args.output} can't be written to: {reason}")
     if problems:
         raise UserError("; ".join(problems))
 
 
-def find(places: list[Path], num: int | None = None) -> list[Path]:
-    """The image files, those in folders included as in training; num: evenly thinned. Raises UserError where there are
-    none."""
-    if missing := [str(place) for place in places if not place.exists()]:
+def find(paths: list[Path], num: int | None = None) -> list[Path]:
+    """List image files, and those that training would find in folders.
+
+    Args:
+        paths: Files, which are taken whatever their names, and folders.
+        num: Number of files to return, evenly spread over the list; None: all.
+
+    Raises:
+        UserError: A path does not exist, or there are no images.
+    """
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
+
     files = []
-    for place in places:
-        if place.is_file():
-            files.append(place)
-        else:
-            found = ((folder, name) for folder, names in listing.walk(str(place)) for name in names)
-            files += [place / folder / name for folder, name in found if datasets.is_image(name)]
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+            continue
+        for folder, names in listing.walk(str(path)):
+            files += [path / folder / name for name in names if datasets.is_image(name)]
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, places))}: {', '.join(datasets.EXTENSIONS)} wanted")
+        raise UserError(
+            f"no images in {', '.join(map(str, paths))}: images end in {', '.join(datasets.EXTENSIONS)}. Name a folder "
+            "that holds some, or the files themselves"
+        )
     return [files[number] for number in loaders.spread(len(files), num or len(files))]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How image files become batches for a trained model.
+    """Settings by which image files become batches for a trained model.
 
     Attributes:
         pixels: Channels, their mean and standard deviation, EXIF orientation.
@@ -77,9 +106,15 @@ class Preprocessing:
 
 
 def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Preprocessing:
-    """Return how the checkpoint's job took images; --crop_pct and --exif, where they are given, come first."""
+    """Return the preprocessing of the evaluation of a checkpoint's job.
+
+    Args:
+        checkpoint: The loaded checkpoint.
+        channels: Channels of the model's images.
+        args: The flags of `add_flags`; --crop_pct and --exif, if given, take precedence over the checkpoint.
+    """
     flags = checkpoint_args(checkpoint)
-    pixels = Pixels.of(flags, channels)._replace(exif=args.exif or bool(flags.get("exif")))
+    pixels = Pixels.from_args(flags, channels)._replace(exif=args.exif or bool(flags.get("exif")))
     crop_pct = args.crop_pct or flags.get("crop_pct")
     return Preprocessing(pixels, crop_pct, args.batch_size, torch.device(args.device))
 
@@ -87,10 +122,18 @@ def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Nam
 def batches(
     files: list[Path], size: tuple[int, int], preprocessing: Preprocessing
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """Yield (files, imgs [N, C, H, W]), normalised and on the device.
+    """Load image files in batches.
+
+    Args:
+        files: The image files.
+        size: Height and width of the model's images in pixels.
+        preprocessing: Settings for loading, cropping and normalising.
+
+    Yields:
+        The batch's files, and its images [N, C, H, W], normalised and on the device.
 
     Raises:
-        UserError: An image is unreadable.
+        UserError: An image can't be read.
     """
     pixels = preprocessing.pixels
     crop = CentreCrop(size, preprocessing.crop_pct)
@@ -98,7 +141,8 @@ def batches(
     for start in range(0, len(files), preprocessing.batch_size):
         part = files[start : start + preprocessing.batch_size]
         try:
-            imgs, _ = loaders.collate([(crop(load_array(str(path), pixels.exif, pixels.channels)), 0) for path in part])
+            samples = [(crop(load_array(str(path), pixels.exif, pixels.channels)), 0) for path in part]
         except BadImage as error:
             raise UserError(f"{error}; fix or remove the file") from error
+        imgs, _ = loaders.collate(samples)
         yield part, normalise(imgs)

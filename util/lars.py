@@ -1,20 +1,37 @@
 """LARS (You et al., arXiv 1708.03888), as linear probing of MAE uses it."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise scaled SGD with momentum.
+    """SGD with momentum, whose gradients are scaled per matrix.
 
     Matrices: g <- g + weight_decay * w, then g <- g * trust_coefficient * |w| / |g| (factor 1 where a norm is 0).
     1-D parameters: plain momentum without decay. Then buffer <- momentum * buffer + g, w <- w - lr * buffer.
     Like torch's fused optimisers it takes `found_inf`, a tensor that is 1 where the step must change nothing.
-    Written by hand: timm's divides by |g| + weight_decay * |w|, which is another step once there is weight decay.
+    By hand since timm's divides by |g| + weight_decay * |w|, which is another step once there is weight decay.
     """
 
     def __init__(
-        self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, trust_coefficient: float = 0.001
+        self,
+        params: Iterable,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
     ) -> None:
+        """Set up the optimiser.
+
+        Args:
+            params: Parameters, or parameter groups.
+            lr: Learning rate.
+            weight_decay: L2 penalty of the matrices.
+            momentum: Share of the last step that is kept.
+            trust_coefficient: Norm of a matrix's scaled gradient as a share of the matrix's own norm.
+        """
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -26,23 +43,31 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update = parameter.grad
-                if parameter.ndim > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    weight_norm, update_norm = parameter.norm(), update.norm()
-                    trust = group["trust_coefficient"] * weight_norm / update_norm
-                    scalable = (weight_norm > 0) & (update_norm > 0)
-                    update = update * torch.where(scalable, trust, torch.ones_like(trust))
+                gradient = _scaled_gradient(parameter, group)
                 buffer = self.state[parameter].setdefault("mu", torch.zeros_like(parameter))
-                after = group["momentum"] * buffer + update
-                moved = parameter - group["lr"] * after
+                new_buffer = group["momentum"] * buffer + gradient
+                new_parameter = parameter - group["lr"] * new_buffer
+
+                # Choose on the device: to ask the flag on the host would wait for the GPU.
                 if skip is not None:
-                    after, moved = torch.where(skip > 0, buffer, after), torch.where(skip > 0, parameter, moved)
-                buffer.copy_(after)
-                parameter.copy_(moved)
+                    new_buffer = torch.where(skip > 0, buffer, new_buffer)
+                    new_parameter = torch.where(skip > 0, parameter, new_parameter)
+                buffer.copy_(new_buffer)
+                parameter.copy_(new_parameter)
+
+
+def _scaled_gradient(parameter: Tensor, group: dict) -> Tensor:
+    """Return a parameter's gradient; of a matrix with weight decay, scaled in proportion to the matrix's norm."""
+    if parameter.ndim <= 1:
+        return parameter.grad
+    gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])
+    weight_norm, gradient_norm = parameter.norm(), gradient.norm()
+    trust = group["trust_coefficient"] * weight_norm / gradient_norm
+    scalable = (weight_norm > 0) & (gradient_norm > 0)
+    return gradient * torch.where(scalable, trust, torch.ones_like(trust))

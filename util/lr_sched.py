@@ -8,8 +8,16 @@ import torch
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Stateless in the fractional epoch (paper, appendix A). Written by hand: timm's schedulers keep `initial_lr` in
-    the optimiser's groups, which published checkpoints lack."""
+    """Learning rate as a function of the fractional epoch, without a state (paper, appendix A).
+
+    By hand since timm's schedulers keep `initial_lr` in the optimiser's groups, which published checkpoints lack.
+
+    Attributes:
+        lr: Learning rate after warm-up.
+        min_lr: Learning rate at the end.
+        warmup_epochs: Epochs in which it rises linearly from 0.
+        epochs: Epochs of the whole run, warm-up included.
+    """
 
     lr: float
     min_lr: float
@@ -17,14 +25,14 @@ class CosineSchedule:
     epochs: float
 
     def at(self, epoch: float) -> float:
-        """The learning rate at a fractional epoch, before a group's own `lr_scale`."""
+        """Return the learning rate at a fractional epoch, before a group's own `lr_scale`."""
         if epoch < self.warmup_epochs:
             return self.lr * epoch / self.warmup_epochs
         progress = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def apply(self, optimizer: torch.optim.Optimizer, epoch: float) -> float:
-        """Set every group's learning rate, times its `lr_scale` if it has one; returns the unscaled rate."""
+        """Set every group's learning rate, times its `lr_scale` if it has one, and return the unscaled rate."""
         lr = self.at(epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -15,7 +15,7 @@ KINDS = ("random", "block", "grid")
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """Which masks a model is looked at under.
+    """Fixed masks under which a model is monitored.
 
     Attributes:
         ratio: Share of the patches that is removed.
@@ -31,44 +31,84 @@ class MaskSettings:
 def noise(
     kind: str, N: int, grid: tuple[int, int], device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """[N, L]. random: uniform. block: what lies in large rectangles is masked first, the earliest drawn before the
-    next. grid: of every 2 x 2 patches the first is kept longest, then the one across, then the others."""
+    """Draw the noise by which a model chooses the patches to keep: those with the smallest values.
+
+    Args:
+        kind: "random": uniform noise. "block": large rectangles are masked first, in the order in which they are drawn.
+            "grid": of every 2 x 2 patches the top left one is kept longest, then the one across, then the others.
+        N: Number of images.
+        grid: Rows and columns of patches.
+        device: Where the noise is drawn.
+        generator: Random numbers; None: torch's default ones.
+
+    Returns:
+        The noise [N, L].
+    """
     h, w = grid
     uniform = torch.rand(N, h * w, device=device, generator=generator)
     if kind == "random":
         return uniform
+
+    # A whole number per patch sets the order, and the uniform noise below 1 breaks ties.
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     if kind == "grid":
         odd_row, odd_column = rows[:, None] % 2, columns % 2
-        rank = 2 * (odd_row ^ odd_column) + odd_row  # [h, w]: 0, 2 over 3, 1; a table would be a wait for the GPU
+        # [h, w]: 0, 2 over 3, 1. Computed, since copying a table to the GPU would wait for it.
+        rank = 2 * (odd_row ^ odd_column) + odd_row
         return rank.flatten() + uniform
-    first = _first_block(N, h, w, rows, columns, uniform, generator)
-    return -first + uniform
+    return uniform - _first_block(N, rows, columns, uniform.dtype, generator)
 
 
 def _first_block(
-    N: int, h: int, w: int, rows: Tensor, columns: Tensor, like: Tensor, generator: torch.Generator | None
+    N: int, rows: Tensor, columns: Tensor, dtype: torch.dtype, generator: torch.Generator | None
 ) -> Tensor:
-    """[N, L]: the number of the first of 24 rectangles that covers a patch; 24 where none does. Their areas are 10 to
-    30 % of the image's, their aspects log-uniform in 0.3 to 1/0.3."""
-    count = 24
-    draws = torch.rand(4, N, count, device=like.device, generator=generator)
+    """Return for each patch the number of the first of 24 random rectangles that covers it; 24 where none does.
+
+    A rectangle's area is 10 to 30 % of the image's, its aspect ratio log-uniform in 0.3 to 1/0.3.
+
+    Args:
+        N: Number of images.
+        rows: Numbers of the rows of patches [h].
+        columns: Numbers of the columns of patches [w].
+        dtype: Of the result.
+        generator: Random numbers; None: torch's default ones.
+
+    Returns:
+        The numbers [N, L].
+    """
+    # Draw each rectangle's area, aspect ratio and place, in patches.
+    count, h, w, device = 24, len(rows), len(columns), rows.device
+    draws = torch.rand(4, N, count, device=device, generator=generator)
     area = (0.1 + 0.2 * draws[0]) * h * w
     aspect = torch.exp((2 * draws[1] - 1) * math.log(1 / 0.3))
     height = (area / aspect).sqrt().round().clamp(1, h)
     width = (area * aspect).sqrt().round().clamp(1, w)
-    top, left = (draws[2] * (h - height + 1)).floor(), (draws[3] * (w - width + 1)).floor()  # [N, count]
+    top = (draws[2] * (h - height + 1)).floor()  # [N, count]
+    left = (draws[3] * (w - width + 1)).floor()
+
+    # Find the patches inside, and for each the smallest number.
     in_rows = (rows >= top[..., None]) & (rows < (top + height)[..., None])  # [N, count, h]
-    in_columns = (columns >= left[..., None]) & (columns < (left + width)[..., None])
+    in_columns = (columns >= left[..., None]) & (columns < (left + width)[..., None])  # [N, count, w]
     covered = in_rows[..., :, None] & in_columns[..., None, :]  # [N, count, h, w]
-    number = torch.arange(count, device=like.device, dtype=like.dtype)[:, None, None]
+    number = torch.arange(count, device=device, dtype=dtype)[:, None, None]
     return torch.where(covered, number, float(count)).amin(dim=1).flatten(1)
 
 
 def fixed_noise(kind: str, names: list[str], seed: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """[N, L] that follows from the seed and each image's name, whatever else is in the batch."""
+    """Draw noise that follows from the seed and each image's name, whatever else is in the batch.
+
+    Args:
+        kind: One of KINDS, as in `noise`.
+        names: Names of the N images.
+        seed: Seed of the masks.
+        grid: Rows and columns of patches.
+        device: Where the noise is put.
+
+    Returns:
+        The noise [N, L].
+    """
     rows = []
     for name in names:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it takes 32 bits
-        rows.append(noise(kind, 1, grid, torch.device("cpu"), generator))
+        rows.append(noise(kind, 1, grid, torch.device("cpu"), generator))  # drawn on the CPU: the same for every device
     return torch.cat(rows).to(device)

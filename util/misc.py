@@ -1,21 +1,21 @@
-"""Checkpoints: what is in them, how they are written, and how they come back.
+"""Checkpoints of a run: their contents, saving, retention and resuming.
 
 output_dir/
     checkpoint-{epoch}.pth          the state after an epoch
     checkpoint-last.pth             the newest state, in mid-epoch too
 
-A checkpoint holds, all of it plain types and tensors (torch.load with weights_only=True opens it):
+A checkpoint holds plain types and tensors only, so that torch.load opens it with weights_only=True:
     model         parameters and buffers, under the names of the released weights
     model_config  the model's name and the arguments that build it
     optimizer, scaler, epoch (the last one completed; -1: none), args (a dict)
     amp           the precision: "bf16", "fp16" or "off"
     class_to_idx  classifiers only
-    model_ema     the running average of the weights, with --model_ema
-    position      of the epoch under way: images used, of how many, sums of what is averaged; the best accuracy and its
-                  epoch
+    model_ema     the EMA of the weights, with --model_ema
+    position      of the epoch under way: images used, images in the training set, sums behind the averages; the best
+                  accuracy and its epoch
     stats         log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
-    job, saved    "pretrain", "finetune" or "linprobe"; when, in seconds since 1970
+    job, saved    "pretrain", "finetune" or "linprobe"; the time in seconds since 1970
 """
 
 import re
@@ -27,60 +27,59 @@ import torch
 from torch import nn
 
 from util.amp import LossScaler
-from util.checkpoint.files import checkpoint_args, damage, digest_file, is_url, load_checkpoint, write
+from util.checkpoint.files import checkpoint_args, digest_file, find_damage, is_url, load_checkpoint, write
 from util.checkpoint.formats import describe
-from util.checkpoint.weights import load_model, plain
+from util.checkpoint.weights import comparable, load_model
 from util.distributed import dist
 from util.errors import UserError
 from util.rng import get_rng_state
 
-# Flags that change how far a step of the schedule goes, or where it lies; with lr and the effective batch.
+# Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
-# Flags that say where and how a run goes on, not what it computes.
+# Flags that may change when a run is resumed: they do not decide which updates are computed.
 NEUTRAL_FLAGS = {
-    "resume",
-    "resume_override",
-    "overwrite",
-    "start_epoch",
-    "eval",
-    "output_dir",
-    "log_dir",
-    "save_freq",
-    "keep",
-    "save_minutes",
-    "num_workers",
-    "pin_mem",
-    "device",
-    "world_size",
-    "local_rank",
-    "dist_on_itp",
-    "dist_url",
-    "dist_eval",
-    "dist_timeout",
-    "shard",
-    "compile",
-    "attention",
-    "grad_checkpoint",
-    "monitor_freq",
+    *("resume", "resume_override", "overwrite", "start_epoch", "eval"),  # how the run starts
+    *("output_dir", "log_dir", "save_freq", "keep", "save_minutes", "monitor_freq"),  # its files
+    *("num_workers", "pin_mem", "device"),
+    *("world_size", "local_rank", "dist_on_itp", "dist_url", "dist_eval", "dist_timeout", "shard"),
+    *("compile", "attention", "grad_checkpoint"),  # speed and memory
 }
 
 
 @dataclass
 class Position:
-    """Where a run stands. `epoch` is the one under way; `images` of it, over all ranks, are used already."""
+    """The point that a run has reached.
+
+    Attributes:
+        epoch: The epoch under way, from 0.
+        images: Images of this epoch that are used already, over all ranks.
+        dataset: Images in the training set; 0: unknown.
+        totals: Sums and counts of this epoch's averages so far, by name.
+        best: Best accuracy so far, in per cent; -1: none.
+        best_epoch: The epoch of the best accuracy; -1: none.
+        rng: States of the random streams, by rank.
+        stats: log.txt's line of the last epoch.
+    """
 
     epoch: int = 0
     images: int = 0
-    dataset: int = 0  # images in the training set
+    dataset: int = 0
     totals: dict[str, list[float]] = field(default_factory=dict)
     best: float = -1.0
     best_epoch: int = -1
     rng: list[dict] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)  # log.txt's line of the last epoch
+    stats: dict[str, float] = field(default_factory=dict)
+
+    def restart_epoch(self) -> None:
+        """Go back to the beginning of the epoch under way."""
+        self.images, self.totals = 0, {}
 
 
 class Checkpoints:
-    """One run's checkpoints in output_dir; without output_dir nothing is written. All ranks call, rank 0 writes."""
+    """The checkpoints of one run in output_dir; without output_dir nothing is written.
+
+    All ranks call its methods, and rank 0 writes.
+    """
 
     def __init__(
         self,
@@ -93,49 +92,70 @@ class Checkpoints:
         class_to_idx: dict[str, int] | None = None,
         ema: nn.Module | None = None,
     ) -> None:
-        """model: without DDP; ema: the running average of its weights, if one is kept. args: the run's flags;
-        args["model"] is its model's name, args["keep"] how many checkpoints of epochs stay (None: all)."""
+        """Collect the objects whose state is saved and restored.
+
+        Args:
+            output_dir: Folder of the run; "": write nothing.
+            job: "pretrain", "finetune" or "linprobe".
+            model: The model, without DDP.
+            optimizer: Over its parameters.
+            scaler: Mixed precision.
+            args: The run's flags; args["model"] is the model's name, and args["keep"] the number of epoch checkpoints
+                that stay (None: all).
+            class_to_idx: The classes of a classifier.
+            ema: EMA of the model's weights, if one is kept.
+        """
         self.folder = Path(output_dir) if output_dir else None
         self.job, self.model, self.optimizer, self.scaler = job, model, optimizer, scaler
         self.args = {**args, "world_size": dist.world_size()}
         self.class_to_idx, self.ema = class_to_idx, ema
-        self.newest = ""
+        self.newest = ""  # path of the newest checkpoint, for messages
 
     @property
     def images_per_step(self) -> int:
-        """Images in a batch of all ranks."""
+        """Return the number of images in a batch of all ranks."""
         return self.args["batch_size"] * dist.world_size()
 
     @property
     def goes_back(self) -> bool:
-        """Whether the run was told to go on from a checkpoint of this folder that need not be its newest."""
+        """Return whether the run resumes from a checkpoint of its own folder that may not be the newest there."""
         source = self.args.get("resume", "")
         return self.folder is not None and is_inside(source, self.folder) and Path(source).name != "checkpoint-last.pth"
 
     def prepare(self, source: str) -> None:
-        """Make the folder ready for a run that starts (source "") or goes on from source: unfinished files of a run
-        that was killed go, with --overwrite another run's checkpoints and log, too; without, its log gets another
-        name."""
+        """Make the folder ready for a run that resumes from a source, or starts from scratch (source "").
+
+        Unfinished files of a killed run are removed. If the run does not resume from this folder, the checkpoints and
+        logs of the run before it are removed with --overwrite; without it, the old log.txt gets another name.
+        """
         if self.folder is None or dist.rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         unwanted, log = ["checkpoint-*.tmp", "log.txt.tmp"], self.folder / "log.txt"
-        if is_inside(source, self.folder):
-            pass
-        elif self.args.get("overwrite"):
-            unwanted += ["checkpoint-*.pth", "log.txt", "events.out.tfevents.*", "reconstructions/epoch-*.png"]
-        elif log.exists():
-            log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
+        if not is_inside(source, self.folder):
+            if self.args.get("overwrite"):
+                unwanted += ["checkpoint-*.pth", "log.txt", "events.out.tfevents.*", "reconstructions/epoch-*.png"]
+            elif log.exists():
+                log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
         for pattern in unwanted:
             for file in self.folder.glob(pattern):
                 file.unlink()
+
+        # Earlier versions wrote a digest beside every checkpoint: remove those whose checkpoint is gone.
         for digest in self.folder.glob("checkpoint-*.pth.sha256"):
             if not digest.with_suffix("").exists():
                 digest.unlink()
 
     def save(self, position: Position, whole_epoch: bool) -> None:
-        """Write checkpoint-last.pth, and after a whole epoch (position.epoch) checkpoint-{epoch}.pth, too; then remove
-        what --keep no longer wants. Raises UserError, on all ranks, where it can't be written."""
+        """Write checkpoint-last.pth, then remove the checkpoints that --keep does not retain.
+
+        Args:
+            position: The point that the run has reached.
+            whole_epoch: Whether position.epoch is completed; then checkpoint-{epoch}.pth is written too.
+
+        Raises:
+            UserError: It cannot be written; on all ranks.
+        """
         rng = dist.gather(get_rng_state())
         if self.folder is None:
             return
@@ -146,14 +166,16 @@ class Checkpoints:
             position = replace(position, epoch=position.epoch + 1, images=0, totals={})
         paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
 
-        def on_rank0() -> None:
+        def write_and_prune() -> None:
             write(self._state(position, rng), paths)
             self._prune(position)
 
-        dist.run_on_rank0(on_rank0)
+        dist.run_on_rank0(write_and_prune)
         self.newest = str(paths[0])
 
     def _state(self, position: Position, rng: list[dict]) -> dict:
+        """Return the contents of a checkpoint, as the module's docstring lists them."""
+        stored_elsewhere = ("epoch", "rng", "stats")
         state = {
             "model": self.model.state_dict(),
             "model_config": {"model": self.args["model"], **self.model.config},
@@ -162,23 +184,25 @@ class Checkpoints:
             "amp": self.scaler.amp,
             "epoch": position.epoch - 1,
             "args": self.args,
-            "position": {
-                name: value for name, value in asdict(position).items() if name not in ("epoch", "rng", "stats")
-            },
+            "position": {name: value for name, value in asdict(position).items() if name not in stored_elsewhere},
             "stats": position.stats,
             "rng": rng,
             "job": self.job,
             "saved": time.time(),
         }
-        state |= {"class_to_idx": self.class_to_idx} if self.class_to_idx is not None else {}
-        return state | ({"model_ema": self.ema.state_dict()} if self.ema is not None else {})
+        if self.class_to_idx is not None:
+            state["class_to_idx"] = self.class_to_idx
+        if self.ema is not None:
+            state["model_ema"] = self.ema.state_dict()
+        return state
 
     def _prune(self, position: Position) -> None:
+        """Remove all epoch checkpoints but the newest args["keep"] and the one of the best accuracy."""
         if self.args.get("keep") is None:
             return
-        names = ((re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in self.folder.iterdir())
-        numbered = {int(found[1]): path for found, path in names if found}
-        # A run that went back leaves later ones behind: they are not newer than its own.
+        matches = ((re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in self.folder.iterdir())
+        numbered = {int(match[1]): path for match, path in matches if match}
+        # A run that resumed from an older checkpoint leaves later ones behind: they are not newer than its own.
         passed = sorted(epoch for epoch in numbered if epoch < position.epoch)
         for epoch in passed[: -self.args["keep"]]:
             if epoch != position.best_epoch:
@@ -186,82 +210,131 @@ class Checkpoints:
                 digest_file(numbered[epoch]).unlink(missing_ok=True)
 
     def resume(self, source: str, start_epoch: int = 0, override: bool = False, dataset: int = 0) -> Position:
-        """Load model, optimiser and scaler, and say where to go on: at start_epoch without a source ("") and for a
-        file of weights alone; dataset: images in the training set, whose order hangs on their number (0: unknown).
-        Raises UserError where the file does not fit the model, the optimiser, the classes or, without override, the
-        schedule."""
+        """Load model, EMA, optimiser and scaler from a checkpoint, and return the position to resume at.
+
+        Args:
+            source: File or address of the checkpoint; "": none.
+            start_epoch: Epoch to start at without a source, and from a file that holds weights alone.
+            override: Accept a schedule that differs from the checkpoint's.
+            dataset: Images in the training set; 0: unknown. Another number means another order, so that an epoch under
+                way starts again.
+
+        Raises:
+            UserError: The checkpoint does not fit the model, the optimiser, the classes or, without override, the
+                schedule.
+        """
         if not source:
             return Position(start_epoch, dataset=dataset)
+
+        # The weights. An EMA that the file lacks begins at the weights that the run begins with.
         checkpoint = load_checkpoint(source)
         load_model(source, checkpoint, self.model, self.args, self.class_to_idx)
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.get("model_ema") or self.model.state_dict())
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            what = describe(checkpoint)
             dist.print_rank0(
-                f"weights from {source} ({what}), which holds no optimiser: starting at epoch {start_epoch}"
+                f"weights from {source} ({describe(checkpoint)}), which holds no optimiser: "
+                f"starting at epoch {start_epoch}"
             )
             return Position(start_epoch, dataset=dataset)
         if checkpoint.get("job", self.job) != self.job:
-            raise UserError(f"{source} is of another job, {checkpoint['job']}: pass it as --finetune to start from it")
+            raise UserError(
+                f"{source} is a checkpoint of another job, {checkpoint['job']}: pass it as --finetune to start from "
+                "its weights"
+            )
+
+        # The schedule is compared before the state of the optimiser is touched.
         batch_changed = self._compare(source, checkpoint_args(checkpoint), override)
-        state = checkpoint["optimizer"]
-        try:
-            for group, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
-                # As today's flags say; the rate is the schedule's.
-                group |= {name: value for name, value in own.items() if name not in ("params", "lr")}
-            dist.load_optimizer(self.optimizer, state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the optimiser state in {source} belongs to another job or model: {error}") from error
+        self._load_optimizer(source, checkpoint["optimizer"])
         self._keep_precision(checkpoint)
         self.scaler.load_state_dict(checkpoint.get("scaler") or {})
         self.newest = source
+
+        position = self._read_position(checkpoint, batch_changed, dataset)
+        progress = f"after epoch {checkpoint['epoch']}"
+        if position.images:
+            progress = f"epoch {position.epoch}, {position.images:,} images done"
+        dist.print_rank0(f"resuming from {source} ({progress})")
+        return position
+
+    def _load_optimizer(self, source: str, state: dict) -> None:
+        """Load the optimiser's state, but keep the hyperparameters that today's flags set; the schedule sets lr."""
+        try:
+            for stored, current in zip(state["param_groups"], self.optimizer.param_groups, strict=True):
+                stored |= {name: value for name, value in current.items() if name not in ("params", "lr")}
+            dist.load_optimizer(self.optimizer, state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the optimiser state in {source} belongs to another job or model: {error}. Pass the flags that the "
+                "checkpoint was made with"
+            ) from error
+
+    def _read_position(self, checkpoint: dict, batch_changed: bool, dataset: int) -> Position:
+        """Return the position in a checkpoint; an epoch whose order of images has changed starts again.
+
+        Args:
+            checkpoint: The contents of the file.
+            batch_changed: Whether the effective batch is not the checkpoint's.
+            dataset: Images in the training set; 0: unknown.
+        """
         position = Position(
             checkpoint["epoch"] + 1,
             **checkpoint.get("position", {}),
             rng=checkpoint.get("rng", []),
             stats=checkpoint.get("stats", {}),
         )
-        # The sums of an epoch's beginning count batches: of the size that they had, not of today's.
-        weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"] if position.totals else 1
-        position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
-        if batch_changed and position.images:
-            dist.print_rank0(f"batch size changed: epoch {position.epoch} starts again")
-            position.images, position.totals = 0, {}
-        if dataset and position.dataset not in (0, dataset) and position.images:
-            dist.print_rank0(
-                f"{position.dataset} training images then, {dataset} now: epoch {position.epoch} starts again"
-            )
-            position.images, position.totals = 0, {}
+
+        # The sums of an epoch's beginning count batches: count them in batches of today's size.
+        if position.totals:
+            weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"]
+            position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
+
+        # The place in an epoch is a number of images, which says nothing about another order or grouping of them.
+        change = ""
+        if batch_changed:
+            change = "batch size changed"
+        elif dataset and position.dataset not in (0, dataset):
+            change = f"number of training images changed from {position.dataset} to {dataset}"
+        if change and position.images:
+            dist.print_rank0(f"{change}: epoch {position.epoch} starts again")
+            position.restart_epoch()
         position.dataset = dataset
-        where = f"epoch {position.epoch}, {position.images:,} images done"
-        where = where if position.images else f"after epoch {checkpoint['epoch']}"
-        dist.print_rank0(f"resuming from {source} ({where})")
         return position
 
     def _keep_precision(self, checkpoint: dict) -> None:
-        """Go on in the precision that --amp auto chose when the run began, on the same kind of device."""
-        stored, now = checkpoint_args(checkpoint).get("device"), self.args.get("device")
-        same_device = stored and now and torch.device(stored).type == torch.device(now).type
+        """Keep the precision that --amp auto chose when the run began, on the same kind of device."""
+        stored, current = checkpoint_args(checkpoint).get("device"), self.args.get("device")
+        same_device = stored and current and torch.device(stored).type == torch.device(current).type
         if self.args.get("amp") == "auto" and "amp" in checkpoint and same_device:
             self.scaler.use(checkpoint["amp"])
 
-    def _compare(self, source: str, stored: dict, override: bool) -> bool:
-        """List the flags that differ from the checkpoint's; refuse those that change the schedule. Returns whether the
-        effective batch is another one."""
-        if not stored:
+    def _compare(self, source: str, stored_args: dict, override: bool) -> bool:
+        """List the flags that differ from the checkpoint's; refuse those that change the schedule.
+
+        Args:
+            source: The checkpoint, for the messages.
+            stored_args: The flags that it was made with.
+            override: Accept another schedule.
+
+        Returns:
+            Whether the effective batch differs; True where the checkpoint holds no flags.
+
+        Raises:
+            UserError: The schedule differs, without override.
+        """
+        if not stored_args:
             return True
         differing = [
-            f"--{name} {stored[name]} -> {value}"
+            f"--{name} {stored_args[name]} -> {value}"
             for name, value in self.args.items()
-            if name not in NEUTRAL_FLAGS and name in stored and plain(stored[name]) != plain(value)
+            if name not in NEUTRAL_FLAGS and name in stored_args and comparable(stored_args[name]) != comparable(value)
         ]
-        before, now = _schedule(stored), _schedule(self.args)
+        before, now = _schedule(stored_args), _schedule(self.args)
         changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
         if changes and not override:
             raise UserError(
-                f"the schedule is not that of {source}: {', '.join(changes)}. Take the flags it was made with, or pass "
-                "--resume_override to resume with the new ones"
+                f"the schedule differs from that of {source}: {', '.join(changes)}. Pass the flags that it was made "
+                "with, or --resume_override to resume with the new ones"
             )
         if differing:
             dist.print_rank0(f"flags that differ from the checkpoint's: {', '.join(differing)}")
@@ -269,56 +342,82 @@ class Checkpoints:
 
 
 def _schedule(args: dict) -> dict[str, object]:
-    """What decides where a step lies in the schedule, and in the data's order."""
-    found = {f"--{name}": args[name] for name in (*SCHEDULE, "seed") if name in args}
-    if {"batch_size", "accum_iter", "world_size"} <= set(args):
-        batch = found["effective batch"] = args["batch_size"] * args["accum_iter"] * args["world_size"]
-        if "blr" in args:
-            rates = args["blr"] if isinstance(args["blr"], list) else [args["blr"]]
-            lrs = [blr * batch / 256 for blr in rates] if args.get("lr") is None else [args["lr"]]
-            found["learning rate"] = ", ".join(f"{lr:.9g}" for lr in lrs)
-    return found
+    """Return the values that decide where a step lies in the schedule and in the order of the images."""
+    values = {f"--{name}": args[name] for name in (*SCHEDULE, "seed") if name in args}
+    if not {"batch_size", "accum_iter", "world_size"} <= set(args):
+        return values
+    batch = args["batch_size"] * args["accum_iter"] * args["world_size"]
+    values["effective batch"] = batch
+    if "blr" in args:
+        # Absolute rates: the same --blr means another rate with another batch. A sweep has a list of them.
+        base_rates = args["blr"] if isinstance(args["blr"], list) else [args["blr"]]
+        rates = [blr * batch / 256 for blr in base_rates] if args.get("lr") is None else [args["lr"]]
+        values["learning rate"] = ", ".join(f"{rate:.9g}" for rate in rates)
+    return values
 
 
 def is_inside(source: str, folder: str | Path) -> bool:
-    """Whether a checkpoint, or a link to it, lies directly in a folder."""
+    """Return whether a checkpoint, or a link to it, lies directly in a folder."""
     if not source or is_url(source):
         return False
     return Path(folder).resolve() in (Path(source).parent.resolve(), Path(source).resolve().parent)
 
 
 def resolve_resume(source: str, output_dir: str, job: str, model: str) -> str:
-    """What --resume means: itself, or for "auto" the newest valid checkpoint of this job and model in output_dir, ""
-    where there is none. Says which and why. Raises UserError where every checkpoint is broken or another run's."""
-    return source if source != "auto" else dist.run_on_rank0(lambda: _newest(Path(output_dir), job, model))
+    """Return the checkpoint that --resume stands for; all ranks must call.
+
+    Args:
+        source: The flag's value: a file, an address, "" or "auto".
+        output_dir: Folder in which "auto" looks.
+        job: The run's job.
+        model: The name of its model.
+
+    Returns:
+        The value itself, or for "auto" the newest valid checkpoint of this job and model, "" where the folder holds no
+        checkpoint. The choice, and the reason for each file that was skipped, are printed.
+
+    Raises:
+        UserError: Every checkpoint in the folder is damaged or belongs to another run.
+    """
+    if source != "auto":
+        return source
+    return dist.run_on_rank0(lambda: _newest_valid(Path(output_dir), job, model))
 
 
-def _newest(folder: Path, job: str, model: str) -> str:
-    found, skipped = [], []
+def _newest_valid(folder: Path, job: str, model: str) -> str:
+    """Return the newest checkpoint in a folder that is undamaged and of this job and model; "" in an empty folder."""
+    # Look at every file without reading its tensors: does it open, and does it belong to this run?
+    candidates, skipped = [], []
     for path in folder.glob("checkpoint-*.pth"):
         try:
             head = load_checkpoint(str(path), peek=True)
         except UserError as error:
             skipped.append(str(error))
             continue
-        theirs = head.get("job", job), head.get("model_config", {}).get("model", model)
-        if theirs != (job, model):
-            skipped.append(f"{path} is of {theirs[1]}, {theirs[0]}")
-        else:
-            found.append((head.get("saved", path.stat().st_mtime), path.name == "checkpoint-last.pth", path))
-    for *_, path in sorted(found, reverse=True):
-        if problem := damage(path):
+        stored_job, stored_model = head.get("job", job), head.get("model_config", {}).get("model", model)
+        if (stored_job, stored_model) != (job, model):
+            skipped.append(f"{path} belongs to another run, of job {stored_job} and model {stored_model}")
+            continue
+        # Of two written together, checkpoint-last.pth is preferred.
+        candidates.append((head.get("saved", path.stat().st_mtime), path.name == "checkpoint-last.pth", path))
+
+    # Read them whole from the newest on, until one is undamaged.
+    for *_, path in sorted(candidates, reverse=True):
+        if problem := find_damage(path):
             skipped.append(problem)
             continue
         for reason in skipped:
             dist.print_rank0(f"warning: skipped: {reason}")
         dist.print_rank0(f"--resume auto: {path} is the newest valid checkpoint")
         return str(path)
+
+    # An empty folder is a fresh start. One whose checkpoints are all unusable is left to the user to decide about.
     if skipped:
         raise UserError(
             f"--resume auto: no checkpoint in {folder} can be used:\n  "
             + "\n  ".join(skipped)
-            + "\n  Choose another --output_dir, or pass no --resume and --overwrite to remove them and start afresh"
+            + "\n  Choose another --output_dir, or leave out --resume and pass --overwrite to remove them and start "
+            "from scratch"
         )
     dist.print_rank0(f"--resume auto: no valid checkpoint in {folder}; starting from scratch")
     return ""

@@ -1,4 +1,8 @@
-"""The optimisers of the three jobs. The order of the groups is that of published checkpoints: don't change it."""
+"""The optimisers of the three jobs.
+
+The order of the parameter groups is that of published checkpoints, which store the optimiser's state by position: it
+must not change.
+"""
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -10,7 +14,14 @@ from util.lars import LARS
 
 
 def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) -> float:
-    """lr, or by the linear scaling rule blr * effective batch size / 256 (paper, appendix A). Prints what it took."""
+    """Return the learning rate, and print it with the effective batch size.
+
+    Args:
+        lr: Learning rate as given; None: blr * effective batch size / 256 (linear scaling rule; paper, appendix A).
+        blr: Learning rate per 256 images.
+        batch_size: Images per batch and rank.
+        accum_iter: Batches per update.
+    """
     ranks = dist.world_size()
     effective = batch_size * accum_iter * ranks
     lr = blr * effective / 256 if lr is None else lr
@@ -21,24 +32,45 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
 
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:
-    """Fused AdamW; with shard and several ranks its state is spread over them (ZeRO-1, Rajbhandari et al. 2020): each
-    updates a share of the parameters and sends them to the others. dist.gather_optimizer before its state_dict. With
-    fp16's scaler torch's ZeRO waits for the GPU at every update."""
+    """Create a fused AdamW, with its state spread over the ranks if asked for.
+
+    Args:
+        groups: Parameter groups.
+        lr: Learning rate.
+        shard: Spread the state over the ranks, if there are several (ZeRO-1, Rajbhandari et al. 2020): each updates a
+            share of the parameters and sends them to the others. Its state_dict needs dist.gather_optimizer first.
+            With fp16's scaler torch's ZeRO waits for the GPU at every update.
+        **more: Further arguments of AdamW.
+    """
     if shard and dist.world_size() > 1:
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, fused=True, **more)
     return torch.optim.AdamW(groups, lr=lr, fused=True, **more)
 
 
 def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float, shard: bool = False) -> torch.optim.Optimizer:
-    """AdamW with betas (0.9, 0.95); 1-D parameters don't decay, all others do, cls_token and mask_token too."""
+    """Create the optimiser of pre-training: AdamW with betas (0.9, 0.95).
+
+    Args:
+        model: The autoencoder.
+        lr: Learning rate.
+        weight_decay: Of all parameters but the 1-D ones; cls_token and mask_token decay too.
+        shard: Spread the state over the ranks, as in `adamw`.
+    """
     return adamw(param_groups_weight_decay(model, weight_decay), lr, shard, betas=(0.9, 0.95))
 
 
 def finetune_optimizer(
     model: nn.Module, lr: float, weight_decay: float, layer_decay: float, shard: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW with layer-wise learning rates (layer_decay per layer below the head, BEiT's rule); 1-D parameters,
-    cls_token and pos_embed don't decay."""
+    """Create the optimiser of fine-tuning: AdamW with learning rates that decay from layer to layer (BEiT's rule).
+
+    Args:
+        model: The classifier.
+        lr: Learning rate of the head.
+        weight_decay: Of all parameters but the 1-D ones, cls_token and pos_embed.
+        layer_decay: Factor of the learning rate for each layer below the head.
+        shard: Spread the state over the ranks, as in `adamw`.
+    """
     groups = param_groups_layer_decay(
         model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=layer_decay
     )
@@ -47,8 +79,15 @@ def finetune_optimizer(
 
 
 def probe_optimizer(model: nn.Module, lrs: list[float], weight_decay: float) -> torch.optim.Optimizer:
-    """LARS over the head, the only part of a probe that is trained; each of several heads has a rate of its own, as
-    a multiple (lr_scale) of the first's. AdamW where there is an attentive pooling, which LARS is not made for."""
+    """Create the optimiser of linear probing: LARS over the head, the only part that is trained.
+
+    A probe with attentive pooling gets AdamW: LARS is not made for attention.
+
+    Args:
+        model: The probe (models_vit.make_linear_probe).
+        lrs: Learning rate of each head; several are stored as multiples (lr_scale) of the first.
+        weight_decay: Of the trained matrices.
+    """
     if model.attn_pool is not None:
         return adamw(param_groups_weight_decay(model, weight_decay), lrs[0], shard=False)
     if len(lrs) == 1:

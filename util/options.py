@@ -19,109 +19,237 @@ from util.errors import UserError
 from util.loop import RunSettings
 from util.misc import is_inside
 
+# The flags.
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default behind every flag that has one."""
+    """Help texts that show the default of every flag that has one."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.default == ""
-        return action.help if bare else super()._get_help_string(action)
+        has_none = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if has_none else super()._get_help_string(action)
 
 
 def common_parser(
     description: str, models: dict, several_rates: bool = False, **defaults: object
 ) -> argparse.ArgumentParser:
-    """The flags of every job; defaults: the job's own, by the flags' names."""
+    """Create a parser with the flags that all three jobs share.
+
+    Args:
+        description: Of the job, for --help.
+        models: The job's models, by name.
+        several_rates: Whether --blr takes several values (linear probing, whose optimiser can't be sharded).
+        **defaults: The job's own defaults, by the flags' names.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="NAME", help=f"one of {', '.join(models)}")
-    add("--input_size", default=224, type=int, nargs="+", metavar="SIDE", help="pixels; or height and width")
-    add("--patch_size", type=int, help="default: the model's")
-    add("--in_chans", default=3, type=int, metavar="C", help="channels of the images")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=int, help="per process")
-    add("--accum_iter", default=1, type=int, help="batches accumulated per update")
-    add("--epochs", type=int, help="length of the whole schedule")
-    add("--warmup_epochs", type=int, help="of linear warm-up")
-    add("--lr", type=float, help="learning rate; default: blr * effective batch size / 256")
-    several = {"nargs": "+", "metavar": "BLR"} if several_rates else {}
-    by_probe = "; default: 0.1, attentive 1e-3" if several_rates else ""
-    add("--blr", type=float, help=f"base learning rate, per 256 images{by_probe}", **several)
-    add("--min_lr", type=float, help="learning rate at the end")
-    add("--weight_decay", type=float, help="1-D parameters don't decay")
-    add("--clip_grad", type=float, help="largest gradient norm; default: no clipping")
-    add("--max_bad_steps", default=5, type=int, help="skipped updates (gradients not finite) in a row that stop a run")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision; auto: bf16 where it is fast")
-
-    add = parser.add_argument_group("speed").add_argument
-    add("--attention", default="auto", choices=speed.ATTENTION, help="auto: fused, but plain for bf16 on a CPU")
-    add("--compile", action="store_true", default=None, help="compile the blocks (a minute at first); default: on CUDA")
-    add("--no_compile", action="store_false", dest="compile", default=argparse.SUPPRESS, help="don't")
-    add("--grad_checkpoint", action="store_true", help="less memory for a third more work")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", metavar="DIR", help="folder with train/<class>/ and val/<class>/")
-    add("--crop_scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="area of training crops")
-    add("--mean", type=float, nargs="+", help="per channel, of pixels from 0 to 1; default: ImageNet's")
-    add("--std", type=float, nargs="+", help="likewise; scripts/mean_std.py computes both")
-    add("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
-    add("--max_bad_images", default=0.01, type=float, metavar="SHARE", help="of unreadable files; more stop the run")
-    add("--num_workers", default=10, type=int, help="loader processes, at most one per core")
-    add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
-    add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help="don't")
-
-    _add_run_flags(parser, shard=not several_rates, keep=defaults["keep"])
+    _add_model_flags(parser, models)
+    _add_training_flags(parser, several_rates)
+    _add_speed_flags(parser)
+    _add_data_flags(parser)
+    _add_run_flags(parser, keeps_all=not defaults["keep"])
+    _add_process_flags(parser, shard=not several_rates)
     parser.set_defaults(**defaults)
     return parser
 
 
-def _add_run_flags(parser: argparse.ArgumentParser, shard: bool, keep: int | None) -> None:
-    """Where the run goes and comes from, and its processes; shard: --shard, too; keep: its default."""
+def _add_model_flags(parser: argparse.ArgumentParser, models: dict) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="NAME", help=f"architecture: one of {', '.join(models)}")
+    add(
+        "--input_size",
+        default=224,
+        type=int,
+        nargs="+",
+        metavar="SIDE",
+        help="size of the model's input in pixels: one side, or height and width",
+    )
+    add("--patch_size", type=int, metavar="SIDE", help="side of a patch in pixels; default: the model's")
+    add("--in_chans", default=3, type=int, metavar="C", help="number of image channels")
+
+
+def _add_training_flags(parser: argparse.ArgumentParser, several_rates: bool) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--batch_size", type=int, help="images per batch, in each process")
+    add("--accum_iter", default=1, type=int, help="gradient accumulation: batches per update")
+    add("--epochs", type=int, help="length of the run and of its learning rate schedule, in epochs")
+    add("--warmup_epochs", type=int, help="epochs of linear warm-up at the start of the schedule")
+    add("--lr", type=float, help="learning rate; default: blr * effective batch size / 256")
+    blr_help = "base learning rate, for an effective batch of 256 images"
+    if several_rates:
+        blr_help += "; several values train a head each; default: 0.1, or 1e-3 with --probe attentive"
+        add("--blr", type=float, nargs="+", metavar="BLR", help=blr_help)
+    else:
+        add("--blr", type=float, help=blr_help)
+    add("--min_lr", type=float, help="learning rate at the end of the schedule")
+    add("--weight_decay", type=float, help="weight decay; 1-D parameters (biases, norms) have none")
+    add("--clip_grad", type=float, metavar="NORM", help="clip the gradients to this total norm; default: no clipping")
+    add(
+        "--max_bad_steps",
+        default=5,
+        type=int,
+        metavar="N",
+        help="stop the run after N updates in a row that were skipped because gradients were not finite",
+    )
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision; auto: bf16 where the hardware is fast at it, fp16 on older GPUs, else off",
+    )
+
+
+def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("speed").add_argument
+    add(
+        "--attention",
+        default="auto",
+        choices=speed.ATTENTION,
+        help="attention implementation; auto: fused, or plain for bf16 on a CPU",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="compile the blocks with torch.compile, which takes about a minute; default: on CUDA, where it works",
+    )
+    add(
+        "--no_compile",
+        action="store_false",
+        dest="compile",
+        default=argparse.SUPPRESS,
+        help="do not compile the blocks",
+    )
+    add(
+        "--grad_checkpoint",
+        action="store_true",
+        help="activation checkpointing: much less memory for about a third more computation",
+    )
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", metavar="DIR", help="folder with train/<class>/<images> and val/<class>/<images>; required")
+    add(
+        "--crop_scale",
+        type=float,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="area of a random training crop: smallest and largest share of the image",
+    )
+    mean_help = "mean of each channel, of pixel values from 0 to 1; default: ImageNet's"
+    add("--mean", type=float, nargs="+", metavar="M", help=mean_help)
+    std_help = "standard deviation of each channel (scripts/mean_std.py computes both); default: ImageNet's"
+    add("--std", type=float, nargs="+", metavar="S", help=std_help)
+    add("--exif", action="store_true", help="rotate images as their EXIF orientation says")
+    add(
+        "--max_bad_images",
+        default=0.01,
+        type=float,
+        metavar="SHARE",
+        help="stop the run if more than this share of the training images is unreadable",
+    )
+    add("--num_workers", default=10, type=int, help="data loading processes for each process, at most one per CPU core")
+    add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
+    no_pin_help = "do not pin the loader's memory"
+    add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help=no_pin_help)
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, keeps_all: bool) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="./output_dir", help="checkpoints and log.txt; '' writes none")
-    add("--log_dir", help="TensorBoard events; default: output_dir")
-    add("--overwrite", action="store_true", help="start afresh where output_dir holds a run: it is removed")
-    add("--save_freq", type=int, help="epochs between checkpoint-{epoch}.pth")
-    add("--save_minutes", default=30.0, type=float, help="between checkpoint-last.pth in mid-epoch; 0: never")
-    all_kept = "" if keep else "; default: all"
-    add("--keep", type=int, metavar="N", help=f"newest checkpoints kept, with the best{all_kept}")
-    add("--resume", default="", metavar="FILE_OR_URL", help="checkpoint to go on from; auto: the newest in output_dir")
-    add("--resume_override", action="store_true", help="resume though the schedule's flags differ")
-    add("--start_epoch", default=0, type=int, help="first epoch, where --resume gives none")
-    add("--seed", default=0, type=int, help="each process adds its rank")
+    add("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints and log.txt; '': write no files")
+    add("--log_dir", metavar="DIR", help="TensorBoard events; default: --output_dir")
+    add("--overwrite", action="store_true", help="remove the run that --output_dir holds, and start afresh")
+    add("--save_freq", type=int, metavar="EPOCHS", help="epochs between saves of checkpoint-{epoch}.pth")
+    add(
+        "--save_minutes",
+        default=30.0,
+        type=float,
+        metavar="MINUTES",
+        help="minutes between saves of checkpoint-last.pth within an epoch; 0: never",
+    )
+    keep_help = "keep the newest N of checkpoint-{epoch}.pth, and the best" + ("; default: all" if keeps_all else "")
+    add("--keep", type=int, metavar="N", help=keep_help)
+    add(
+        "--resume",
+        default="",
+        metavar="FILE_OR_URL",
+        help="checkpoint to resume from; auto: the newest valid one in --output_dir, or start afresh if it has none",
+    )
+    add(
+        "--resume_override",
+        action="store_true",
+        help="resume although flags of the schedule differ from the checkpoint's",
+    )
+    add(
+        "--start_epoch",
+        default=0,
+        type=int,
+        metavar="EPOCH",
+        help="number of the first epoch, if --resume names no checkpoint that tells it",
+    )
+    add("--seed", default=0, type=int, help="random seed, to which each process adds its rank")
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
 
+
+def _add_process_flags(parser: argparse.ArgumentParser, shard: bool) -> None:
     add = parser.add_argument_group("processes (set by torchrun, srun or mpirun)").add_argument
-    add("--world_size", default=1, type=int, help="accepted for old launchers; the environment decides")
-    add("--local_rank", "--local-rank", default=-1, type=int, help="accepted for old launchers")
-    add("--dist_on_itp", action="store_true", help="read Open MPI's variables")
-    add("--dist_url", default="env://", help="rendezvous address")
+    ignored = "accepted for old launchers, and ignored: the environment decides"
+    add("--world_size", default=1, type=int, help=ignored)
+    add("--local_rank", "--local-rank", default=-1, type=int, help=ignored)
+    add("--dist_on_itp", action="store_true", help="read the ranks from Open MPI's variables (mpirun)")
+    add("--dist_url", default="env://", metavar="URL", help="rendezvous address; env://: MASTER_ADDR and MASTER_PORT")
     add("--dist_timeout", default=30.0, type=float, metavar="MINUTES", help="longest wait for another process")
     if shard:
-        add("--shard", action="store_true", help="spread the optimiser's state over the ranks (ZeRO-1)")
+        add("--shard", action="store_true", help="shard the optimiser's state over the processes (ZeRO stage 1)")
 
 
 def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) -> None:
-    """What fine-tuning and probing share: the head, its pooling, the encoder to start from, evaluation."""
+    """Add the flags that fine-tuning and linear probing share: encoder, head, evaluation.
+
+    Args:
+        parser: From `common_parser`.
+        global_pool: Default of --global_pool.
+    """
     add = parser.add_argument_group("classifier").add_argument
-    add("--finetune", default="", metavar="FILE_OR_URL", help="pre-trained checkpoint whose encoder to start from")
-    add("--nb_classes", default=1000, type=int, help="width of the head")
+    add(
+        "--finetune",
+        default="",
+        metavar="FILE_OR_URL",
+        help="pre-trained checkpoint to take the encoder from; default: random weights",
+    )
+    add(
+        "--nb_classes", default=1000, type=int, metavar="N", help="number of classes; must be that of the class folders"
+    )
     add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
-    add("--cls_token", action="store_false", dest="global_pool", default=argparse.SUPPRESS, help="or the class token")
-    add("--train_fraction", default=1.0, type=float, metavar="F", help="of every class, chosen by --seed")
-    add("--confusion", default="", metavar="FILE", help="CSV of what evaluation took for what, accuracy per class")
-    add("--crop_pct", type=float, help="evaluation's margin; default: 224/256, above 224 pixels 1")
-    add("--eval", action="store_true", help="evaluate the checkpoint given by --resume, then stop")
-    add("--eval_freq", default=1, type=int, help="epochs between evaluations")
-    add("--dist_eval", action="store_true", help="share the evaluation among the processes")
+    cls_help = "classify the class token instead" if global_pool else "classify the class token; this is the default"
+    add("--cls_token", action="store_false", dest="global_pool", default=argparse.SUPPRESS, help=cls_help)
+    add(
+        "--train_fraction",
+        default=1.0,
+        type=float,
+        metavar="SHARE",
+        help="train on this share of each class's images, which --seed selects",
+    )
+    add("--confusion", default="", metavar="FILE", help="CSV file for the confusion matrix and each class's accuracy")
+    add(
+        "--crop_pct",
+        type=float,
+        metavar="SHARE",
+        help="side of evaluation's centre crop as a share of the resized image; default: 224/256, above 224 pixels 1",
+    )
+    add("--eval", action="store_true", help="evaluate the checkpoint of --resume on val/, then stop")
+    add("--eval_freq", default=1, type=int, metavar="EPOCHS", help="epochs between evaluations")
+    add("--dist_eval", action="store_true", help="split the evaluation between the processes")
 
 
 def finish(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the defaults that follow other flags; one --blr is a number, several a list."""
+    """Fill in, in place, the defaults that follow from other flags, and simplify lists of one value.
+
+    A single --blr becomes a number, equal sides of --input_size become one.
+    """
     if isinstance(args.blr, list) and len(args.blr) == 1:
         args.blr = args.blr[0]
     if args.log_dir is None:
@@ -129,11 +257,14 @@ def finish(args: argparse.Namespace) -> argparse.Namespace:
     sides = args.input_size
     if isinstance(sides, list):
         args.input_size = sides[0] if len(set(sides)) == 1 and len(sides) < 3 else tuple(sides)
-    if (usual := Pixels.usual(args.in_chans)) and args.mean is None and args.std is None:
+    if (usual := Pixels.default_mean_std(args.in_chans)) and args.mean is None and args.std is None:
         args.mean, args.std = map(list, usual)
     return args
 
 
+# From flags to arguments of other modules.
+
+# Flag: the model's argument that it sets.
 MODEL_FLAGS = {
     "patch_size": "patch_size",
     "decoder_dim": "decoder_embed_dim",
@@ -143,13 +274,13 @@ MODEL_FLAGS = {
 
 
 def model_size(args: argparse.Namespace) -> dict[str, int | tuple[int, int]]:
-    """The model's arguments that the flags set."""
-    given = {theirs: getattr(args, ours) for ours, theirs in MODEL_FLAGS.items() if getattr(args, ours, None)}
-    return {"img_size": args.input_size, "in_chans": args.in_chans} | given
+    """Return the arguments of the model that the flags set."""
+    overrides = {argument: getattr(args, flag) for flag, argument in MODEL_FLAGS.items() if getattr(args, flag, None)}
+    return {"img_size": args.input_size, "in_chans": args.in_chans} | overrides
 
 
 def pixels(args: argparse.Namespace) -> Pixels:
-    """How files become the model's input."""
+    """Return how image files become the model's input."""
     return Pixels(args.in_chans, tuple(args.mean), tuple(args.std), args.exif)
 
 
@@ -171,109 +302,106 @@ def run_settings(args: argparse.Namespace, eval_freq: int) -> RunSettings:
 
 
 def mixes(args: argparse.Namespace) -> bool:
-    """Whether fine-tuning mixes images, by mixup or cutmix."""
+    """Return whether fine-tuning mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-# What a flag's number must satisfy: (test, words). Flags that a job lacks, and those left at None, are passed over.
+# Validation: every function returns its problems as messages, so that all are reported at once.
+
+# Ranges of numbers: (test, message).
 AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "must not be negative")
-POSITIVE = (lambda x: 0 < x < math.inf, "must be greater than 0")
+NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "must be at least 0 and finite")
+POSITIVE = (lambda x: 0 < x < math.inf, "must be greater than 0 and finite")
 SHARE = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
-BETWEEN = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove at least one patch")
+POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1")
+MASK_RATIO = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove at least one patch")
 BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
-RANGES = {
-    **dict.fromkeys(
-        (
-            "batch_size",
-            "accum_iter",
-            "epochs",
-            "save_freq",
-            "eval_freq",
-            "keep",
-            "max_bad_steps",
-            "nb_classes",
-            "input_size",
-            "patch_size",
-            "in_chans",
-            "decoder_dim",
-            "decoder_depth",
-            "decoder_heads",
-            "recount",
-        ),
-        AT_LEAST_1,
-    ),
-    **dict.fromkeys(
-        (
-            "warmup_epochs",
-            "num_workers",
-            "start_epoch",
-            "weight_decay",
-            "min_lr",
-            "save_minutes",
-            "monitor_freq",
-            "mixup",
-            "cutmix",
-            "color_jitter",
-            "lr",
-            "blr",
-        ),
-        NOT_NEGATIVE,
-    ),
-    **dict.fromkeys(("clip_grad", "layer_decay", "dist_timeout"), POSITIVE),
-    "crop_pct": (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1"),
-    "seed": (lambda x: 0 <= x < 2**31, "must not be negative, and below 2147483648"),
-    **dict.fromkeys(("train_fraction", "max_bad_images", "reprob", "mixup_prob", "mixup_switch_prob"), SHARE),
-    **dict.fromkeys(("drop_path", "smoothing", "model_ema_decay"), BELOW_1),
-    "mask_ratio": BETWEEN,
-}
+SEED = (lambda x: 0 <= x < 2**31, "must be at least 0 and less than 2147483648")
+
+# The flags of each range. Those that a job lacks, and those left at None, are not checked.
+FLAGS_BY_RANGE = [
+    (AT_LEAST_1, "batch_size accum_iter epochs save_freq eval_freq keep max_bad_steps nb_classes"),
+    (AT_LEAST_1, "input_size patch_size in_chans decoder_dim decoder_depth decoder_heads recount"),
+    (NOT_NEGATIVE, "warmup_epochs num_workers start_epoch weight_decay min_lr save_minutes monitor_freq"),
+    (NOT_NEGATIVE, "mixup cutmix color_jitter lr blr"),
+    (POSITIVE, "clip_grad layer_decay dist_timeout"),
+    (POSITIVE_SHARE, "crop_pct"),
+    (SEED, "seed"),
+    (SHARE, "train_fraction max_bad_images reprob mixup_prob mixup_switch_prob"),
+    (BELOW_1, "drop_path smoothing model_ema_decay"),
+    (MASK_RATIO, "mask_ratio"),
+]
 
 
 def check(args: argparse.Namespace, models: dict) -> None:
-    """Raise UserError with every problem of the arguments at once, before any data is read."""
-    problems = launchers.adopt(args.dist_on_itp, args.dist_url) + flag_problems(args, models) + _place_problems(args)
+    """Check all arguments before any data is read; the launcher's variables become torchrun's on the way.
+
+    Raises:
+        UserError: There are problems; all of them are named at once.
+    """
+    problems = launchers.set_torchrun_env(args.dist_on_itp, args.dist_url)
+    problems += flag_problems(args, models) + _environment_problems(args)
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
 
 def lock_output_dir(args: argparse.Namespace) -> None:
-    """From here to its end the run has output_dir for itself. Raises UserError, on all ranks, where another has it."""
+    """Reserve output_dir for this run until it ends.
+
+    Raises:
+        UserError: Another run uses the folder; on all ranks.
+    """
     if args.output_dir and not getattr(args, "eval", False):
         holder = dist.run_on_rank0(lambda: output_dir.lock_output_dir(args.output_dir))
         if holder:
-            raise UserError(f"--output_dir {args.output_dir} is in use by another run, {holder}")
+            raise UserError(
+                f"--output_dir {args.output_dir} is in use by another run, {holder}; wait for it to end, or choose "
+                "another folder"
+            )
 
 
 def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
-    """What is wrong with the flags by themselves, wherever they are to run."""
-    ranges = [
-        f"--{name} {value} {words}"
-        for name, (good, words) in RANGES.items()
+    """Return the problems that the flags have by themselves, on whichever machine they are to run."""
+    problems = [
+        f"--{name} {value} {message}"
+        for (in_range, message), names in FLAGS_BY_RANGE
+        for name in names.split()
         for value in _values(getattr(args, name, None))
-        if not good(value)
+        if not in_range(value)
     ]
-    missing = "--data_path is missing: the folder that holds train/<class>/ and val/<class>/"
-    return ranges + _model_problems(args, models) + _training_problems(args) + ([] if args.data_path else [missing])
+    problems += _model_problems(args, models) + _training_problems(args)
+    if not args.data_path:
+        problems.append("--data_path is missing: the folder that holds train/<class>/ and val/<class>/")
+    return problems
 
 
 def _values(value: object) -> list | tuple:
-    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    """Return a flag's values as a sequence, whether it holds none, one or several."""
+    if value is None:
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
     if args.model not in models:
         return [f"--model {args.model} is unknown: choose one of {', '.join(models)}"]
+
+    # Sizes. Without valid ones there is no number of patches, on which the mask ratio depends.
     patch = args.patch_size or models[args.model].keywords["patch_size"]
     sides = _values(args.input_size)
     if len(sides) > 2:
-        return [f"--input_size {' '.join(map(str, sides))}: one size, or height and width"]
+        return [f"--input_size {' '.join(map(str, sides))}: give one size, or height and width"]
     if min(sides) < 1 or patch < 1:
-        return []  # said already
+        return []  # reported as out of range
     if any(side % patch for side in sides):
         return [f"--input_size {' '.join(map(str, sides))} is not a multiple of the patch size, {patch}"]
+
+    # Channels, decoder, masks.
+    problems = _pixel_problems(args)
+    if hasattr(args, "decoder_dim"):
+        problems += _decoder_problems(args, models)
     patches = math.prod(side // patch for side in (sides * 2)[:2])
     ratio = getattr(args, "mask_ratio", None)
-    problems = _pixel_problems(args) + (_decoder_problems(args, models) if hasattr(args, "decoder_dim") else [])
     if ratio is not None and 0 < ratio < 1 and not 1 <= int(patches * (1 - ratio)) < patches:
         problems.append(f"--mask_ratio {ratio} must keep and remove at least one of {patches} patches")
     return problems
@@ -294,16 +422,17 @@ def _pixel_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _decoder_problems(args: argparse.Namespace, models: dict) -> list[str]:
-    width, heads = (
-        given or models[args.model].keywords[name]
-        for given, name in ((args.decoder_dim, "decoder_embed_dim"), (args.decoder_heads, "decoder_num_heads"))
-    )
+    defaults = models[args.model].keywords
+    width = args.decoder_dim or defaults["decoder_embed_dim"]
+    heads = args.decoder_heads or defaults["decoder_num_heads"]
+    # By 4 for the position embedding: sine and cosine of both coordinates.
     if width > 0 and heads > 0 and (width % heads or width % 4):
         return [f"--decoder_dim {width} must be a multiple of 4 and of --decoder_heads {heads}"]
     return []
 
 
 def _training_problems(args: argparse.Namespace) -> list[str]:
+    # Flags of all jobs.
     problems = []
     low, high = args.crop_scale
     if not 0 < low <= high <= 1:
@@ -314,60 +443,89 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
             for name in ("warmup_epochs", "start_epoch")
             if getattr(args, name) >= args.epochs
         ]
+
+    # Flags of single jobs.
     if hasattr(args, "mixup"):
-        if mixes(args) and args.batch_size % 2:
-            problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")
-        bounds = args.cutmix_minmax
-        if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
-            problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
-        try:
-            FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1)
-        except Exception:  # timm asserts, and parses with float()
-            problems.append(f"--aa {args.aa} is no policy of timm's: for example rand-m9-mstd0.5-inc1, augmix-m3, none")
+        problems += _augmentation_problems(args)
     if isinstance(args.blr, list):
-        if args.lr is not None:
-            problems.append("--lr gives one learning rate, --blr several: leave one out")
-        if args.clip_grad is not None:
-            problems.append("--clip_grad would make the heads of several --blr depend on each other: leave it out")
-        if args.min_lr:
-            problems.append("--min_lr would be another for each of several --blr: leave it out")
-        if 0 in args.blr:
-            problems.append("--blr 0 among several trains nothing: leave it out")
+        problems += _sweep_problems(args)
     if getattr(args, "train_fraction", 1) == 0:
-        problems.append("--train_fraction 0 leaves nothing to train on")
+        problems.append("--train_fraction 0 leaves nothing to train on: it must be greater than 0")
     blocks = getattr(args, "trainable_blocks", None)
     if blocks is not None and (blocks < 0 or blocks % 0.5):
         problems.append(f"--trainable_blocks {blocks:g} must be a multiple of 0.5, not negative")
-    if getattr(args, "probe", "") == "attentive" and isinstance(args.blr, list):
-        problems.append("--probe attentive takes one --blr: the heads of a sweep would share its query")
     if getattr(args, "eval", False) and not args.resume:
         problems.append("--eval needs --resume FILE, the checkpoint to evaluate")
     return problems
 
 
+def _augmentation_problems(args: argparse.Namespace) -> list[str]:
+    problems = []
+    if mixes(args) and args.batch_size % 2:
+        problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")
+    bounds = args.cutmix_minmax
+    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
+        problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
+    try:
+        FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1)
+    except Exception:  # timm asserts, and parses with float()
+        problems.append(
+            f"--aa {args.aa} is not a policy of timm: give for example rand-m9-mstd0.5-inc1, augmix-m3, or none"
+        )
+    return problems
+
+
+def _sweep_problems(args: argparse.Namespace) -> list[str]:
+    """Return the flags that don't go with several learning rates, each of which trains a head of its own."""
+    problems = []
+    if args.lr is not None:
+        problems.append("--lr gives one learning rate, --blr several: omit one of them")
+    if args.clip_grad is not None:
+        problems.append("--clip_grad would make the heads of several --blr depend on each other: omit it")
+    if args.min_lr:
+        problems.append("--min_lr would differ between the heads of several --blr, which scale it: omit it")
+    if 0 in args.blr:
+        problems.append("--blr 0 among several trains nothing: omit it")
+    if getattr(args, "probe", "") == "attentive":
+        problems.append("--probe attentive takes one --blr: the heads of a sweep would share its query")
+    return problems
+
+
 def device_problems(name: str) -> list[str]:
-    """What is wrong with --device, if anything."""
+    """Return the problems of --device on this machine; there is one at most."""
     try:
         device = torch.device(name)
     except RuntimeError:
         return [f"--device {name} is unknown: choose cuda, mps or cpu"]
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return [f"--device {name}: no CUDA GPU was found; leave the flag out to take what is there"]
     if device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        processes = launchers.gpus_needed(gpus)
-        if device.index is not None and processes > 1:
-            return [f"--device {name}: the {processes} processes of this machine take a GPU each: --device cuda"]
-        needed = processes if device.index is None else device.index + 1
-        if needed > gpus:
-            return [f"--device {name}: the processes of this machine need {needed} GPU(s), one each, and it has {gpus}"]
+        return _cuda_problems(name, device)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        return ["--device mps: not available on this machine"]
-    return [] if device.type in ("cuda", "mps", "cpu") else [f"--device {name}: choose cuda, mps or cpu"]
+        return [f"--device {name} is not available on this machine: omit the flag to use the device that is"]
+    return [] if device.type in ("mps", "cpu") else [f"--device {name}: choose cuda, mps or cpu"]
 
 
-def _place_problems(args: argparse.Namespace) -> list[str]:
-    """Device, launcher, files and folders."""
+def _cuda_problems(name: str, device: torch.device) -> list[str]:
+    if not torch.cuda.is_available():
+        return [f"--device {name}: this machine has no CUDA GPU; omit the flag to use the device that it has"]
+    gpus = torch.cuda.device_count()
+    processes = launchers.gpus_needed(gpus)
+    if device.index is None:
+        if processes <= gpus:
+            return []
+        return [
+            f"--device {name}: the processes of this machine need {processes} GPU(s), one each, and it has {gpus}; "
+            "start fewer processes"
+        ]
+    if processes > 1:
+        return [f"--device {name}: the {processes} processes of this machine take a GPU each; use --device cuda"]
+    if device.index >= gpus:
+        return [f"--device {name}: this machine has {gpus} GPU(s), numbered from 0; choose another number"]
+    return []
+
+
+def _environment_problems(args: argparse.Namespace) -> list[str]:
+    """Return the problems that the flags have on this machine: device, files, folders."""
+    # Device and input files.
     problems = device_problems(args.device)
     if args.data_path and not Path(args.data_path).is_dir():
         problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
@@ -376,31 +534,39 @@ def _place_problems(args: argparse.Namespace) -> list[str]:
         known = not source or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
         if not known and not weights_in(Path(source)):
             problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
+
+    # Output. Evaluation writes into no folder of a run.
     if table := getattr(args, "confusion", ""):
-        why = "it is a folder" if Path(table).is_dir() else output_dir.unwritable(Path(table).parent)
-        problems += [f"--confusion {table} can't be written to: {why}"] if why else []
+        reason = "it is a folder" if Path(table).is_dir() else output_dir.unwritable(Path(table).parent)
+        if reason:
+            problems.append(f"--confusion {table} can't be written to: {reason}")
     if args.resume == "auto" and not args.output_dir:
-        problems.append("--resume auto looks into --output_dir, which is empty")
+        problems.append("--resume auto looks for checkpoints in --output_dir, which is '': name the run's folder")
     return problems if getattr(args, "eval", False) else problems + _output_problems(args)
 
 
 def _output_problems(args: argparse.Namespace) -> list[str]:
+    # Can the folders be written to? If log_dir is output_dir, report it once.
     problems = []
     for name in ("output_dir", "log_dir"):
         path = getattr(args, name)
-        if path and (why := output_dir.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
-            problems.append(f"--{name} {path} can't be written to: {why}")
-    start = Path(getattr(args, "finetune", ""))
-    if args.overwrite and fnmatch(start.name, "checkpoint-*.pth") and is_inside(str(start), args.output_dir):
+        if path and (reason := output_dir.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
+            problems.append(f"--{name} {path} can't be written to: {reason}")
+
+    # Would --overwrite remove the checkpoint from which to start?
+    source = Path(getattr(args, "finetune", ""))
+    if args.overwrite and fnmatch(source.name, "checkpoint-*.pth") and is_inside(str(source), args.output_dir):
         problems.append(f"--overwrite would remove --finetune {args.finetune} itself: choose another --output_dir")
+
+    # Does output_dir hold a run that a fresh start would spoil?
     if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):
         return problems
     patterns = "log.txt", "checkpoint-*.pth"
-    there = sorted(path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern))
-    if there:
-        what = "--resume auto goes on with it, " if there != ["log.txt"] else ""
+    files = sorted(path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern))
+    if files:
+        resume = "--resume auto resumes it, " if files != ["log.txt"] else ""
         problems.append(
-            f"--output_dir {args.output_dir} holds another run ({there[0]}): {what}--overwrite removes it, or choose "
+            f"--output_dir {args.output_dir} holds another run ({files[0]}): {resume}--overwrite removes it, or choose "
             "another folder"
         )
     return problems

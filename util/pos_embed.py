@@ -1,4 +1,4 @@
-"""Positions: the fixed 2-D sine-cosine table of MAE and the resizing of a table to another grid."""
+"""Position embeddings: MAE's fixed 2-D sine-cosine table, and the resizing of a table to another grid of patches."""
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -6,12 +6,20 @@ from torch import Tensor
 
 
 def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """Table [1, 1 + H*W, dim] in float64 for a grid of (H, W) patches, a zero row for the class token first.
+    """Compute the fixed 2-D sine-cosine table of positions (paper, appendix A.1, after Vaswani et al.).
 
     The first half of the channels encodes the column, the second half the row, each as sines, then cosines, of
-    pos / 10000^(i / (dim/4)) (paper, appendix A.1, after Vaswani et al.).
-    Written by hand: timm's table orders the channels sin-sin-cos-cos and is computed in fp32.
-    Raises ValueError if dim is not divisible by 4.
+    pos / 10000^(i / (dim/4)). By hand since timm's table orders the channels sin-sin-cos-cos and is computed in fp32.
+
+    Args:
+        dim: Width of the model, divisible by 4.
+        grid_size: Rows and columns of patches, (H, W).
+
+    Returns:
+        The table [1, 1 + H*W, dim] in fp64, a row of zeros for the class token first.
+
+    Raises:
+        ValueError: dim is not divisible by 4.
     """
     if dim % 4:
         raise ValueError(f"a 2-D sine-cosine table needs a width divisible by 4, not {dim}")
@@ -27,7 +35,16 @@ def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:
 
 
 def resize_pos_embed(pos_embed: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resize a table [1, 1 + h*w, D] to [1, 1 + H*W, D], bicubically without antialias; the class row stays."""
+    """Resize a table of positions to another grid, bicubically without antialias; the class token's row stays.
+
+    Args:
+        pos_embed: The table [1, 1 + h*w, D].
+        old_grid: Its rows and columns of patches, (h, w).
+        new_grid: Those of the result, (H, W).
+
+    Returns:
+        The table [1, 1 + H*W, D].
+    """
     return resample_abs_pos_embed(
         pos_embed, new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=1, antialias=False
     )

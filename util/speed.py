@@ -1,4 +1,7 @@
-"""What makes a step faster or smaller and leaves its numbers alone: attention's kernel, compilation, checkpointing."""
+"""Speed and memory of a training step: attention's implementation, compilation, activation checkpointing.
+
+None of them changes what is computed, but for rounding.
+"""
 
 import ctypes
 import sys
@@ -18,8 +21,8 @@ ATTENTION = ("auto", "fused", "plain")
 class TensorDropPath(DropPath):
     """timm's stochastic depth, with its rate in a tensor.
 
-    A rate that is a number is a constant of the compiled code: every block, whose rate is its own, would be compiled
-    anew.
+    A rate that is a number would be a constant of the compiled code, and every block, whose rate is its own, would be
+    compiled anew.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,10 +42,10 @@ def choose_attention(device: torch.device, amp: str) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees for the next one, for training on the CPU.
+    """Let the C library keep the memory that a step frees, for the next step; for training on the CPU.
 
-    By default glibc maps every large tensor anew and the kernel clears its pages, which took 13 % of a ViT-B step in
-    bf16. Without glibc nothing happens.
+    By default glibc maps memory anew for every large tensor, and the kernel clears its pages, which took 13 % of a
+    ViT-B step in bf16. With another C library the function does nothing.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
@@ -52,10 +55,10 @@ def keep_freed_memory() -> None:
 
 @cache
 def compile_problem(device: torch.device) -> str:
-    """Return why torch.compile does not work on this device, or "": a small function is compiled to find out.
+    """Return why torch.compile does not work on this device, or "" if it does, by compiling a small function.
 
-    It needs a compiler (g++ on a CPU, a C compiler for Triton on CUDA), Python's headers, and on CUDA a GPU of compute
-    capability 7.0 or newer.
+    torch.compile needs a compiler (g++ on a CPU, a C compiler for Triton on CUDA), Python's headers, and on CUDA a GPU
+    of compute capability 7.0 or newer.
     """
     try:
         torch.compile(lambda x: x.square() + 1)(torch.ones(8, device=device))
@@ -65,16 +68,22 @@ def compile_problem(device: torch.device) -> str:
 
 
 def compiles(device: torch.device, wanted: bool | None) -> bool:
-    """Decide whether to compile: as wanted; by default (None) on CUDA, where it works.
+    """Decide whether to compile the blocks, and print a notice if compilation is the default but does not work.
+
+    Args:
+        device: Where the model is trained.
+        wanted: As --compile: compile or not; None: on CUDA, if it works there.
 
     Raises:
-        UserError: Compilation is wanted and does not work on this device.
+        UserError: Compilation is asked for and does not work on this device.
     """
     if wanted is False or (wanted is None and device.type != "cuda"):
         return False
     problem = compile_problem(device)
     if problem and wanted:
-        raise UserError(f"--compile: torch.compile does not work here: {problem}. Install what it lacks or omit it")
+        raise UserError(
+            f"--compile: torch.compile does not work here: {problem}. Install what is missing, or omit --compile"
+        )
     if problem:
         dist.print_rank0(f"notice: the blocks are not compiled, since torch.compile does not work here: {problem}")
     return not problem
@@ -85,35 +94,40 @@ def prepare(
 ) -> None:
     """Set up a model's blocks for speed, in place; parameters and their names stay.
 
-    Blocks are compiled one by one: they share their code, so that the whole model costs two or three compilations.
+    Blocks are compiled one by one: they share their code, so that the whole model takes two or three compilations.
 
     Args:
         model: An autoencoder or a classifier, on its device.
         device: Where it is trained.
         amp: "bf16", "fp16" or "off".
         attention: One of ATTENTION; "auto" takes the faster one.
-        compiled: Whether torch.compile compiles every block; None: on CUDA, where it works.
-        grad_checkpoint: Keep only the blocks' inputs for the backward pass, which computes the rest again: a third
-            more work, far less memory.
+        compiled: Whether torch.compile compiles every block; None: on CUDA, if it works there.
+        grad_checkpoint: Activation checkpointing: keep only the blocks' inputs for the backward pass, which computes
+            the rest again (a third more work, far less memory).
 
     Raises:
-        UserError: Compilation is wanted and does not work on this device.
+        UserError: Compilation is asked for and does not work on this device.
     """
     if device.type == "cpu":
         keep_freed_memory()
-    kernel = choose_attention(device, amp) if attention == "auto" else attention
+
+    # Set the attention's implementation, and turn the rates of stochastic depth into tensors. Changing the class of
+    # timm's modules keeps their names.
+    implementation = choose_attention(device, amp) if attention == "auto" else attention
     for module in model.modules():
         if isinstance(module, Attention):
-            module.fused_attn = kernel == "fused"
+            module.fused_attn = implementation == "fused"
         elif isinstance(module, DropPath):
-            # Not a buffer: checkpoints don't hold it.
+            # Not a buffer, since checkpoints do not hold it.
             module.keep_prob = torch.tensor(1 - module.drop_prob, device=device)
             module.__class__ = TensorDropPath
     model.set_grad_checkpointing(grad_checkpoint)
+
     if compiles(device, compiled):
-        # Blocks are small graphs: DDP's cuts, made for whole models, would only halve them.
+        # Dynamo splits graphs at DDP's buckets, which helps whole models but would only cut these small graphs in two.
         torch._dynamo.config.optimize_ddp = False
-        # Versions of one code: encoder's and decoder's blocks, frozen and trained ones, evaluation, a last batch.
+        # All blocks count as versions of one code, of which there are more than the default limit of 8: encoder and
+        # decoder, frozen and trained blocks, evaluation, an epoch's smaller last batch.
         torch._dynamo.config.recompile_limit = 32
         for module in model.modules():
             if isinstance(module, Block):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tuning of pretrain.sh's encoder on CIFAR-10, 100 epochs, with RandAugment, mixup and cutmix.
-# One GPU; time and accuracy: not measured (aim: at least 85 %, and 12 points above scratch.sh).
+# Fine-tune the encoder of pretrain.sh on CIFAR-10 for 100 epochs, with RandAugment, mixup and cutmix.
+# For one GPU; time and accuracy are not measured (aim: at least 85 %, and 12 points above scratch.sh).
 . "$(dirname "$0")/common.sh"
 
 python main_finetune.py "${common[@]}" --output_dir "$out/finetune-seed$seed" --nb_classes 10 --model vit_tiny_patch16 \

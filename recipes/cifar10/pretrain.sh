@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# ViT-T with patches of 2 pixels (12 blocks, 192 wide; decoder 4 x 192) on CIFAR-10, 400 epochs.
-# One GPU; time: not measured.
+# Pre-train ViT-T with patches of 2 pixels (12 blocks, 192 wide; decoder 4 x 192) on CIFAR-10 for 400 epochs.
+# For one GPU; time is not measured.
 . "$(dirname "$0")/common.sh"
 
 python main_pretrain.py "${common[@]}" --output_dir "$out/pretrain-seed$seed" --model mae_vit_tiny_patch16 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The same 100 epochs without pre-training.
-# One GPU; time and accuracy: not measured.
+# The 100 epochs of finetune.sh without pre-training, for comparison.
+# For one GPU; time and accuracy are not measured.
 . "$(dirname "$0")/common.sh"
 
 python main_finetune.py "${common[@]}" --output_dir "$out/scratch-seed$seed" --nb_classes 10 --model vit_tiny_patch16 \

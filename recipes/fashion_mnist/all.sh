@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every row of Fashion-MNIST's table for one seed; what is done already is passed over. First:
+# Run every row of Fashion-MNIST's table for one seed; training that is complete is not repeated. First prepare:
 #     python scripts/prepare_data.py fashion_mnist --output data/fashion_mnist
-# About an hour on two cores with two rows at a time (OMP_NUM_THREADS=1), longer one after the other.
+# Takes about an hour on two cores with two rows at a time (OMP_NUM_THREADS=1), longer one after the other, as here.
 . "$(dirname "$0")/common.sh"
 
 for row in pretrain finetune scratch probe attentive knn pixels; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Logistic regression on raw pixels, for comparison; needs scikit-learn (requirements-dev.txt).
-# 75 seconds on one CPU core. Expected: 83.6 %.
+# Train a logistic regression on raw pixels, for comparison; needs scikit-learn (requirements-dev.txt).
+# Takes 75 seconds on one CPU core. Expected accuracy: 83.6 %.
 . "$(dirname "$0")/common.sh"
 
 mkdir -p "$out/pixels-seed$seed"

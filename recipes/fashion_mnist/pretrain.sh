@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pre-training on full Fashion-MNIST: encoder of 1.2 M parameters, 15 epochs.
-# About 35 minutes on one CPU core. Ends near a loss of 0.298 to 0.299, test_knn 83 %.
+# Pre-train an encoder of 1.2 M parameters on the full Fashion-MNIST for 15 epochs.
+# Takes about 35 minutes on one CPU core. Expected: a loss of 0.298 to 0.299 and a test_knn of 83 % at the end.
 . "$(dirname "$0")/common.sh"
 
 python main_pretrain.py "${common[@]}" --output_dir "$out/pretrain-seed$seed" --model mae_vit_demo_patch4 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Linear probe of pretrain.sh's encoder on Imagenette, 90 epochs.
-# One GPU; time and accuracy: not measured.
+# Train a linear probe on the encoder of pretrain.sh, on Imagenette for 90 epochs.
+# For one GPU; time and accuracy are not measured.
 . "$(dirname "$0")/common.sh"
 
 python main_linprobe.py "${common[@]}" --output_dir "$out/probe-seed$seed" --nb_classes 10 --model vit_small_patch16 \

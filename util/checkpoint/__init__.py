@@ -1,0 +1,1 @@
+"""Checkpoint files: reading and writing them, their weights, other libraries' formats."""

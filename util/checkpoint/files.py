@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read without running what is in them."""
+"""Checkpoint files: written whole or not at all, and read without running any code that is in them."""
 
 import argparse
 import hashlib
@@ -7,6 +7,8 @@ import pickle
 import re
 import urllib.error
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlparse
@@ -21,8 +23,12 @@ from util.checkpoint.output_dir import fsync_dir
 from util.distributed import dist
 from util.errors import UserError
 
+FOLDER_BIT = 0x10  # in a zip entry's external attributes
+CHUNK = 1 << 24  # bytes
+
 
 def is_url(source: str) -> bool:
+    """Return whether a source is an http(s) address."""
     return source.startswith(("http://", "https://"))
 
 
@@ -54,23 +60,27 @@ def write(state: dict, paths: list[Path]) -> None:
     A file of that name is replaced only once the new one is whole and on the disk.
 
     Raises:
-        UserError: It can't be written; the old files are untouched.
+        UserError: It cannot be written; the old files are untouched.
     """
     unfinished = [path.with_name(path.name + ".tmp") for path in paths]
     noting = None
     try:
+        # Write everything under temporary names, and wait until it is on the disk.
         with unfinished[0].open("wb") as file:
             noting = _NotingErrors(file)
             torch.save(state, noting)
             file.flush()
             os.fsync(file.fileno())
-        for copy in unfinished[1:]:  # a copy, not a link: a disk's error in the one leaves the other
+        for copy in unfinished[1:]:  # a copy, not a link: a disk error in one file leaves the other intact
             _copy(unfinished[0], copy)
+
+        # Renaming is atomic: at any time each name stands for the old file or the new one.
         for path, temporary in zip(paths, unfinished, strict=True):
             os.replace(temporary, path)
             fsync_dir(path.parent)
             digest_file(path).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
+        # The user needs the disk's error, not the RuntimeError that torch.save makes of it. Any other is a bug.
         cause = (noting and noting.error) or error
         for temporary in unfinished:
             temporary.unlink(missing_ok=True)
@@ -83,115 +93,165 @@ def write(state: dict, paths: list[Path]) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy a file, and wait until the copy is on the disk."""
     with source.open("rb") as reader, target.open("wb") as writer:
-        while chunk := reader.read(1 << 24):
+        while chunk := reader.read(CHUNK):
             writer.write(chunk)
         writer.flush()
         os.fsync(writer.fileno())
 
 
-def damage(path: Path) -> str:
-    """Return what is wrong with a checkpoint by the CRC-32 that its zip archive holds of each record, or "".
+def find_damage(path: Path) -> str:
+    """Return a sentence about the damage to a checkpoint, or "" for none, by the checksums in the file.
 
-    torch.load does not look at them. Only zip archives, which torch.save has written since version 1.6, hold any: of
-    older files and of .safetensors nothing is known here.
+    A zip archive holds a CRC-32 of each record, which torch.load does not check. Only zip archives, which torch.save
+    has written since version 1.6, hold any: damage to older files and to .safetensors is not noticed here.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             return ""
     try:
         with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-            # Of an entry that is marked as a folder torch.load takes memory that nothing was read into.
-            odd = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10 or entry.compress_type]
+            damaged = archive.testzip()
+            # For an entry that is marked as a folder torch.load returns memory that nothing was read into.
+            irregular = [
+                entry.filename
+                for entry in archive.infolist()
+                if entry.external_attr & FOLDER_BIT or entry.compress_type != zipfile.ZIP_STORED
+            ]
     except OSError:
         raise
-    except Exception as error:  # a damaged header leads zipfile to half a dozen kinds
+    except Exception as error:  # for a damaged header zipfile raises half a dozen kinds
         return f"{path} is not a whole PyTorch checkpoint: {str(error) or type(error).__name__}"
-    if record:
-        return f"{path} is damaged: the checksum of its record {record} is wrong"
-    return f"{path} is damaged: its record {odd[0]} is no plain file" if odd else ""
+    if damaged:
+        return f"{path} is damaged: the checksum of its record {damaged} is wrong"
+    return f"{path} is damaged: its record {irregular[0]} is not a plain file" if irregular else ""
 
 
 def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
-    """Read a checkpoint from a file or an http(s) address, on the CPU, without running any code that is in it.
+    """Read a checkpoint from a file, folder or http(s) address, on the CPU, without running any code that is in it.
 
-    The reference's checkpoints hold an argparse.Namespace: that one class is allowed. A bare state dict, a .safetensors
-    file or a folder of Hugging Face's or timm's comes back as {"model": ...}, with what its config.json says, and under
-    our names ("format" then says what it was, "left_out" what has no place here). A zip archive's checksums are checked
-    first. With peek tensors stay on the disk, and neither checksums nor weights are looked at. With ema the running
-    average of the weights stands as "model". Raises UserError, naming the source, for a file that is missing, damaged,
-    refused or not a checkpoint.
+    A bare state dict, a .safetensors file, or a folder of Hugging Face's or timm's comes back in the form of a
+    checkpoint as well, with the contents of its config.json. Weights under other libraries' names are renamed; "format"
+    then names the library and the model, and "left_out" lists the weights that have no place here.
+
+    Args:
+        source: File, folder or address.
+        peek: Leave tensors on the disk, and check neither checksums nor values.
+        ema: Return the EMA of the weights as "model".
+
+    Returns:
+        The checkpoint, whose "model" is a state dict.
+
+    Raises:
+        UserError: The source, which the message names, is missing, damaged, unsafe to load, or not a checkpoint.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            if is_url(source):
-                checkpoint = _download(source)
-            elif parts := formats.weights_in(Path(source)):
-                checkpoint = _folder(Path(source), parts)
-            elif source.endswith(".safetensors"):
-                described = Path(source) in formats.weights_in(Path(source).parent)  # or the config may be another's
-                checkpoint = _folder(Path(source).parent, [Path(source)]) if described else load_file(source)
-            else:
-                checkpoint = _load_pickled(Path(source), peek)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            what = "is not a checkpoint of plain types and tensors: was it saved by torch.save, and downloaded whole?"
-            if found:
-                what = f"is refused: it holds {found[1]}, and loading it could run code."
-            raise UserError(f"{source} {what} Nothing in it was run.") from error
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            raise UserError(f"cannot download {source}: {error}") from error
-        except OSError as error:
-            raise UserError(f"cannot read {source}: {error.strerror or error}") from error
-        except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(
-                f"{source} is not a whole PyTorch checkpoint: {what}. Take an earlier one, or --resume auto"
-            ) from error
-    if isinstance(checkpoint, dict) and "model" not in checkpoint and _is_state_dict(checkpoint):
-        checkpoint = {"model": checkpoint}
-    if not isinstance(checkpoint, dict) or not _is_state_dict(checkpoint.get("model")):
-        raise UserError(f"{source} is not a checkpoint: it has no 'model' with named tensors")
-    if (found := formats.recognise(checkpoint["model"])).kind:
-        checkpoint |= {"model": found.state, "format": found.kind, "left_out": found.left_out}
+    # The reference's checkpoints hold an argparse.Namespace: that one class is allowed.
+    with torch.serialization.safe_globals([argparse.Namespace]), _raise_read_errors(source):
+        content = _read(source, peek)
+    checkpoint = _as_checkpoint(source, content)
+
+    recognised = formats.recognise(checkpoint["model"])
+    if recognised.kind:
+        checkpoint |= {"model": recognised.state, "format": recognised.kind, "left_out": recognised.left_out}
     if ema:
         if "model_ema" not in checkpoint:
-            raise UserError(f"{source} holds no running average: leave out --model_ema")
+            raise UserError(f"{source} holds no EMA of the weights: leave out --model_ema")
         checkpoint["model"] = checkpoint["model_ema"]
     return checkpoint
 
 
-def _folder(folder: Path, parts: list[Path]) -> dict:
-    """A folder's weights and what its config says of them."""
-    state = {}
-    for part in parts:
-        state |= load_file(part) if part.suffix == ".safetensors" else _load_pickled(part, peek=False)
-    config = formats.read_config(folder)
-    known = {"model": state, "args": formats.preprocessing(folder, config)}
-    if not str(config.get("model_type", "")).startswith("vit"):
-        return known | formats.from_our_config(config)
-    if abs(config.get("layer_norm_eps", 1e-12) - 1e-6) > 1e-7:
-        dist.print_rank0(
-            f"notice: {folder} has LayerNorms with eps {config.get('layer_norm_eps', 1e-12):g}, ours is 1e-6"
+def _read(source: str, peek: bool) -> object:
+    """Return the content of a file, folder or address, choosing the reader by its kind."""
+    if is_url(source):
+        return _download(source)
+    if weight_files := formats.weights_in(Path(source)):
+        return _read_folder(Path(source), weight_files)
+    if not source.endswith(".safetensors"):
+        return _load_pickled(Path(source), peek)
+    # The folder's config.json describes this file only if it is the one that the folder's model consists of.
+    folder = Path(source).parent
+    if Path(source) in formats.weights_in(folder):
+        return _read_folder(folder, [Path(source)])
+    return load_file(source)
+
+
+@contextmanager
+def _raise_read_errors(source: str) -> Iterator[None]:
+    """Turn the errors of reading a checkpoint into a UserError that names the source, the problem and the remedy."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise UserError(
+                f"{source} is refused: it holds {forbidden[1]}, and loading it could run code. Nothing in it was run. "
+                "If you trust it, save its state dict alone, and pass that file"
+            ) from error
+        raise UserError(
+            f"{source} is not a checkpoint of plain types and tensors, and nothing in it was run: check that it was "
+            "saved by torch.save and downloaded whole"
+        ) from error
+    except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"cannot download {source}: {error}. Check the address and the network, or pass a file"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror or error}. Check the path") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{source} is not a whole PyTorch checkpoint: {reason}. Take an earlier checkpoint, or --resume auto"
+        ) from error
+
+
+def _as_checkpoint(source: str, content: object) -> dict:
+    """Return the content of a file as a checkpoint, with its weights under "model".
+
+    Raises:
+        UserError: It holds no weights.
+    """
+    if isinstance(content, dict) and "model" not in content and _is_state_dict(content):
+        return {"model": content}
+    if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
+        raise UserError(
+            f"{source} is not a checkpoint: it has no 'model' with named tensors. Pass a checkpoint, a state dict, a "
+            ".safetensors file, or a folder of Hugging Face's or timm's"
         )
-    return known | formats.from_hugging_face_config(config)
+    return content
+
+
+def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
+    """Return the weights of a folder of Hugging Face's or timm's, and the contents of its configuration."""
+    state = {}
+    for file in weight_files:
+        state |= load_file(file) if file.suffix == ".safetensors" else _load_pickled(file, peek=False)
+    config = formats.read_config(folder)
+    checkpoint = {"model": state, "args": formats.preprocessing(folder, config)}
+    if not str(config.get("model_type", "")).startswith("vit"):
+        return checkpoint | formats.from_export_config(config)
+
+    # Without the key transformers takes 1e-12.
+    eps = config.get("layer_norm_eps", 1e-12)
+    if abs(eps - 1e-6) > 1e-7:
+        dist.print_rank0(f"notice: {folder} was made with a LayerNorm eps of {eps:g}; the models here use 1e-6")
+    return checkpoint | formats.from_hugging_face_config(config)
 
 
 def checkpoint_args(checkpoint: dict) -> dict:
-    """The flags that a checkpoint was made with; the reference stores them as a Namespace."""
+    """Return the flags that a checkpoint was made with; the reference stores them as a Namespace."""
     args = checkpoint.get("args") or {}
     return vars(args) if isinstance(args, argparse.Namespace) else args
 
 
-def _load_pickled(path: Path, peek: bool) -> dict:
-    """Open a file of torch.save, after its checksums; with peek its tensors stay on the disk, unchecked.
+def _load_pickled(path: Path, peek: bool) -> object:
+    """Open a file of torch.save after checking its checksums; with peek its tensors stay on the disk, unchecked.
 
     Raises:
         UserError: The file is damaged.
     """
-    if not peek and (problem := damage(path)):
-        raise UserError(f"{problem}. Take an earlier one, or --resume auto")
+    if not peek and (problem := find_damage(path)):
+        raise UserError(f"{problem}. Take an earlier checkpoint, or --resume auto")
     return torch.load(path, "cpu", weights_only=True, mmap=True if peek else None)
 
 
@@ -199,20 +259,25 @@ def _is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def _download(url: str) -> dict:
-    """torch.hub's cache goes by file name alone; a digest of the whole address keeps two that end alike apart."""
+def _download(url: str) -> object:
+    """Return the content of the file at an address, which is downloaded once and kept in torch.hub's folder.
+
+    torch.hub names its files by the last part of the address; a digest of the whole address keeps two that end alike
+    apart.
+    """
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(urlparse(url).path).name}"
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
 
-    def load() -> dict:
+    def load() -> object:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=dist.rank() == 0)
         return load_file(path) if path.suffix == ".safetensors" else _load_pickled(path, peek=False)
 
-    # One download for all ranks; its failure is every rank's, so the others are met in any case.
+    # Rank 0 downloads, and the others then read its copy. They wait for it in gather, which rank 0 must therefore reach
+    # even where the download fails; the others will fail in the same way.
     try:
-        checkpoint = load() if dist.rank() == 0 else None
+        content = load() if dist.rank() == 0 else None
     finally:
         dist.gather(None)
-    return load() if checkpoint is None else checkpoint
+    return load() if content is None else content

@@ -1,10 +1,12 @@
-"""Other libraries' Vision Transformers: recognised by the names of their weights, and written under them.
+"""Other libraries' Vision Transformers: conversion of their names for weights and of their configurations.
 
-ours       cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}, norm,
-           fc_norm, head; mask_token, decoder_*: the reference's released files, and timm's
-Hugging Face's ViTMAE and ViT, in three generations: as released (vit.encoder.layer.N.attention.attention.query),
-           as in memory since transformers 5 (vit.layers.N.attention.q_proj), and as that writes decoders
-           (decoder.decoder_encoder.layer.N)
+Native names, which the reference's released files and timm have too:
+    cls_token, pos_embed, patch_embed.proj, blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}, norm, fc_norm,
+    head; an autoencoder also has mask_token and decoder_*
+Names of Hugging Face's ViTMAE and ViT, in three generations:
+    vit.encoder.layer.N.attention.attention.query    as released
+    vit.layers.N.attention.q_proj                    in memory since transformers 5
+    decoder.decoder_encoder.layer.N                  decoders as transformers 5 writes them
 """
 
 import json
@@ -15,17 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Hugging Face's older words, and its newer ones; in this order.
+# Hugging Face's older names as patterns, and the newer names that replace them, in this order.
 GENERATIONS = (
     (r"^vit\.", ""),
     (r"^encoder\.layer\.", "layers."),
     (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-    (r"attention\.attention\.(query|key|value)\.", lambda found: f"attention.{found[1][0]}_proj."),
+    (r"attention\.attention\.(query|key|value)\.", lambda match: f"attention.{match[1][0]}_proj."),
     (r"attention\.output\.dense\.", "attention.o_proj."),
     (r"intermediate\.dense\.", "mlp.fc1."),
     (r"(\d+)\.output\.dense\.", r"\1.mlp.fc2."),
 )
-# Their newer words and ours: first the whole names, then what follows a block's number.
+# Hugging Face's newer names and the native ones, outside the blocks.
 NAMES = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -38,6 +40,7 @@ NAMES = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
+# The same inside a block, without its prefix and number.
 IN_BLOCKS = {
     "attention.o_proj": "attn.proj",
     "layernorm_before": "norm1",
@@ -45,7 +48,7 @@ IN_BLOCKS = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-# Ours, and those of Hugging Face's released files.
+# Native names inside a block, and those of Hugging Face's released files.
 RELEASED = {
     "attn.proj": "attention.output.dense",
     "norm1": "layernorm_before",
@@ -54,87 +57,106 @@ RELEASED = {
     "mlp.fc2": "output.dense",
 }
 QKV = ("query", "key", "value")
-TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")  # what makes an encoder
+# The arguments that define an encoder.
+TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
-class Found(NamedTuple):
-    """What a file was recognised as, its weights under our names, and the names of those that have no place here."""
+class Recognised(NamedTuple):
+    """The result of recognising a state dict.
+
+    Attributes:
+        kind: The library and its model, for messages; "" where the names are native or unknown.
+        state: The weights under the native names.
+        left_out: Names of the weights that have no place in the models here.
+    """
 
     kind: str
     state: dict[str, Tensor]
     left_out: list[str]
 
 
-def recognise(state: dict[str, Tensor]) -> Found:
-    """The weights under our names; kind "" where they are under them already, or nothing is known about them."""
+def recognise(state: dict[str, Tensor]) -> Recognised:
+    """Convert a state dict of Hugging Face's ViTMAE or ViT to the native names; return others as they are."""
     if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):
-        return Found("", state, [])
-    found, left_out, parts = {}, [], {}
+        return Recognised("", state, [])
+    native, left_out, projections = {}, [], {}
     for name, value in state.items():
-        newer = name
-        for pattern, word in GENERATIONS:
-            newer = re.sub(pattern, word, newer)
-        block = re.fullmatch(r"(decoder\.decoder_)?layers\.(\d+)\.(.+)\.(weight|bias)", newer)
-        stem, _, kind = newer.rpartition(".")
+        # Bring every generation of names to the newest one.
+        newest = name
+        for pattern, replacement in GENERATIONS:
+            newest = re.sub(pattern, replacement, newest)
+
+        # Then look it up. Queries, keys and values, three matrices there and one here, are gathered first.
+        block = re.fullmatch(r"(decoder\.decoder_)?layers\.(\d+)\.(.+)\.(weight|bias)", newest)
+        stem, _, kind = newest.rpartition(".")
         if block:
             prefix, inside = f"{'decoder_' if block[1] else ''}blocks.{block[2]}.", block[3]
             if inside in IN_BLOCKS:
-                found[f"{prefix}{IN_BLOCKS[inside]}.{block[4]}"] = value
+                native[f"{prefix}{IN_BLOCKS[inside]}.{block[4]}"] = value
             elif inside.startswith("attention.") and inside.endswith("_proj"):
-                parts.setdefault(f"{prefix}attn.qkv.{block[4]}", {})[inside[len("attention.")]] = value
+                letter = inside.removeprefix("attention.")[0]
+                projections.setdefault(f"{prefix}attn.qkv.{block[4]}", {})[letter] = value
             else:
                 left_out.append(name)
-        elif newer in NAMES:
-            found[NAMES[newer]] = value
+        elif newest in NAMES:
+            native[NAMES[newest]] = value
         elif stem in NAMES:
-            found[f"{NAMES[stem]}.{kind}"] = value
+            native[f"{NAMES[stem]}.{kind}"] = value
         else:
             left_out.append(name)
-    found |= {name: torch.cat([three[x] for x in "qkv"]) for name, three in parts.items() if len(three) == 3}
-    return Found(f"Hugging Face's {'ViTMAE' if 'mask_token' in found else 'ViT'}", found, left_out)
+
+    for name, matrices in projections.items():
+        if len(matrices) == 3:
+            native[name] = torch.cat([matrices[letter] for letter in "qkv"])
+    return Recognised(f"Hugging Face's {'ViTMAE' if 'mask_token' in native else 'ViT'}", native, left_out)
 
 
 def describe(checkpoint: dict) -> str:
-    """What a checkpoint was recognised as, in words."""
+    """Return a phrase for messages: the origin of a checkpoint, and the parts of a model that it holds."""
     state = checkpoint["model"]
-    parts = [
-        name
-        for name, there in (
-            ("encoder", "cls_token" in state),
-            ("decoder", "decoder_pred.weight" in state),
-            ("head", any(name.startswith("head.") for name in state)),
-        )
-        if there
-    ]
-    whose = checkpoint.get("format") or (
-        f"main_{checkpoint['job']}.py's" if "job" in checkpoint else "in the reference's and timm's names"
-    )
-    return f"{whose}, {' and '.join(parts) or 'nothing known'}"
+    presence = {
+        "encoder": "cls_token" in state,
+        "decoder": "decoder_pred.weight" in state,
+        "head": any(name.startswith("head.") for name in state),
+    }
+    parts = [name for name, present in presence.items() if present]
+    origin = "in the names of timm and the reference"
+    if "job" in checkpoint:
+        origin = f"of main_{checkpoint['job']}.py"
+    origin = checkpoint.get("format") or origin
+    return f"{origin}, {' and '.join(parts) or 'no known part of a model'}"
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of Hugging Face's released files."""
-    theirs = {ours: name for name, ours in NAMES.items()}
-    found = {}
+    """Convert native weights to the names of Hugging Face's released files."""
+    released_names = {native: name for name, native in NAMES.items()}
+    converted = {}
     for name, value in state.items():
         stem, _, kind = name.rpartition(".")
         block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
-        if block:
-            prefix = f"decoder.decoder_layers.{block[2]}." if block[1] else f"vit.encoder.layer.{block[2]}."
-            if block[3] == "attn.qkv":
-                for word, part in zip(QKV, value.chunk(3), strict=True):
-                    found[f"{prefix}attention.attention.{word}.{block[4]}"] = part.clone()
-            else:
-                found[f"{prefix}{RELEASED[block[3]]}.{block[4]}"] = value
+        if not block:
+            new = released_names[name] if name in released_names else f"{released_names[stem]}.{kind}"
+            converted[new if new.startswith(("decoder.", "classifier.")) else f"vit.{new}"] = value
             continue
-        new = theirs[name] if name in theirs else f"{theirs[stem]}.{kind}"
-        found[new if new.startswith(("decoder.", "classifier.")) else f"vit.{new}"] = value
-    return found
+        prefix = f"decoder.decoder_layers.{block[2]}." if block[1] else f"vit.encoder.layer.{block[2]}."
+        if block[3] != "attn.qkv":
+            converted[f"{prefix}{RELEASED[block[3]]}.{block[4]}"] = value
+            continue
+        # Copies, since safetensors writes no tensors that share memory.
+        for projection, part in zip(QKV, value.chunk(3), strict=True):
+            converted[f"{prefix}attention.attention.{projection}.{block[4]}"] = part.clone()
+    return converted
 
 
 def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: float) -> dict:
-    """config.json of a model of ours: a classifier's with its classes, else an autoencoder's."""
-    found = {
+    """Return the content of Hugging Face's config.json for a model.
+
+    Args:
+        config: The model's `config`, its constructor's arguments.
+        classes: Names of a classifier's classes, in the order of its outputs; None: the model is an autoencoder.
+        mask_ratio: Share of the patches that is removed, for an autoencoder.
+    """
+    encoder = {
         "hidden_size": config["embed_dim"],
         "num_hidden_layers": config["depth"],
         "num_attention_heads": config["num_heads"],
@@ -154,14 +176,14 @@ def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: flo
         return {
             "architectures": ["ViTForImageClassification"],
             "model_type": "vit",
-            **found,
+            **encoder,
             "id2label": {str(number): name for number, name in enumerate(classes)},
             "label2id": {name: number for number, name in enumerate(classes)},
         }
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
-        **found,
+        **encoder,
         "decoder_hidden_size": config["decoder_embed_dim"],
         "decoder_num_hidden_layers": config["decoder_depth"],
         "decoder_num_attention_heads": config["decoder_num_heads"],
@@ -172,7 +194,12 @@ def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: flo
 
 
 def from_hugging_face_config(config: dict) -> dict:
-    """What a checkpoint of ours would hold of such a model: model_config, and a classifier's class_to_idx."""
+    """Return the checkpoint entries that follow from Hugging Face's config.json.
+
+    Returns:
+        "model_config", and "class_to_idx" for a classifier whose classes have names.
+    """
+    # Keys that are missing stand for transformers' defaults.
     arguments = {
         "img_size": config.get("image_size", 224),
         "patch_size": config.get("patch_size", 16),
@@ -182,6 +209,8 @@ def from_hugging_face_config(config: dict) -> dict:
         "num_heads": config.get("num_attention_heads", 12),
     }
     arguments["mlp_ratio"] = config.get("intermediate_size", 3072) / arguments["embed_dim"]
+
+    # An autoencoder, or an encoder without a head.
     if "decoder_hidden_size" in config:
         arguments |= {
             "decoder_embed_dim": config["decoder_hidden_size"],
@@ -190,43 +219,60 @@ def from_hugging_face_config(config: dict) -> dict:
             "norm_pix_loss": config["norm_pix_loss"],
         }
         return {"model_config": arguments}
-    names = config.get("id2label") or {}
     if not any("Classification" in kind for kind in config.get("architectures") or []):
         return {"model_config": arguments}
-    made_up = all(name == f"LABEL_{number}" for number, name in names.items())
-    found = {"model_config": arguments | {"num_classes": len(names), "global_pool": False}}
-    return found if made_up else found | {"class_to_idx": {name: int(number) for number, name in names.items()}}
+
+    # A classifier. transformers names the classes LABEL_0, LABEL_1, ... where none are given.
+    labels = config.get("id2label") or {}
+    entries = {"model_config": arguments | {"num_classes": len(labels), "global_pool": False}}
+    if not all(name == f"LABEL_{number}" for number, name in labels.items()):
+        entries["class_to_idx"] = {name: int(number) for number, name in labels.items()}
+    return entries
 
 
-def from_our_config(config: dict) -> dict:
-    """The same of what main_export.py writes --to timm and encoder; {} for other descriptions."""
+def from_export_config(config: dict) -> dict:
+    """Return the checkpoint entries that follow from the config.json of main_export.py --to timm or --to encoder.
+
+    Returns:
+        "model_config", and "class_to_idx" for a classifier whose classes have names; {} for other configurations.
+    """
     arguments = config.get("model_args") or config
     if not all(name in arguments for name in TRUNK):
         return {}
-    found = {name: arguments[name] for name in TRUNK} | {"num_classes": config.get("num_classes", 0)}
-    names = config.get("label_names")
-    return {"model_config": found | {"global_pool": arguments.get("global_pool") in (True, "avg")}} | (
-        {"class_to_idx": {name: number for number, name in enumerate(names)}} if names else {}
-    )
+    model_config = {name: arguments[name] for name in TRUNK}
+    model_config["num_classes"] = config.get("num_classes", 0)
+    model_config["global_pool"] = arguments.get("global_pool") in (True, "avg")
+    entries = {"model_config": model_config}
+    if labels := config.get("label_names"):
+        entries["class_to_idx"] = {name: number for number, name in enumerate(labels)}
+    return entries
 
 
 def preprocessing(folder: Path, config: dict) -> dict:
-    """--mean, --std and --crop_pct that a folder's model was made with, as far as it says."""
-    described = read_config(folder, "preprocessor_config.json")
-    if described and "model_type" in config:
-        config = {"mean": described.get("image_mean"), "std": described.get("image_std")}
-        whole, cut = (described.get(name) for name in ("size", "crop_size"))
-        if isinstance(whole, dict) and "shortest_edge" in whole and isinstance(cut, dict) and "height" in cut:
-            side, kept = whole["shortest_edge"], cut["height"]
-            config["crop_pct"] = kept / (side + 0.5) if side > kept else 1.0  # so that int(kept / crop_pct) is side
+    """Return the --mean, --std and --crop_pct that the model in a folder was made with, as far as they are stated.
+
+    Args:
+        folder: Folder of Hugging Face's or timm's.
+        config: The content of its config.json.
+    """
+    # Hugging Face has a file of its own for them, which states the crop by two sizes.
+    processor = read_config(folder, "preprocessor_config.json")
+    if processor and "model_type" in config:
+        config = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+        size, crop_size = processor.get("size"), processor.get("crop_size")
+        if isinstance(size, dict) and "shortest_edge" in size and isinstance(crop_size, dict) and "height" in crop_size:
+            edge, crop = size["shortest_edge"], crop_size["height"]
+            config["crop_pct"] = crop / (edge + 0.5) if edge > crop else 1.0  # so that int(crop / crop_pct) is edge
+
+    # timm states them in config.json.
     config = config.get("pretrained_cfg") or config
     return {name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)}
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The files of weights of a folder as Hugging Face and timm write them; none: it isn't one."""
+    """Return the files of weights in a folder that Hugging Face or timm wrote; [] for any other folder or file."""
     for name in ("model.safetensors", "encoder.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
+        index = folder / f"{name}.index.json"  # of weights that are split over several files
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
@@ -236,9 +282,9 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict:
-    """A folder's description; {} where there is none, or none that can be read."""
+    """Return the content of a JSON file in a folder; {} if it is missing, unreadable or not an object."""
     try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

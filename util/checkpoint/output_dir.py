@@ -1,4 +1,4 @@
-"""output_dir: who may write there, and writing there so that a crash leaves the old file or the new one, whole."""
+"""The output folder: its lock, its permissions, and writing that leaves a whole file, old or new, after a crash."""
 
 import os
 import socket
@@ -14,11 +14,14 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_held: dict[str, int] = {}  # folder -> the open lock file
+_held: dict[str, int] = {}  # path of the folder -> descriptor of its lock file
 
 
 def unwritable(folder: str) -> str:
-    """Why a folder, or its first parent that exists, can't be written to; empty if it can. Leaves nothing behind."""
+    """Return the reason why a folder cannot be written to, or "" if it can; nothing is left behind.
+
+    Where the folder does not exist yet, its first parent that does is tried.
+    """
     place = Path(folder).absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -32,9 +35,14 @@ def unwritable(folder: str) -> str:
 
 
 def lock_output_dir(folder: str) -> str:
-    """Take the folder for this process until it ends, however it ends; returns who has it already, or "".
+    """Lock a folder for this process until it ends, however it ends.
 
-    A POSIX record lock: unlike flock's, the loader's processes don't inherit it and keep it when this one is killed.
+    It is a POSIX record lock: unlike flock's, it is not inherited by the loader's processes, which would keep it when
+    this process is killed.
+
+    Returns:
+        The process that holds the folder already, in words; "" if the folder is locked for this process now, or the
+        system has no locks.
     """
     path = Path(folder).absolute()
     if fcntl is None or str(path) in _held:
@@ -44,13 +52,17 @@ def lock_output_dir(folder: str) -> str:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        # The lock file names its holder. After a crash of another machine, the file server may keep that one's lock.
         holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(lock)
-        elsewhere = " on " in holder and not holder.endswith(f" on {socket.gethostname()}")
-        return holder + f"; if that machine is down, remove {path / '.lock'}" * elsewhere
+        if " on " in holder and not holder.endswith(f" on {socket.gethostname()}"):
+            holder += f"; if that machine is down, remove {path / '.lock'}"
+        return holder
     except OSError:  # a file system without locks
         os.close(lock)
         return ""
+
+    # The descriptor stays open: closing it would release the lock.
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     _held[str(path)] = lock
@@ -59,15 +71,15 @@ def lock_output_dir(folder: str) -> str:
 
 @contextmanager
 def raise_write_errors(path: Path) -> Iterator[None]:
-    """Around what writes a file on rank 0 for all: raises UserError, every rank's error, where it can't be written."""
+    """Turn errors of the disk, in code that writes a file on rank 0 for all ranks, into a UserError of every rank."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Make room, or choose another path") from error
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make renames in a folder last."""
+    """Wait until the renames in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,7 +88,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Put a small text file in place of another, all or nothing."""
+    """Write a small text file, so that after a crash it holds either its old text or the new one, whole."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -1,5 +1,4 @@
-"""Weights out of a checkpoint into a model: all of them, or an encoder into a classifier; and what to say where they
-don't fit."""
+"""Loading of a checkpoint's weights into a model, whole or the encoder alone, with a comparison where they misfit."""
 
 import re
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from util.checkpoint.files import checkpoint_args, load_checkpoint
 from util.checkpoint.formats import describe
-from util.data.datasets import class_differences, some
+from util.data.datasets import class_differences, join_names
 from util.data.transforms import CentreCrop
 from util.distributed import dist
 from util.errors import UserError
@@ -19,73 +18,106 @@ from util.pos_embed import resize_pos_embed
 def load_model(
     source: str, checkpoint: dict, model: nn.Module, args: dict, class_to_idx: dict[str, int] | None = None
 ) -> None:
-    """Load a checkpoint's weights; every key must match, and so must the classes. Raises UserError otherwise."""
-    state, own = checkpoint["model"], model.state_dict()
-    _refuse_misfits(source, checkpoint, model, args, set(own) - set(state), set(state) - set(own))
-    stored = checkpoint.get("class_to_idx")
-    if stored and class_to_idx and stored != class_to_idx:
-        differing = class_differences(list(stored), list(class_to_idx), source, "--data_path") or "their order differs"
-        raise UserError(f"{source} was trained on other classes, and would name the wrong ones. {differing}")
+    """Load all weights of a checkpoint into a model of the same kind.
+
+    Args:
+        source: Name of the checkpoint, for the messages.
+        checkpoint: Its contents.
+        model: The model to load them into.
+        args: The run's flags, for the messages.
+        class_to_idx: The classes of the run's images; None: not compared.
+
+    Raises:
+        UserError: A weight is missing, surplus or of another shape, or the classes differ.
+    """
+    state, model_state = checkpoint["model"], model.state_dict()
+    missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
+    _refuse_misfits(source, checkpoint, model, args, missing, surplus)
+    stored_classes = checkpoint.get("class_to_idx")
+    if stored_classes and class_to_idx and stored_classes != class_to_idx:
+        differences = class_differences(list(stored_classes), list(class_to_idx), source, "--data_path")
+        raise UserError(
+            f"{source} was trained on other classes, and would name the wrong ones. "
+            f"{differences or 'their order differs'}. Pass the --data_path that it was trained on"
+        )
     model.load_state_dict(state)
 
 
 def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[str, int]) -> None:
-    """Load the weights to evaluate, with args["model_ema"] their running average. Raises UserError where they don't fit
-    the model or the folders' classes."""
+    """Load the weights to evaluate, or their EMA with args["model_ema"].
+
+    Args:
+        source: File or address of the checkpoint; "": --resume auto has met none.
+        model: The classifier to load them into.
+        args: The run's flags.
+        class_to_idx: The classes of the run's images.
+
+    Raises:
+        UserError: There is no checkpoint, or it does not fit the model or the classes.
+    """
     if not source:
-        raise UserError(f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate")
+        raise UserError(
+            f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate. Pass its path as --resume"
+        )
     checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
     load_model(source, checkpoint, model, args, class_to_idx)
-    _compare_pixels(source, checkpoint, args, ("mean", "std", "crop_pct", "exif"))
+    _compare_preprocessing(source, checkpoint, args, ("mean", "std", "crop_pct", "exif"))
     dist.print_rank0(f"weights from {source}")
 
 
 def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
-    """Put a pre-trained encoder into a classifier, before its head is made ready for training (paper, A.1).
+    """Load a pre-trained encoder into a classifier, before its head is prepared for training (paper, A.1).
 
-    What the classifier has and the file lacks must be the head (and fc_norm when pooling); what the file has beyond
-    it must be a decoder, a head (never taken over), or the norm of the other pooling. Positions are resized to the
-    model's grid.
+    The weights that only the classifier has must be the head's (and fc_norm's when pooling). Those that only the file
+    has must be a decoder's, a head's (which is never loaded), or the norm's of the other pooling. Positions are
+    resized to the model's grid.
 
     Args:
-        source: File or address.
+        source: File or address of the checkpoint.
         model: The classifier.
         args: The run's flags, for the messages.
 
     Returns:
-        The names that are new in the model, and those of the file that were not used; both are printed, too.
+        The names of the model's weights that the file lacks, and of the file's weights that were not used; both are
+        printed too.
 
     Raises:
-        UserError: Anything else is missing or surplus; it is named.
+        UserError: Any other weight, which the message names, is missing or surplus.
     """
     args = args or {}
-    checkpoint, own = load_checkpoint(source), model.state_dict()
+    checkpoint, model_state = load_checkpoint(source), model.state_dict()
+
+    # A head in the file is for other classes, and left out.
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
+
+    # Another number of attention heads would load without an error: the shapes of the weights do not depend on it.
     heads = (checkpoint.get("model_config") or {}).get("num_heads", model.config["num_heads"])
-    if heads != model.config["num_heads"]:  # they leave no trace in the weights
+    if heads != model.config["num_heads"]:
         raise UserError(
             f"{source} does not fit: attention heads: {heads} in the file, {model.config['num_heads']} here "
             f"(--model {args.get('model')})"
         )
     resize_positions(state, checkpoint, model)
 
-    # What may be missing, what may be left over.
-    missing, surplus = set(own) - set(state), set(state) - set(own)
-    head = {name for name in own if name.startswith(("head.", "attn_pool.", "fc_norm."))}
+    # The weights that may be missing, and those that may be surplus.
+    missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
+    head = {name for name in model_state if name.startswith(("head.", "attn_pool.", "fc_norm."))}
     decoder = {name for name in surplus if name.startswith("decoder_") or name == "mask_token"}
     other_norm = surplus & {"norm.weight", "norm.bias"}
     if "norm.weight" in state:
         other_norm |= {name for name in surplus if name.startswith("fc_norm.")}
 
-    # The file is described with the model's own head, which it need not have.
+    # For a comparison that shows true differences only, describe the file as if it had the model's head, and without
+    # a model's name: an autoencoder's is never a classifier's.
     encoder = {name: value for name, value in state.items() if name not in decoder}
-    encoder |= {name: own[name] for name in head if "norm.weight" in state or not name.startswith("fc_norm.")}
-    config = {**(checkpoint.get("model_config") or {}), "model": None}  # an autoencoder's name is never a classifier's
-    described = {**checkpoint, "model": encoder, "model_config": config}
-    _refuse_misfits(source, described, model, args, missing - head, surplus - decoder - other_norm)
+    encoder |= {name: model_state[name] for name in head if "norm.weight" in state or not name.startswith("fc_norm.")}
+    config = {**(checkpoint.get("model_config") or {}), "model": None}
+    comparison = {**checkpoint, "model": encoder, "model_config": config}
+    _refuse_misfits(source, comparison, model, args, missing - head, surplus - decoder - other_norm)
+    _compare_preprocessing(source, checkpoint, args, ("mean", "std"))
 
-    _compare_pixels(source, checkpoint, args, ("mean", "std"))
+    # Everything is known to fit: load, and print the weights that were not matched.
     model.load_state_dict(state, strict=False)
     surplus |= unused
     new, dropped = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
@@ -96,40 +128,56 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
 
 
 def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn.Module) -> None:
-    """Bring pos_embed in a state dict to the model's grid, where it was made for another."""
+    """Resize pos_embed in a state dict, in place, to the model's grid where it was made for another.
+
+    Args:
+        state: The weights to load; pos_embed is [1, 1 + patches, D].
+        checkpoint: The checkpoint that they are from; its "model_config" tells the height and width of its grid.
+        model: The model with the new grid.
+    """
     if "pos_embed" not in state:
         return
     if not state["pos_embed"].any():
         dist.print_rank0("warning: the file's positions are all zero, so its model cannot tell where a patch was")
-    grid, rows = model.patch_embed.grid_size, state["pos_embed"].shape[1] - 1
+    grid, patches = model.patch_embed.grid_size, state["pos_embed"].shape[1] - 1
+
+    # A file that does not tell its grid has a square one, as the released files do.
     config = checkpoint.get("model_config") or {}
-    side = round(rows**0.5)
+    side = round(patches**0.5)
     old = (side, side)
     if "img_size" in config:
         old = tuple(length // config["patch_size"] for length in to_2tuple(config["img_size"]))
-    if rows == old[0] * old[1] and old != grid:
+    if patches == old[0] * old[1] and old != grid:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], old, grid)
         dist.print_rank0(f"positions resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]}")
 
 
-def _compare_pixels(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
-    """Say where images are taken otherwise than the checkpoint's job took them."""
-    stored = checkpoint_args(checkpoint)
+def _compare_preprocessing(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
+    """Print a notice for each of these flags that prepares images differently than in the checkpoint's run.
+
+    Args:
+        source: Name of the checkpoint.
+        checkpoint: Its contents.
+        args: The run's flags.
+        names: Names of the flags to compare; those that either side does not have are skipped.
+    """
+    stored_args = checkpoint_args(checkpoint)
     for name in names:
-        if name not in stored or name not in args:
+        if name not in stored_args or name not in args:
             continue
-        theirs, ours = stored[name], args[name]
-        if name == "crop_pct":  # by default it follows the size
-            theirs, ours = (CentreCrop(args["input_size"], share).cover for share in (theirs, ours))
-        if plain(theirs) != plain(ours):
+        stored, current = stored_args[name], args[name]
+        if name == "crop_pct":  # by default it depends on the input size
+            stored, current = (CentreCrop(args["input_size"], share).cover for share in (stored, current))
+        if comparable(stored) != comparable(current):
             default = "at its default"
             dist.print_rank0(
-                f"notice: {source} was made with --{name} {stored[name] or default}, here it is {args[name] or default}"
+                f"notice: {source} was made with --{name} {stored_args[name] or default}, "
+                f"here it is {args[name] or default}"
             )
 
 
-def plain(value: object) -> object:
-    """A flag's value in the form that compares: a tuple as a list."""
+def comparable(value: object) -> object:
+    """Return a flag's value in a form that can be compared: a tuple as a list."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -139,41 +187,46 @@ def _refuse_misfits(
     """Raise UserError if keys are missing or surplus, or shapes differ, with file and model described side by side.
 
     Args:
-        source: The file's name.
-        checkpoint: What it holds.
-        model: The model that is to take it.
+        source: Name of the checkpoint.
+        checkpoint: Its contents.
+        model: The model to load them into.
         args: The run's flags.
         missing: Keys that the model needs and the file lacks.
         surplus: Keys of the file that the model has no place for.
     """
-    state, own = checkpoint["model"], model.state_dict()
+    # Keys that both sides have may still differ in shape.
+    state, model_state = checkpoint["model"], model.state_dict()
     shapes = [
-        f"{name} is {list(state[name].shape)} in the file and {list(own[name].shape)} in the model"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} is {list(state[name].shape)} in the file and {list(model_state[name].shape)} in the model"
+        for name in model_state
+        if name in state and state[name].shape != model_state[name].shape
     ]
     if not missing and not surplus and not shapes:
         return
+
+    # List the properties that differ first, since they name a flag, then the weights.
     config = checkpoint.get("model_config") or {}
-    theirs = describe_weights(state, {"model": args.get("model"), **config})
-    ours = describe_weights(own, {**model.config, "model": args.get("model")})
+    in_file = describe_weights(state, {"model": args.get("model"), **config})
+    in_model = describe_weights(model_state, {**model.config, "model": args.get("model")})
     problems = [
-        f"{name}: {theirs[name]} in the file, {ours[name]} here ({FLAGS[name]})"
-        for name in theirs
-        if name in ours and theirs[name] != ours[name]
+        f"{name}: {in_file[name]} in the file, {in_model[name]} here ({FLAGS[name]})"
+        for name in in_file
+        if name in in_model and in_file[name] != in_model[name]
     ]
-    problems += [f"the file lacks {some(sorted(missing), 6)}"] if missing else []
-    problems += [f"the model has no {some(sorted(surplus), 6)}"] if surplus else []
+    problems += [f"the file lacks {join_names(sorted(missing), 6)}"] if missing else []
+    problems += [f"the model has no {join_names(sorted(surplus), 6)}"] if surplus else []
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
+
+    # The remedy depends on the kind of file.
     remedy = "pass the flags that the file was made with, or another file"
-    if "kind" in theirs and theirs["kind"] != ours["kind"]:
+    if "kind" in in_file and in_file["kind"] != in_model["kind"]:
         remedy = "to start a fine-tuning or a probe from its encoder, pass it as --finetune"
     if "patch_embed.proj.weight" not in state:
         remedy = "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
     raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
 
 
-# What describes a model's weights, and the flag that sets it.
+# The properties by which describe_weights describes a model, and the flags that set them.
 FLAGS = {
     "kind": "the script",
     "model": "--model",
@@ -190,11 +243,16 @@ FLAGS = {
 
 
 def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, object]:
-    """Describe a model by its weights: a value for each of FLAGS that they, or its config, show."""
+    """Describe a model by its weights: return the values of those keys of FLAGS that are known.
+
+    Args:
+        state: The weights; {} is returned if they are not a Vision Transformer's.
+        config: The model's name and number of attention heads, which the weights do not show, where known.
+    """
     if "patch_embed.proj.weight" not in state or state["patch_embed.proj.weight"].ndim != 4:
         return {}
     width, channels, *patch = state["patch_embed.proj.weight"].shape
-    found = {
+    properties = {
         "model": config.get("model"),
         "encoder width": width,
         "encoder blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
@@ -204,11 +262,11 @@ def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, 
         "patches": state["pos_embed"].shape[1] - 1 if "pos_embed" in state else None,
         **_describe_head(state),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in properties.items() if value is not None}
 
 
 def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    """Describe what follows the encoder: a decoder, or a classifier's pooling and head."""
+    """Describe the part after the encoder: a decoder, or a classifier's pooling and head."""
     if "decoder_pred.weight" in state:
         return {"kind": "autoencoder (main_pretrain.py)"}
     pooling = "mean of the patches" if "fc_norm.weight" in state else "class token"
@@ -224,5 +282,5 @@ def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
 
 
 def _modules(keys: set[str]) -> list[str]:
-    """The keys by their outermost module: blocks.* for every key of the blocks."""
+    """Return the outermost modules of the keys: "blocks.*" stands for every key of the blocks."""
     return sorted({name if "." not in name else name.split(".")[0] + ".*" for name in keys})

@@ -1,0 +1,1 @@
+"""Data: folders of images, decoding, transforms, loaders."""

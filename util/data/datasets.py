@@ -1,4 +1,4 @@
-"""Folders of images.
+"""Datasets over folders of images.
 
     data_path/train/<class>/*.jpg
     data_path/val/<class>/*.jpg
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,59 +28,74 @@ from util.rng import seed_all
 
 EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
 TRIES = 100  # unreadable images in a row before the disk is suspected
-Sample = tuple[Tensor, int]
+Sample = tuple[Tensor, int]  # an image and the number of its class
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is an image's; hidden ones (.DS_Store, ._a.jpg) are not."""
+    """Return whether a file name is that of an image; hidden files (.DS_Store, ._a.jpg) are not."""
     return name.lower().endswith(EXTENSIONS) and name[0] != "."
 
 
 class Images(ImageFolder):
-    """One split: (picture, class) by index. Hidden files and folders are left out."""
+    """Images of one split: (image, class number) by index, without hidden files and folders."""
 
-    def __init__(self, root: Path, transform: Callable, pixels: Pixels, flat: bool = False) -> None:
-        """transform: from an array [H, W, C] to a tensor; flat: images in root itself are a class, all there is."""
+    def __init__(self, root: Path, transform: Callable | None, pixels: Pixels, flat: bool = False) -> None:
+        """List the images of a folder.
+
+        Args:
+            root: Folder that holds the class folders.
+            transform: From an array [H, W, C] to a tensor [C, H, W]; None: the arrays are returned as they are.
+            pixels: How files become the model's input.
+            flat: Where images lie in root itself, take all images, those in folders too, as one class.
+
+        Raises:
+            UserError: There are no class folders.
+        """
         self.pixels, self.flat = pixels, flat
         super().__init__(root, transform, loader=partial(load_array, exif=pixels.exif, channels=pixels.channels))
         self.targets = self.samples.targets
 
     @staticmethod
     def make_dataset(directory: str, class_to_idx: dict[str, int], *_, **__) -> listing.Listing:
-        """All (path, class); rank 0 looks them up for all."""
+        """List (path, class number) of every image; rank 0 reads the folders and broadcasts the list."""
         return dist.run_on_rank0(lambda: listing.list_files(directory, class_to_idx, is_image))
 
     def name(self, index: int) -> str:
-        """The path within the split."""
+        """Return the path of an image, relative to the split's folder."""
         return os.path.relpath(self.samples[index][0], self.root)
 
     def counts(self) -> np.ndarray:
-        """Images per class."""
+        """Return the number of images of every class."""
         return np.bincount(self.targets, minlength=len(self.classes))
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        """The names of the class folders in order, and each one's number."""
+        """Return the names of the class folders in sorted order, and the number of each.
+
+        Raises:
+            UserError: There are no class folders.
+        """
         names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
         if self.flat and _has_images(directory):
             if names:
                 dist.print_rank0(
-                    f"notice: images lie beside the folders in {directory}: all are taken, without classes"
+                    f"notice: {directory} holds images beside its folders: the images in the folders are used as well, "
+                    "and all of them without classes"
                 )
-            names = [""]
+            names = [""]  # one class, which is the directory itself
         if not names:
             raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
         return names, {name: number for number, name in enumerate(names)}
 
 
 def _has_images(folder: str | Path) -> bool:
-    """Whether some lie in the folder itself."""
+    """Return whether images lie in the folder itself, rather than in its subfolders."""
     return any(is_image(entry.name) and entry.is_file() for entry in os.scandir(folder))
 
 
 class EvalImages(Images):
-    """A split where every image counts: a bad file is an error."""
+    """Split for evaluation, which counts every image: an unreadable image is an error."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Sample:
         try:
             return super().__getitem__(index)
         except BadImage as error:
@@ -89,131 +105,184 @@ class EvalImages(Images):
 class MonitorImages(Images):
     """Split for monitoring; an unreadable image is replaced by the next one."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Sample:
         candidates = (number % len(self) for number in range(index, index + TRIES))
         try:
             return _first_readable(super().__getitem__, candidates)
         except LocalError as error:
-            raise LocalError(f"{error}. Fix them, or monitor nothing (--monitor_freq 0)") from error
+            raise LocalError(f"{error}. Fix the images, or turn monitoring off with --monitor_freq 0") from error
 
 
 def _first_readable(
     load: Callable[[int], Sample], candidates: Iterable[int], on_bad: Callable[[int, BadImage], None] | None = None
 ) -> Sample:
-    """Load the first of the candidates that is a readable image, of at most TRIES.
+    """Load the first readable image among the first TRIES candidates.
 
     Args:
         load: Loads the image of an index.
         candidates: Indices, drawn one at a time.
-        on_bad: Called with the index of an unreadable image and what is wrong with it.
+        on_bad: Called with the index of each unreadable image and its error.
+
+    Returns:
+        The image and the number of its class.
 
     Raises:
         LocalError: None of them is readable.
     """
-    problem = None
-    for _, index in zip(range(TRIES), candidates, strict=False):
+    last_error = None
+    for index in islice(candidates, TRIES):
         try:
             return load(index)
         except BadImage as error:
-            problem = error
+            last_error = error
             if on_bad:
                 on_bad(index, error)
-    raise LocalError(f"{TRIES} images in a row cannot be read, is the disk all right? The last one: {problem}")
+    raise LocalError(f"{TRIES} images in a row cannot be read, the last one being {last_error}. Check the disk")
 
 
 class TrainImages(Dataset):
-    """A split to train on: (epoch, index) -> (picture, class).
+    """Split for training: (image, class number) by (epoch, index).
 
-    What is random about a sample follows from (seed, epoch, index) alone, so that it is the same in any process, at
-    any time. A bad file is replaced by another image of the split, named on stderr, and marked in `bad` [images],
+    All randomness in a sample follows from (seed, epoch, index) alone, so that the sample is the same in any process,
+    at any time. An unreadable image is replaced by a random other one, named on stderr, and marked in `bad` [images],
     which the loader's processes share.
     """
 
     def __init__(self, images: Images, seed: int, fraction: float = 1.0) -> None:
-        """fraction: of every class, at least one image each, chosen by the seed."""
-        self.images, self.seed, self.chosen = images, seed, None
-        if fraction < 1:
-            shuffled = np.random.default_rng(seed).permutation(len(images))
-            by_class = shuffled[np.argsort(images.targets[shuffled], kind="stable")]
-            starts = np.cumsum([0, *images.counts()])
-            self.chosen = np.sort(
-                np.concatenate(
-                    [
-                        by_class[start : start + max(1, round(fraction * (end - start)))]
-                        for start, end in zip(starts[:-1], starts[1:], strict=True)
-                    ]
-                )
-            )
+        """Wrap the images of a split.
+
+        Args:
+            images: All images of the split.
+            seed: Of the augmentations, and of the choice of images where fraction is less than 1.
+            fraction: Share of every class's images to train on, at least one image each.
+        """
+        self.images, self.seed = images, seed
+        self.chosen = _choose_per_class(images, seed, fraction) if fraction < 1 else None
         self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.images if self.chosen is None else self.chosen)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         seed_all(self.seed, epoch, index)
-        return _first_readable(self._load, self._candidates(index), self._mark)
+        return _first_readable(self._load, self._candidates(index), self._mark_bad)
 
-    def _load(self, index: int) -> tuple[Tensor, int]:
+    def _load(self, index: int) -> Sample:
         return self.images[index if self.chosen is None else int(self.chosen[index])]
 
     def _candidates(self, index: int) -> Iterator[int]:
+        """Yield the index itself, then random ones to replace it."""
         while True:
             yield index
             index = int(torch.randint(len(self), ()))
 
-    def _mark(self, index: int, error: BadImage) -> None:
+    def _mark_bad(self, index: int, error: BadImage) -> None:
         if not self.bad[index]:
             self.bad[index] = 1
-            print(f"bad image, another takes its place: {error}", file=sys.stderr, flush=True)
+            print(f"unreadable image, replaced by another one: {error}", file=sys.stderr, flush=True)
+
+
+def _choose_per_class(images: Images, seed: int, fraction: float) -> np.ndarray:
+    """Choose the same random share of every class, at least one image each; return sorted indices."""
+    # A stable sort of the shuffled images by class leaves every class's images together, in random order.
+    shuffled = np.random.default_rng(seed).permutation(len(images))
+    by_class = shuffled[np.argsort(images.targets[shuffled], kind="stable")]
+
+    # Of each class, take the first images of that random order.
+    starts = np.cumsum([0, *images.counts()])
+    chosen = []
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        count = max(1, round(fraction * (end - start)))
+        chosen.append(by_class[start : start + count])
+    return np.sort(np.concatenate(chosen))
 
 
 def open_split(
     kind: type[Images], data_path: str, split: str, transform: Callable, pixels: Pixels, flat: bool = False
 ) -> Images:
-    """data_path/split; flat: without classes, too, and data_path itself where it holds images and no such folder.
-    Raises UserError, naming the folder, where it lacks images by class, or they have other channels."""
+    """Open data_path/split and check that it holds images which the model can take.
+
+    Args:
+        kind: Dataset to make of it.
+        data_path: Folder that holds the splits.
+        split: Name of the split's folder, train or val.
+        transform: From an array [H, W, C] to a tensor [C, H, W].
+        pixels: How files become the model's input.
+        flat: Also take images without class folders, and data_path itself if it holds images and has no such split.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        UserError: The folder is missing, a class has no images, or the first image has other channels than the model.
+    """
+    # Find the folder.
     folder = Path(data_path) / split
     if not folder.is_dir():
         if not (flat and _has_images(data_path)):
             raise UserError(f"no folder {folder}: --data_path must hold {split}/<class>/<images>")
         folder = Path(data_path)
+
+    # List the images. A class without any is more likely an unfinished copy than intended.
     dataset = kind(folder, transform, pixels, flat)
     empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
     if empty:
         raise UserError(
-            f"no images in {some(str(folder / name) for name in empty)}: add some or remove the folder. Images end in "
-            f"{', '.join(EXTENSIONS)}"
+            f"no images in {join_names(str(folder / name) for name in empty)}: add some or remove the folder. Image "
+            f"files end in {', '.join(EXTENSIONS)}"
         )
+
+    # Decode one image: if its channels do not fit, neither will those of the others.
     try:
         load_array(dataset.samples[0][0], pixels.exif, pixels.channels)
     except WrongChannels as error:
         raise UserError(str(error)) from error
     except BadImage:
-        pass  # training has its own way with those
+        pass  # one unreadable image is dealt with when it is drawn, as the kind of dataset demands
     return dataset
 
 
-def some(names: Iterator[str] | list[str], shown: int = 10) -> str:
+def join_names(names: Iterable[str], shown: int = 10) -> str:
+    """Join names with commas for a message; only count those beyond the first few."""
     names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
-def class_differences(here: list[str], there: list[str], here_name: str, there_name: str) -> str:
-    """What only one of two lists of classes has, in words; empty where they are alike."""
+def class_differences(first: list[str], second: list[str], first_name: str, second_name: str) -> str:
+    """Describe in words which classes only one of two lists has.
+
+    Args:
+        first: Names of classes.
+        second: Names of classes to compare them with.
+        first_name: Name of the first list in the description.
+        second_name: Name of the second list.
+
+    Returns:
+        The description; empty if both lists have the same classes, in whatever order.
+    """
     parts = [
-        f"only in {name}: {some(sorted(set(mine) - set(other)))}"
-        for name, mine, other in ((here_name, here, there), (there_name, there, here))
-        if set(mine) - set(other)
+        f"only in {name}: {join_names(sorted(set(classes) - set(others)))}"
+        for name, classes, others in ((first_name, first, second), (second_name, second, first))
+        if set(classes) - set(others)
     ]
     return "; ".join(parts)
 
 
 def check_classes(train: Images | None, val: Images, nb_classes: int) -> None:
-    """Raise UserError unless both splits have the same classes, as many as the head."""
+    """Check that both splits have the same classes, as many as the head.
+
+    Args:
+        train: Training split; None: only val is checked.
+        val: Validation split.
+        nb_classes: Number of outputs of the head.
+
+    Raises:
+        UserError: The classes differ, or their number does.
+    """
     if train and train.classes != val.classes:
         differing = class_differences(train.classes, val.classes, str(train.root), str(val.root))
-        raise UserError(f"the classes of train and val differ. {differing}. Both need the same folders")
+        raise UserError(f"the classes of train and val differ. {differing}. Both must hold the same class folders")
     if len(val.classes) != nb_classes:
         raise UserError(
             f"{val.root} has {len(val.classes)} classes and --nb_classes is {nb_classes}: "

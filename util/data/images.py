@@ -1,4 +1,4 @@
-"""The room where image files become arrays of pixels, by one set of rules.
+"""Decode image files into arrays of pixels, by one set of rules.
 
 Three channels (--in_chans) are 8-bit RGB:
     16-bit grey        divided by 257 (65535 becomes 255), not clipped
@@ -7,13 +7,13 @@ Three channels (--in_chans) are 8-bit RGB:
     alpha              laid over white
     palette, 1-bit, grey, CMYK and others    Pillow's conversion to RGB
     animated           the first frame
-    EXIF orientation   applied where asked for (--exif); published figures were made without
-One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; float files and TIFFs of 32-bit whole numbers
-as they are.
-Four are RGBA of 8 bits, or a file's own CMYK. Any number comes from
+    EXIF orientation   applied on request (--exif); published results were obtained without
+One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; the values of float files and of TIFFs of
+32-bit whole numbers are kept, as float32.
+Four channels are 8-bit RGBA, or a file's own CMYK. Any number of channels can be read from
     .npy               [H, W, C], [C, H, W] or, of one channel, [H, W]; 8 bits, float32 from 0 to 1 where the file has
-                       16 unsigned bits, else the values as they are, as float32
-    TIFF               of as many pages, each of one channel; likewise
+                       16 unsigned bits, else the file's values as float32
+    TIFF               with as many pages of one channel each; values as from .npy
 """
 
 import io
@@ -29,10 +29,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 try:
     import simplejpeg
-except ImportError:  # no wheel for the platform: Pillow does it all
+except ImportError:  # there is no wheel for the platform: Pillow decodes everything
     simplejpeg = None
 
-# Between one and two times Pillow's limit it only warns, image by image; beyond that it refuses, as a bad image.
+# Between one and two times its limit of pixels Pillow warns for every image; beyond, it refuses, and the image is bad.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -45,8 +45,14 @@ class WrongChannels(BadImage):
 
 
 class Pixels(NamedTuple):
-    """How files become the model's input: channels; their mean and standard deviation, of pixels from 0 to 1 where the
-    file has 8 or 16 bits; whether EXIF orientation counts."""
+    """How image files become the model's input.
+
+    Attributes:
+        channels: Number of channels.
+        mean: Mean of every channel, of pixels from 0 to 1 where the file has 8 or 16 bits.
+        std: Standard deviation of every channel, likewise.
+        exif: Whether to apply the EXIF orientation.
+    """
 
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
@@ -54,24 +60,36 @@ class Pixels(NamedTuple):
     exif: bool = False
 
     @staticmethod
-    def usual(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and standard deviation where none are given: ImageNet's, for grey their averages; None for others."""
+    def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Return ImageNet's mean and standard deviation: for 3 channels as they are, for 1 averaged, else None."""
         if channels == 1:
             return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
         return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else None
 
     @classmethod
-    def of(cls, args: dict, channels: int) -> "Pixels":
-        """Those that a checkpoint's args were trained with."""
+    def from_args(cls, args: dict, channels: int) -> "Pixels":
+        """Return the settings that a checkpoint was trained with, from its args; EXIF orientation is left out."""
         mean, std = args.get("mean"), args.get("std")
         if not mean or not std:
-            mean, std = cls.usual(channels) or ((0.0,) * channels, (1.0,) * channels)
+            mean, std = cls.default_mean_std(channels) or ((0.0,) * channels, (1.0,) * channels)
         return cls(channels, tuple(mean), tuple(std))
 
 
 def load_array(path: str, exif: bool = False, channels: int = 3) -> np.ndarray:
-    """The file's pixels, [H, W, C] of 8 bits or float32. Raises BadImage where it is empty, cut off, not an image, or
-    absurdly large, WrongChannels where it has others than it should."""
+    """Read and decode an image file.
+
+    Args:
+        path: The file.
+        exif: Whether to apply the EXIF orientation.
+        channels: Number of channels to return.
+
+    Returns:
+        The pixels [H, W, C], of 8 bits or float32.
+
+    Raises:
+        BadImage: The file can't be read, is empty, cut off, no image, or absurdly large.
+        WrongChannels: The file can't give this number of channels.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -80,107 +98,167 @@ def load_array(path: str, exif: bool = False, channels: int = 3) -> np.ndarray:
 
 
 def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
-    """What load_array gives, from the file's bytes.
+    """Decode the bytes of an image file; `load_array` describes the result.
 
-    Plain JPEGs go through simplejpeg, a third faster than Pillow and bit-equal to it (both are libjpeg-turbo);
-    everything else, and what simplejpeg refuses, goes through Pillow, which has the last word.
+    Args:
+        path: The file, for its extension and for error messages.
+        data: The file's content.
+        exif: Whether to apply the EXIF orientation.
+        channels: Number of channels to return.
+
+    Returns:
+        The pixels [H, W, C], of 8 bits or float32.
+
+    Raises:
+        BadImage: The file is empty, cut off, no image, or absurdly large.
+        WrongChannels: The file can't give this number of channels.
     """
     try:
         if path.lower().endswith(".npy"):
             return _from_numpy(np.load(io.BytesIO(data), allow_pickle=False), channels)
-        if channels == 3 and simplejpeg and jpeg_size(data, exif):
-            with suppress(ValueError):
-                return simplejpeg.decode_jpeg(data, "RGB")
-        with Image.open(io.BytesIO(data)) as img:
-            if img.format == "TIFF" and img.n_frames == channels > 1 and len(img.getbands()) == 1:
-                return _pages(img, channels)
-            img.load()
-            pages = img.n_frames if img.format == "TIFF" else 0
-            return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, pages)
+        return _decode_image(data, exif, channels)
     except MemoryError:
         raise
     except BadImage as error:
         raise type(error)(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"{path}: not an image, or empty") from error
-    except Exception as error:  # Pillow's decoders raise whatever a broken header leads them to
+    except Exception as error:  # on a broken header Pillow's decoders raise exceptions of any kind
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
         raise BadImage(f"{path}: {reason}") from error
 
 
-def _to_channels(img: Image.Image, channels: int, pages: int) -> np.ndarray:
-    """pages: of a TIFF; 0: another format, of which Pillow gives 16 bits as 32-bit whole numbers."""
+def _decode_image(data: bytes, exif: bool, channels: int) -> np.ndarray:
+    """Decode with simplejpeg what it decodes as Pillow does, everything else with Pillow."""
+    # Plain JPEGs: simplejpeg is a third faster than Pillow and bit-equal to it (both are libjpeg-turbo). What it
+    # refuses is left to Pillow, which is more forgiving.
+    if channels == 3 and _is_plain_jpeg(data, exif):
+        with suppress(ValueError):
+            return simplejpeg.decode_jpeg(data, "RGB")
+
+    with Image.open(io.BytesIO(data)) as img:
+        if img.format == "TIFF" and img.n_frames == channels > 1 and len(img.getbands()) == 1:
+            return _stack_pages(img, channels)
+        img.load()
+        tiff_pages = img.n_frames if img.format == "TIFF" else 0
+        return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, tiff_pages)
+
+
+def _is_plain_jpeg(data: bytes, exif: bool) -> bool:
+    """Return whether simplejpeg may decode a file: JPEGs only, without those whose handling is left to Pillow.
+
+    These are CMYK images, images to be turned by their EXIF orientation, huge ones, and broken headers.
+    """
+    if not simplejpeg or data[:3] != b"\xff\xd8\xff":
+        return False
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return False
+    if colorspace not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+        return False
+    if not exif:
+        return True
+    try:
+        return Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1) == 1
+    except Exception:  # Pillow raises exceptions of any kind on a broken header
+        return False
+
+
+def _to_channels(img: Image.Image, channels: int, tiff_pages: int) -> np.ndarray:
+    """Convert Pillow's image to an array of 1, 3 or 4 channels.
+
+    Args:
+        img: The loaded image.
+        channels: Number of channels to return.
+        tiff_pages: Number of pages of a TIFF file; 0: the file has another format.
+    """
     if channels == 3:
         return np.array(to_rgb(img))
     if channels == 1:
-        if img.mode == "F" or img.mode.startswith("I"):
-            return _scaled(np.asarray(img)[..., None], whole_is_16_bits=not pages)
-        return np.array((to_rgb(img) if img.has_transparency_data else img).convert("L"))[..., None]
-    if channels == 4 and pages < 2:
-        deep = img.mode == "F" or img.mode.startswith("I")
-        return np.array(img if img.mode == "CMYK" else (to_rgb(img) if deep else img).convert("RGBA"))
+        return _to_grey(img, is_tiff=tiff_pages > 0)
+    if channels == 4 and tiff_pages < 2:
+        return _to_four_channels(img)
     raise WrongChannels(
-        f"--in_chans {channels}, and this file has {pages or 1} page(s) of {len(img.getbands())} "
-        "channel(s): take .npy, or TIFF with a page for each"
+        f"--in_chans {channels}, but this file has {tiff_pages or 1} page(s) of {len(img.getbands())} channel(s): "
+        "change --in_chans, or store the image as .npy or as a TIFF with a page per channel"
     )
 
 
-def _pages(img: Image.Image, channels: int) -> np.ndarray:
+def _to_grey(img: Image.Image, is_tiff: bool) -> np.ndarray:
+    if _is_deep(img):
+        # Of other formats than TIFF, Pillow gives 16 bits as 32-bit whole numbers; a TIFF's are 32 bits in the file.
+        return _scale(np.asarray(img)[..., None], int32_is_16_bits=not is_tiff)
+    if img.has_transparency_data:
+        img = to_rgb(img)
+    return np.array(img.convert("L"))[..., None]
+
+
+def _to_four_channels(img: Image.Image) -> np.ndarray:
+    if img.mode == "CMYK":
+        return np.array(img)
+    if _is_deep(img):
+        img = to_rgb(img)
+    return np.array(img.convert("RGBA"))
+
+
+def _is_deep(img: Image.Image) -> bool:
+    """Return whether the image has more than 8 bits: one channel of floats or of 16- or 32-bit whole numbers."""
+    return img.mode == "F" or img.mode.startswith("I")
+
+
+def _stack_pages(img: Image.Image, channels: int) -> np.ndarray:
+    """Return the pages of a TIFF, of one channel each, as the channels of an array."""
     pages = []
     for number in range(channels):
         img.seek(number)
         pages.append(np.array(img))
-    return _scaled(np.stack(pages, axis=2))
+    return _scale(np.stack(pages, axis=2))
 
 
 def _from_numpy(values: np.ndarray, channels: int) -> np.ndarray:
+    """Bring the array of a .npy file to [H, W, C] and to the scale of pixels."""
     if values.ndim == 2 and channels == 1:
         values = values[..., None]
     if values.ndim == 3 and values.shape[2] != channels and values.shape[0] == channels:
         values = values.transpose(1, 2, 0)
     if values.ndim != 3 or values.shape[2] != channels:
-        raise WrongChannels(f"--in_chans {channels}, and this array is {list(values.shape)}: [H, W, C] wanted")
-    return _scaled(values)
+        raise WrongChannels(
+            f"--in_chans {channels}, but this array is {list(values.shape)}: change --in_chans, or store the image as "
+            f"[H, W, {channels}] or [{channels}, H, W]"
+        )
+    return _scale(values)
 
 
-def _scaled(values: np.ndarray, whole_is_16_bits: bool = False) -> np.ndarray:
-    """8 bits as they are; 16 bits as 0 to 1; others as float32."""
+def _scale(values: np.ndarray, int32_is_16_bits: bool = False) -> np.ndarray:
+    """Return 8-bit values as they are, 16 unsigned bits as float32 from 0 to 1, other values as float32.
+
+    Args:
+        values: The array, of any type.
+        int32_is_16_bits: Treat 32-bit whole numbers as 16-bit ones.
+    """
     if not values.size or np.iscomplexobj(values):
-        raise ValueError(f"pixels of type {values.dtype} and shape {list(values.shape)}")
+        raise ValueError(f"pixels of type {values.dtype} and shape {list(values.shape)} cannot be used")
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    whole = whole_is_16_bits and values.dtype == np.int32
-    found = values.astype(np.float32) / (65535 if values.dtype.newbyteorder("=") == np.uint16 or whole else 1)
-    if not np.isfinite(found).all():
-        raise ValueError("pixels that are not finite")
-    return found
-
-
-def jpeg_size(data: bytes, exif: bool) -> tuple[int, int] | None:
-    """Height and width of a plain JPEG; None for anything else, and for those that are Pillow's: CMYK, to be turned,
-    huge, with a broken header."""
-    if not simplejpeg or data[:3] != b"\xff\xd8\xff":
-        return None
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    if colorspace not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
-        return None
-    try:
-        turned = exif and Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1) != 1
-    except Exception:  # as above
-        return None
-    return None if turned else (height, width)
+    is_16_bits = values.dtype.newbyteorder("=") == np.uint16 or (int32_is_16_bits and values.dtype == np.int32)
+    scaled = values.astype(np.float32) / (65535 if is_16_bits else 1)
+    if not np.isfinite(scaled).all():
+        raise ValueError("some pixels are not finite")
+    return scaled
 
 
 def to_rgb(img: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB, by the rules above. Raises ValueError for floats that are not finite."""
+    """Convert an image of any of Pillow's modes to 8-bit RGB, by the rules at the top of this module.
+
+    Raises:
+        ValueError: Some pixels are not finite.
+    """
     if img.mode == "RGB" and not img.has_transparency_data:
         return img.copy()
-    if img.mode == "F" or img.mode.startswith("I"):
+    if _is_deep(img):
         return Image.fromarray(_to_8_bits(np.asarray(img), img.mode)).convert("RGB")
     if img.has_transparency_data:
         img = img.convert("RGBA")
@@ -192,11 +270,11 @@ def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
     values = values.astype(np.float64)
     low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("pixels that are not finite")
+        raise ValueError("some pixels are not finite")
     if mode.startswith("I") and low >= 0 and high <= 65535:
         values = values / 257
     elif low >= 0 and high <= 1:
         values = values * 255
     else:
-        values = (values - low) * (255 / max(high - low, 1e-300))
+        values = (values - low) * (255 / max(high - low, 1e-300))  # a constant image becomes black
     return np.rint(values).astype(np.uint8)

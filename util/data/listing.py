@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass
 class Listing:
-    """(path, class) by number, in order of class, folder and name.
+    """Read-only sequence of (path, class number), in order of class, folder and name.
 
     Attributes:
         root: Folder that the paths are relative to.
@@ -36,30 +36,40 @@ class Listing:
         return os.path.join(self.root, os.fsdecode(name)), int(self.targets[index])
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
+        # Plain bytes and integers: indexing arrays a million times would take seconds.
         names, start = self.names.tobytes(), 0
         for end, target in zip(self.ends.tolist(), self.targets.tolist(), strict=True):
             yield os.path.join(self.root, os.fsdecode(names[start:end])), target
             start = end
 
 
-def list_files(root: str, class_to_idx: dict[str, int], wanted: Callable[[str], bool]) -> Listing:
-    """List the files of root/<class>/** whose names are wanted."""
+def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str], bool]) -> Listing:
+    """List the wanted files of all class folders, those in their subfolders included.
+
+    Args:
+        root: Folder that holds the class folders.
+        class_to_idx: Number of each class, by the name of its folder; the name "" stands for root itself.
+        is_wanted: Tells from a file's name whether to list it.
+
+    Returns:
+        The files in order of class, folder and name.
+    """
     root = os.path.abspath(root)
-    names, targets = [], []
-    for name, target in class_to_idx.items():
-        for inside, files in walk(os.path.join(root, name)):
-            relative = os.path.join(name, inside) if inside else name
-            found = [os.fsencode(os.path.join(relative, file)) for file in files if wanted(file)]
-            names += found
-            targets += [target] * len(found)
-    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return Listing(root, np.frombuffer(b"".join(names), dtype=np.uint8), ends, np.array(targets, np.int32))
+    paths, targets = [], []
+    for class_name, target in class_to_idx.items():
+        for subfolder, files in walk(os.path.join(root, class_name)):
+            folder = os.path.join(class_name, subfolder) if subfolder else class_name
+            wanted_paths = [os.fsencode(os.path.join(folder, file)) for file in files if is_wanted(file)]
+            paths += wanted_paths
+            targets += [target] * len(wanted_paths)
+    ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
+    return Listing(root, np.frombuffer(b"".join(paths), dtype=np.uint8), ends, np.array(targets, np.int32))
 
 
 def walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder, its files' names) in order, the folder relative to root ("": root itself).
+    """Yield each folder below a root, relative to it, with the names of its files, both in sorted order.
 
-    Links are followed, hidden folders left out.
+    The root itself comes first, as "". Symbolic links are followed, hidden folders are left out.
     """
     for folder, _, files in sorted(os.walk(root, followlinks=True)):
         relative = os.path.relpath(folder, root)

@@ -1,4 +1,4 @@
-"""Loaders over the splits: which image comes when, in whose share, and the batches on the device."""
+"""Loaders over the splits: the order of the images, each rank's share of them, and batches on the device."""
 
 import gc
 import sys
@@ -25,9 +25,9 @@ class Loading:
 
     Attributes:
         batch_size: Images per batch of a process.
-        num_workers: Loader processes, at most one per core is used.
+        num_workers: Loader processes; at most one per core is started.
         pin_mem: Pin the memory of batches that go to a GPU.
-        seed: Of the order and the augmentations.
+        seed: Seed of the order and of the augmentations.
         device: Where batches are sent.
     """
 
@@ -39,26 +39,34 @@ class Loading:
 
 
 class EpochSampler(Sampler):
-    """This rank's (epoch, index) of the whole batches of an epoch, from any batch on.
+    """Sampler of this rank's (epoch, index) in the complete batches of an epoch, starting at any batch.
 
-    Batch k of all ranks together is the k-th stretch of the epoch's order, whichever the number of ranks. Written by
-    hand: torch's DistributedSampler begins at the beginning and repeats images to make the ranks' shares equal.
+    Batch k of all ranks together is the k-th stretch of the epoch's order, whatever the number of ranks. By hand since
+    torch's DistributedSampler always starts at the first batch, and repeats images to make the ranks' shares equal.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        """Set up the sampler for epoch 0.
+
+        Args:
+            images: Number of images in the dataset.
+            batch_size: Images per batch of a rank.
+            seed: With the number of an epoch, determines its order.
+        """
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.steps = images // (batch_size * dist.world_size())
         self.images_per_epoch = self.steps * batch_size * dist.world_size()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Which epoch comes next, and how many of its batches are done already."""
+        """Choose the next epoch; its first `first_step` batches, which are done already, are left out."""
         self.epoch, self.first_step = epoch, first_step
 
     def __len__(self) -> int:
         return self.steps * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        # Every rank draws the same order and takes every world_size-th image of it.
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch))
         share = order[dist.rank() :: dist.world_size()][: len(self)]
         for index in share[self.first_step * self.batch_size :].tolist():
@@ -66,35 +74,41 @@ class EpochSampler(Sampler):
 
 
 class Normalise:
-    """Images on the device, from 8 bits or float32 of 0 to 1 to the model's input; exactly ToTensor and Normalize.
+    """Normalisation of images on the device, equal to torchvision's ToTensor and Normalize bit for bit.
 
-    By hand: timm's PrefetchLoader divides by 255 last, which rounds otherwise; torchvision's function sends mean and
-    std to the GPU with every batch, and waits.
+    By hand since timm's PrefetchLoader divides by 255 last, which rounds differently, and torchvision's function sends
+    mean and std to the GPU with every batch, and waits for it.
     """
 
     def __init__(self, pixels: Pixels, device: torch.device) -> None:
+        """Copy mean and standard deviation to the device."""
         self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in (pixels.mean, pixels.std))
 
     def __call__(self, imgs: Tensor) -> Tensor:
-        """[N, C, H, W], from anywhere."""
+        """Send images [N, C, H, W], of 8 bits or float32 from 0 to 1, to the device and normalise them."""
         imgs = imgs.to(self.mean.device, non_blocking=True)
-        return (imgs.float() / 255 if imgs.dtype == torch.uint8 else imgs).sub(self.mean).div_(self.std)
+        if imgs.dtype == torch.uint8:
+            imgs = imgs.float() / 255
+        return imgs.sub(self.mean).div_(self.std)
 
 
 class DeviceLoader:
-    """A loader's batches on the device, normalised there unless the transform has done it: 8 bits are a quarter of the
-    bytes to send."""
+    """Loader of batches that are on the device and normalised.
 
-    def __init__(
-        self,
-        loader: DataLoader,
-        device: torch.device,
-        pixels: Pixels,
-        done: bool = False,
-    ) -> None:
-        """done: normalised already."""
-        self.done, self.normalise = done, Normalise(pixels, device)
-        self.loader, self.device, self.dataset, self.sampler = loader, device, loader.dataset, loader.sampler
+    Batches are normalised on the device unless the transform has done so: 8 bits are a quarter of the bytes to send.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device, pixels: Pixels, normalised: bool = False) -> None:
+        """Wrap a loader.
+
+        Args:
+            loader: Yields (imgs [N, C, H, W], targets [N]).
+            device: Where to send the batches.
+            pixels: Mean and standard deviation to normalise with.
+            normalised: The loader's batches are normalised already.
+        """
+        self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
+        self.device, self.normalised, self.normalise = device, normalised, Normalise(pixels, device)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -102,24 +116,28 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(self.loader)
         while True:
+            # Without loader processes, the augmentations would draw from the training loop's random streams.
             with preserve_rng(self.loader.num_workers == 0):
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield self._finished(batch[0]), batch[1].to(self.device, non_blocking=True)
+            yield self._to_device(batch[0]), batch[1].to(self.device, non_blocking=True)
 
-    def _finished(self, imgs: Tensor) -> Tensor:
-        return imgs.to(self.device, non_blocking=True) if self.done else self.normalise(imgs)
+    def _to_device(self, imgs: Tensor) -> Tensor:
+        return imgs.to(self.device, non_blocking=True) if self.normalised else self.normalise(imgs)
 
-    def some(self, count: int) -> tuple[Tensor, list[str]]:
-        """A few of the images, normalised, evenly spread over all there are, and their names."""
+    def sample_evenly(self, count: int) -> tuple[Tensor, list[str]]:
+        """Return at most `count` images, normalised and evenly spread over the dataset, and their names."""
         chosen = spread(len(self.dataset), count)
         imgs, _ = collate([self.dataset[index] for index in chosen])
-        return self._finished(imgs), [self.dataset.name(index) for index in chosen]
+        return self._to_device(imgs), [self.dataset.name(index) for index in chosen]
 
 
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """[N, C, H, W] and classes [N]; where files of 8 and of more bits meet, all from 0 to 1."""
+    """Stack samples to a batch: imgs [N, C, H, W] and class numbers [N].
+
+    If 8-bit and float32 images meet in a batch, all of them become float32 from 0 to 1.
+    """
     imgs = [img for img, _ in samples]
     if len({img.dtype for img in imgs}) > 1:
         imgs = [img / 255 if img.dtype == torch.uint8 else img for img in imgs]
@@ -127,8 +145,11 @@ def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
 
 
 def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
-    """The loader's batches; where the ranks' shares differ in length, None at the end of the shorter ones. Raises
-    UserError at the end, on all ranks, where one of them met a LocalError."""
+    """Yield the loader's batches, then None until every rank has yielded as often as the one with the most batches.
+
+    Raises:
+        UserError: A rank met a LocalError; raised at the end, on all ranks, so that none waits for another.
+    """
     longest, done, problem = max(dist.gather(len(loader))), 0, ""
     try:
         for batch in loader:
@@ -142,33 +163,44 @@ def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most count numbers below total, evenly."""
+    """Return at most `count` whole numbers from 0 to total - 1, evenly spread."""
     return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
-def _loader(dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True, **more) -> DataLoader:
+def _data_loader(
+    dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True, drop_last: bool = False
+) -> DataLoader:
+    """Create torch's loader.
+
+    Args:
+        dataset: The images.
+        loading: How batches are loaded.
+        sampler: Yields the keys of the images, in order.
+        persistent: Keep the loader processes from one epoch to the next.
+        drop_last: Drop an incomplete last batch.
+    """
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     workers = min(loading.num_workers, launchers.cores())
     return DataLoader(
         dataset,
         loading.batch_size,
         sampler=sampler,
-        num_workers=workers,  # each of one thread: so torch sets them up
+        num_workers=workers,  # torch gives each process one thread
         pin_memory=loading.pin_mem and loading.device.type == "cuda",
         persistent_workers=persistent and workers > 0,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
-        # Python 3.14's default, a server that forks, takes seconds to start and leaves orphans when the run is killed.
+        # Python 3.14's default, forkserver, takes seconds to start and leaves orphans when the run is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         collate_fn=collate,
-        generator=torch.Generator(),  # or each start of a loader would draw from the training loop's stream
-        **more,
+        generator=torch.Generator(),  # else each start of a loader would draw from the training loop's stream
+        drop_last=drop_last,
     )
 
 
 def _start_worker(_: int) -> None:
     shield_worker()
-    gc.freeze()  # what was inherited stays shared: a collection would write to every object's header
+    gc.freeze()  # keeps inherited memory shared: a collection would write to every object's header
 
 
 def train_loader(
@@ -180,9 +212,9 @@ def train_loader(
     fraction: float = 1.0,
     flat: bool = False,
 ) -> DeviceLoader:
-    """Open shuffled batches of data_path/train, of which each rank has a share of its own.
+    """Open shuffled batches of data_path/train, each rank's from its own share of the images.
 
-    The epoch's incomplete last batch is dropped. The sampler's set_epoch(epoch) gives every epoch its order.
+    An epoch's incomplete last batch is dropped. The sampler's set_epoch(epoch) chooses the epoch's order.
 
     Args:
         data_path: Holds train/<class>/<images>.
@@ -190,10 +222,13 @@ def train_loader(
         pixels: How files become the model's input.
         loading: How batches are loaded.
         fraction: Share of the images of every class to train on, chosen by the seed.
-        flat: Images without class folders are taken, too.
+        flat: Also take images without class folders.
+
+    Returns:
+        The loader, whose batches are (imgs [N, C, H, W], class numbers [N]) on the device.
 
     Raises:
-        UserError: There are no images, or not one batch can be filled.
+        UserError: The folder does not hold images as it should, or too few to fill one batch.
     """
     images = open_split(Images, data_path, "train", transform, pixels, flat)
     dataset = TrainImages(images, loading.seed, fraction)
@@ -204,34 +239,51 @@ def train_loader(
             f"{len(dataset)} training images on {ranks} processes don't fill one batch of {loading.batch_size}: lower "
             f"--batch_size to {len(dataset) // ranks} or less"
         )
-    loader = _loader(dataset, loading, sampler, drop_last=True)
+    loader = _data_loader(dataset, loading, sampler, drop_last=True)
     return DeviceLoader(loader, loading.device, pixels, getattr(transform, "normalised", False))
 
 
 def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceLoader:
-    """Open every image once and in order; distributed: each rank takes every world_size-th, without padding."""
+    """Open batches of a split in order, each image once.
+
+    Args:
+        dataset: The images.
+        loading: How batches are loaded.
+        distributed: Each rank takes every world_size-th image, without padding; otherwise each takes all.
+    """
     rank, world = (dist.rank(), dist.world_size()) if distributed else (0, 1)
-    loader = _loader(dataset, loading, range(rank, len(dataset), world))
+    loader = _data_loader(dataset, loading, range(rank, len(dataset), world))
     return DeviceLoader(loader, loading.device, dataset.pixels)
 
 
 def monitor_loaders(
     data_path: str, transform: Callable, pixels: Pixels, loading: Loading
 ) -> tuple[DeviceLoader | None, DeviceLoader]:
-    """Open images for monitoring pre-training: up to 5,000 of val/ and up to 10,000 of train/, evenly spread.
+    """Open images to monitor pre-training with: up to 5,000 of val/ and up to 10,000 of train/, evenly spread.
 
-    The ranks share them. The first is None where there is no usable val/.
+    The images are divided among the ranks.
+
+    Args:
+        data_path: Holds train/ and, where there is one, val/.
+        transform: From an array [H, W, C] to a tensor [C, H, W].
+        pixels: How files become the model's input.
+        loading: How batches are loaded.
+
+    Returns:
+        The loaders of val/ and of train/; the first is None if there is no usable val/.
     """
 
     def open_loader(split: str, count: int) -> DeviceLoader:
         images = open_split(MonitorImages, data_path, split, transform, pixels, flat=True)
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
-        return DeviceLoader(_loader(images, loading, share, persistent=False), loading.device, pixels)
+        # Monitoring is rare: its processes end with it, so that training has their memory.
+        loader = _data_loader(images, loading, share, persistent=False)
+        return DeviceLoader(loader, loading.device, pixels)
 
     try:
         val = open_loader("val", 5000) if (Path(data_path) / "val").is_dir() else None
     except UserError as error:
-        dist.print_rank0(f"warning: no monitoring on val/: {error}")
+        dist.print_rank0(f"warning: val/ is not used for monitoring: {error}")
         val = None
     return val, open_loader("train", 10000)
 
@@ -247,20 +299,23 @@ def classifier_loaders(
     fraction: float = 1.0,
     distributed_eval: bool = False,
 ) -> tuple[DeviceLoader | None, DeviceLoader]:
-    """Open train/ and val/, whose classes must agree.
+    """Open the loaders of train/ and val/, whose classes must agree.
 
     Args:
         data_path: Holds train/<class>/<images> and val/<class>/<images>.
-        nb_classes: Width of the head: so many classes there must be.
-        train_transform: Of training images; None: train/ is not opened.
-        eval_transform: Of validation images.
+        nb_classes: Number of outputs of the head, which must be the number of classes.
+        train_transform: Transform of training images; None: train/ is not opened.
+        eval_transform: Transform of validation images.
         pixels: How files become the model's input.
         loading: How batches are loaded.
-        fraction: Share of the training images of every class, chosen by the seed.
-        distributed_eval: The ranks share val/ rather than each evaluate all of it.
+        fraction: Share of the images of every class to train on, chosen by the seed.
+        distributed_eval: Divide val/ among the ranks; otherwise each rank evaluates all of it.
+
+    Returns:
+        The loaders of train/ (None if it was not opened) and of val/.
 
     Raises:
-        UserError: As train_loader does; the classes differ.
+        UserError: As in train_loader, or the classes differ.
     """
     train = None
     if train_transform:

@@ -1,4 +1,8 @@
-"""From a picture's pixels to the model's input: our crops in 8 bits, timm's augmentations."""
+"""Transforms from an image's pixels to the model's input.
+
+The crops for pre-training, probing and evaluation work on tensors and keep 8 bits; fine-tuning uses timm's
+augmentations.
+"""
 
 import math
 import random
@@ -16,34 +20,46 @@ from torchvision.transforms.functional import center_crop
 
 from util.data.images import Pixels
 
-LOG_ASPECT = math.log(4 / 3)
+LOG_ASPECT = math.log(4 / 3)  # random crops have an aspect ratio of 3/4 to 4/3
 
 
 def _posterize(img: Image.Image, bits_to_keep: int, **unused: object) -> Image.Image:
-    """timm's, and black where RandAugment's strongest draws keep 0 bits: so were older Pillows, Pillow 13 refuses."""
+    """Posterize as timm does, and to black where RandAugment's strongest draws keep 0 bits.
+
+    Older versions of Pillow did so too; Pillow 13 refuses 0 bits.
+    """
     if bits_to_keep < 1:
         return img.point(lambda _: 0)
     return auto_augment.posterize(img, bits_to_keep)
 
 
 def _replace_posterize(transform: transforms.Compose) -> None:
-    """Put _posterize in place of timm's in the augmentation policy of this transform alone."""
+    """Use _posterize instead of timm's function in the augmentation policy of this transform, and nowhere else."""
+    # RandAugment and AugMix hold their operations in `ops`, AutoAugment holds lists of them in `policy`.
     for step in transform.transforms:
-        policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
-        for op in (op for policy in policies for op in policy):
-            if getattr(op, "aug_fn", None) is auto_augment.posterize:
-                op.aug_fn = _posterize
+        for ops in (getattr(step, "ops", []), *getattr(step, "policy", [])):
+            for op in ops:
+                if getattr(op, "aug_fn", None) is auto_augment.posterize:
+                    op.aug_fn = _posterize
 
 
 def random_box(
     height: int, width: int, scale: tuple[float, float], one_draw: bool = False
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop, in pixels: area uniform in scale (a share of the image's), aspect
-    log-uniform in 3/4 to 4/3, position uniform.
+    """Draw the box of a random crop: area uniform, aspect ratio log-uniform in 3/4 to 4/3, position uniform.
 
-    As torchvision's RandomResizedCrop, which draws again until the box fits, and after 10 draws takes the middle; by
-    hand, since its draws are tensors, which takes 0.1 ms, and probing's crop is none of its: with one_draw the box is
-    clipped to the image instead, so that wide crops of narrow images stay in.
+    Like torchvision's RandomResizedCrop, draw again until the box fits into the image, and after 10 draws take the
+    middle of the image. By hand since torchvision draws tensors, which takes 0.1 ms, and has no crop like probing's,
+    which clips the first box to the image, so that wide crops of narrow images are kept.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        scale: Bounds of the box's share of the image's area.
+        one_draw: Draw once, and clip the box to the image.
+
+    Returns:
+        Top, left, height and width of the box in pixels.
     """
     for _ in range(1 if one_draw else 10):
         area = height * width * random.uniform(*scale)
@@ -53,24 +69,40 @@ def random_box(
             h, w = max(1, min(height, h)), max(1, min(width, w))
         if 0 < h <= height and 0 < w <= width:
             return random.randint(0, height - h), random.randint(0, width - w), h, w
+
+    # No box fitted: take the largest one of the nearest aspect ratio, from the middle.
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def to_size(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """[H, W, C] of 8 bits or float32 to [C, *size] of the same: bicubic, antialiased, within a level of Pillow's."""
-    return F.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0]
+    """Resize an array [H, W, C] to a tensor [C, *size] of the same type, 8 bits or float32.
+
+    Bicubic and antialiased; 8-bit values are within one level of Pillow's.
+    """
+    img = torch.from_numpy(pixels).permute(2, 0, 1)
+    return F.interpolate(img[None], size, mode="bicubic", antialias=True)[0]
 
 
 class Crop:
-    """Pre-training's augmentation (random crop, flip), with one_draw linear probing's: an array [H, W, C] to a tensor
-    [C, *size], both of 8 bits or both float32. The crop alone is resized."""
+    """Random crop and flip, the augmentation of pre-training and, with one_draw, of linear probing.
+
+    Takes an array [H, W, C] to a tensor [C, *size] of the same type, 8 bits or float32. Only the crop is resized, not
+    the whole image.
+    """
 
     def __init__(self, size: int | tuple[int, int], scale: tuple[float, float], one_draw: bool = False) -> None:
-        """size: (H, W), or one for both; scale: bounds of the crop's share of the image's area."""
+        """Set up the crop.
+
+        Args:
+            size: Height and width of the result in pixels, or one number for both.
+            scale: Bounds of the crop's share of the image's area.
+            one_draw: Draw one box and clip it to the image, instead of drawing until one fits.
+        """
         self.size, self.scale, self.one_draw = to_2tuple(size), scale, one_draw
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Crop, resize and perhaps flip an image, with random numbers from Python's stream."""
         top, left, h, w = random_box(*pixels.shape[:2], self.scale, self.one_draw)
         flip = random.random() < 0.5
         img = to_size(pixels[top : top + h, left : left + w], self.size)
@@ -78,31 +110,45 @@ class Crop:
 
 
 def default_crop_pct(size: int | tuple[int, int]) -> float:
-    """224/256, above 224 pixels 1 (no margin)."""
+    """Return the share of an image's side that evaluation keeps by default: 224/256, or 1 above 224 pixels."""
     return 224 / 256 if max(to_2tuple(size)) <= 224 else 1.0
 
 
 class CentreCrop:
-    """Evaluation's: resized, bicubic, so that size / crop_pct is just covered, then the middle; arrays to tensors as
-    above."""
+    """Resize and centre crop, the transform of evaluation.
+
+    Resizes the image so that it just covers size / crop_pct, then takes the middle. Takes an array [H, W, C] to a
+    tensor [C, *size] of the same type, 8 bits or float32.
+    """
 
     def __init__(self, size: int | tuple[int, int], crop_pct: float | None = None) -> None:
+        """Set up the crop.
+
+        Args:
+            size: Height and width of the result in pixels, or one number for both.
+            crop_pct: Share of the resized image's height and width to keep; None: as in default_crop_pct.
+        """
         size = to_2tuple(size)
         pct = crop_pct or default_crop_pct(size)
         self.size, self.cover = list(size), (int(size[0] / pct), int(size[1] / pct))
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Resize an image and cut out its middle."""
         (height, width), (h, w) = pixels.shape[:2], self.cover
-        size = (h, width * h // height) if h * width >= w * height else (height * w // width, w)
+        # One side gets the length that is to be covered; the other keeps the aspect ratio, and is at least as long.
+        fits_height = h * width >= w * height
+        size = (h, width * h // height) if fits_height else (height * w // width, w)
         return center_crop(to_size(pixels, size), self.size)
 
 
 class FinetuneTransform:
-    """Fine-tuning's: crop, flip, RandAugment or colour jitter, random erasing, as timm does them; from arrays [H, W, C]
-    to normalised tensors [C, *size]. timm's augmentations are Pillow's, whose pictures they work on: 8 bits of one or
-    three channels. Other arrays are cropped, flipped and erased alone."""
+    """Crop, flip, RandAugment or colour jitter, and random erasing as in timm, the augmentation of fine-tuning.
 
-    normalised = True
+    Takes an array [H, W, C] to a normalised tensor [C, *size]. timm's augmentations work on Pillow's images, which hold
+    8 bits and one or three channels. Other arrays are only cropped, flipped, normalised and erased.
+    """
+
+    normalised = True  # the loader need not do it
 
     def __init__(
         self,
@@ -115,9 +161,26 @@ class FinetuneTransform:
         recount: int,
         pixels: Pixels = Pixels(),  # noqa: B008 (it never changes)
     ) -> None:
-        self.pictures = pixels.channels in (1, 3)
-        self.crop, self.normalise = Crop(input_size, crop_scale), transforms.Normalize(pixels.mean, pixels.std)
+        """Set up the augmentations.
+
+        Args:
+            input_size: Height and width of the result in pixels, or one number for both.
+            crop_scale: Bounds of the crop's share of the image's area.
+            color_jitter: Strength of the colour jitter, which most policies of `aa` turn off; None: no jitter.
+            aa: timm's name of an AutoAugment, RandAugment or AugMix policy; None, "" or "none": no policy.
+            reprob: Probability of random erasing.
+            remode: Fill of the erased boxes, as timm's re_mode.
+            recount: Largest number of erased boxes.
+            pixels: Channels of the images, their mean and standard deviation.
+        """
+        self.fits_pillow = pixels.channels in (1, 3)
+
+        # For images that timm's augmentations do not take.
+        self.crop = Crop(input_size, crop_scale)
+        self.normalise = transforms.Normalize(pixels.mean, pixels.std)
         self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device="cpu")
+
+        # For all others.
         self.steps = create_transform(
             to_2tuple(input_size),
             is_training=True,
@@ -134,7 +197,10 @@ class FinetuneTransform:
         _replace_posterize(self.steps)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        if self.pictures and pixels.dtype == np.uint8:
+        """Augment and normalise an image."""
+        if self.fits_pillow and pixels.dtype == np.uint8:
             return self.steps(Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
         img = self.crop(pixels)
-        return self.erase(self.normalise(img / 255 if img.dtype == torch.uint8 else img))
+        if img.dtype == torch.uint8:
+            img = img / 255
+        return self.erase(self.normalise(img))

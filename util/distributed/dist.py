@@ -1,4 +1,7 @@
-"""Processes: the group of them, sums over ranks, DDP."""
+"""The process group: joining it, sums and broadcasts over ranks, DDP, and optimisers that are sharded over ranks.
+
+A process that is alone has no group. Every function works there, too, as rank 0 of 1.
+"""
 
 import os
 import random
@@ -19,106 +22,139 @@ from tqdm import tqdm
 
 from util.distributed import launchers
 
-_patience = timedelta(minutes=30)  # the longest wait for another rank
+_timeout = timedelta(minutes=30)  # the longest wait for another rank
 
 
 class RendezvousError(RuntimeError):
-    """The processes of a run don't find each other."""
+    """A process group that could not be set up in time."""
+
+
+# Setting up.
 
 
 def default_device() -> str:
-    """ "cuda", "mps" or "cpu", whichever is there."""
+    """Return the best kind of device that this machine has: "cuda", else "mps", else "cpu"."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: float = 30) -> torch.device:
-    """Join the process group that the environment describes, seed this rank's random numbers, and return its device.
+    """Join the process group that the environment describes, and seed this rank's random numbers.
 
-    Raises UserError where the others do not come in time; later a wait for one of them ends as a RuntimeError.
+    Args:
+        device: "cuda", where each process takes a GPU of its own, or any other name of a device.
+        seed: Of rank 0; every other rank adds its number.
+        dist_url: Rendezvous address; "env://": MASTER_ADDR and MASTER_PORT.
+        timeout_minutes: Longest wait for another rank, now and later.
+
+    Returns:
+        This rank's device.
+
+    Raises:
+        RendezvousError: The other ranks did not come in time. (A later wait in vain ends as a RuntimeError.)
     """
-    place = torch.device(device)
-    if place.type == "cuda":
-        if place.index is None:
-            place = torch.device("cuda", launchers.gpu_index(torch.cuda.device_count()))
-        torch.cuda.set_device(place)
+    own_device = torch.device(device)
+    if own_device.type == "cuda":
+        if own_device.index is None:
+            own_device = torch.device("cuda", launchers.gpu_index(torch.cuda.device_count()))
+        torch.cuda.set_device(own_device)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _join("nccl" if place.type == "cuda" else "gloo", dist_url, timedelta(minutes=timeout_minutes))
-    for seeder in (random.seed, np.random.seed, torch.manual_seed):
-        seeder(seed + rank())
-    return place
+        backend = "nccl" if own_device.type == "cuda" else "gloo"
+        _join_process_group(backend, dist_url, timedelta(minutes=timeout_minutes))
+    for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+        set_seed(seed + rank())
+    return own_device
 
 
-def _join(backend: str, dist_url: str, patience: timedelta) -> None:
-    global _patience
-    _patience = patience
-    rank_here, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    meeting = dist_url if dist_url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+def _join_process_group(backend: str, dist_url: str, timeout: timedelta) -> None:
+    global _timeout
+    _timeout = timeout
+    own_rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = dist_url if dist_url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
     try:
-        store, rank_here, world = next(td.rendezvous(dist_url, rank_here, world, timeout=patience))
-        store.set_timeout(patience)
+        store, own_rank, world = next(td.rendezvous(dist_url, own_rank, world, timeout=timeout))
+        store.set_timeout(timeout)
+        # Under torchrun the store may hold the keys of processes that have died: use a fresh part of it.
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            store = td.PrefixStore(_fresh_name(store, rank_here, world, patience), store)
-        td.init_process_group(backend, store=store, rank=rank_here, world_size=world, timeout=patience)
+            store = td.PrefixStore(_agree_on_prefix(store, own_rank, world, timeout), store)
+        td.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=timeout)
     except (TimeoutError, RuntimeError, ValueError) as error:
         raise RendezvousError(
-            f"rank {rank_here} of {world} did not meet the others at {meeting} within {patience.total_seconds():g} s "
-            f"(--dist_timeout): {str(error).splitlines()[0]}. Were all processes started, is that the first node's "
-            "address, is the port free and open, and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name the network?"
+            f"rank {own_rank} of {world} could not join the process group at {address} within "
+            f"{timeout.total_seconds():g} s (--dist_timeout): {str(error).splitlines()[0]}. Check that all processes "
+            "were started, that this is the first node's address, that the port is free and open, and that "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface"
         ) from error
 
 
-def _fresh_name(store: td.Store, rank_here: int, world: int, patience: timedelta) -> str:
-    """A name that exactly the processes that live now agree on.
+def _agree_on_prefix(store: td.Store, own_rank: int, world: int, timeout: timedelta) -> str:
+    """Return a prefix for keys on which exactly the processes agree that are alive now.
 
-    torchrun's store outlives its restarts, and neither it nor the count of restarts, which a node that comes back
-    starts again, tells a living process's words from a dead one's. So each rank shows a number nobody had before, and
-    rank 0 answers to that number; who got an answer says so under the new name.
+    torchrun's store outlives its restarts. Neither the store nor the number of restarts, which a node that comes back
+    counts from 0 again, tells a living process's keys from a dead one's. So each rank publishes a random token that
+    nobody had before, and rank 0 answers under that token with its own, the prefix. A rank that got the answer
+    confirms it under the prefix.
+
+    Raises:
+        TimeoutError: Some ranks did not confirm in time.
     """
-    own = uuid.uuid4().hex
-    if rank_here:
-        store.set(f"here/{rank_here}", own)
-        name = store.get(f"name for/{own}").decode()
-        store.set(f"{name}/came/{rank_here}", own)
-        return name
-    end = time.monotonic() + patience.total_seconds()
+    own_token = uuid.uuid4().hex
+
+    # Other ranks: publish the token, wait for the answer, confirm it.
+    if own_rank:
+        store.set(f"token of rank/{own_rank}", own_token)
+        prefix = store.get(f"prefix for token/{own_token}").decode()
+        store.set(f"{prefix}/confirmed/{own_rank}", own_token)
+        return prefix
+
+    # Rank 0: answer until all have confirmed. A token may be a dead process's, and be replaced by a living one's.
+    deadline = time.monotonic() + timeout.total_seconds()
     waiting = set(range(1, world))
     while waiting:
-        for number in list(waiting):
-            if store.check([f"here/{number}"]):
-                store.set(f"name for/{store.get(f'here/{number}').decode()}", own)
-            if store.check([f"{own}/came/{number}"]):
-                waiting.remove(number)
-        if time.monotonic() > end:
-            raise TimeoutError(f"nothing was heard of rank {', '.join(map(str, sorted(waiting)))}")
+        for other in list(waiting):
+            if store.check([f"token of rank/{other}"]):
+                other_token = store.get(f"token of rank/{other}").decode()
+                store.set(f"prefix for token/{other_token}", own_token)
+            if store.check([f"{own_token}/confirmed/{other}"]):
+                waiting.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no answer from rank {', '.join(map(str, sorted(waiting)))}")
         time.sleep(0.05)
-    return own
+    return own_token
 
 
 def rank() -> int:
+    """Return this process's number in the group, from 0."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes in the group."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
+# Exchange between the ranks. All of them must call these functions, but for print_rank0.
+
+
 def cpu_group() -> td.ProcessGroup | None:
-    """A group of all ranks that talks over the CPU: waits neither for the GPU nor for the exchange of gradients."""
-    return td.new_group(backend="gloo", timeout=_patience) if td.is_initialized() else None
+    """Create a group of all ranks that communicates over the CPU; None for a process that is alone.
+
+    Its exchanges wait neither for the GPU nor for the exchange of gradients.
+    """
+    return td.new_group(backend="gloo", timeout=_timeout) if td.is_initialized() else None
 
 
-def print_rank0(*words: object) -> None:
-    """Print on rank 0 only, at once."""
+def print_rank0(*values: object) -> None:
+    """Print a line on rank 0 only, at once, and above the progress bar where there is one."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, words)), file=sys.stdout)  # above the bar, where there is one
+        tqdm.write(" ".join(map(str, values)), file=sys.stdout)
         sys.stdout.flush()
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Each value summed over all ranks, in fp64."""
+    """Return each value summed over all ranks, in fp64."""
     if not td.is_initialized():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -126,8 +162,17 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return total.tolist()
 
 
+def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
+    """Return the elementwise maximum over all ranks, on the CPU."""
+    if not td.is_initialized():
+        return values
+    values = values.to(device, copy=True)
+    td.all_reduce(values, td.ReduceOp.MAX)
+    return values.cpu()
+
+
 def gather(value: object) -> list:
-    """Every rank's value, in the order of the ranks, on all ranks."""
+    """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not td.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -136,10 +181,10 @@ def gather(value: object) -> list:
 
 
 def run_on_rank0(work: Callable[[], object]) -> object:
-    """Rank 0's result of work(), on all ranks; what it raises is raised on all."""
+    """Call a function on rank 0 only, and return its result, or raise its exception, on all ranks."""
     if not td.is_initialized():
         return work()
-    outcome = [None, None]
+    outcome = [None, None]  # result, exception
     if rank() == 0:
         try:
             outcome[0] = work()
@@ -151,68 +196,80 @@ def run_on_rank0(work: Callable[[], object]) -> object:
     return outcome[0]
 
 
-def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """The elementwise maximum over all ranks, on the CPU."""
-    if not td.is_initialized():
-        return values
-    values = values.to(device, copy=True)
-    td.all_reduce(values, td.ReduceOp.MAX)
-    return values.cpu()
-
-
-def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Module:
-    """The model in DDP when there are several ranks, else the model itself. Every parameter takes part in the loss.
-
-    static: every step runs the same graph and exchanges gradients (not with no_sync), which DDP can make use of.
-    """
-    if not td.is_initialized():
-        return model
-    places = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True, static_graph=static)
-
-
-def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """What steps on this rank: of a sharded optimiser the part that is here."""
-    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-
-
-def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """All ranks call it before rank 0 takes the state_dict, which then is that of an optimiser on one process."""
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict(to=0)
-
-
-def zero_grad(optimizer: torch.optim.Optimizer) -> None:
-    """Ready for the next update. Under DDP the gradients, views of its buckets, stay as zeros: freed, the first
-    micro-batch of an accumulation would make them anew beside the buckets."""
-    optimizer.zero_grad(set_to_none=not td.is_initialized())
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Its load_state_dict, on every rank with the state of one process."""
-    optimizer.load_state_dict(state)
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        # It leaves Adam's step on the CPU, which the fused kernel refuses on a GPU (pytorch#124133), and keeps a second
-        # copy of this rank's share.
-        optimizer.state.clear()
-        for parameter, kept in optimizer.optim.state.items():
-            kept["step"] = kept["step"].to(parameter.device)
-
-
 def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
-    """Give every rank rank 0's values, those that a checkpoint holds, in place."""
+    """Overwrite tensors in place with rank 0's values."""
     if td.is_initialized():
         for tensor in tensors:
             td.broadcast(tensor, 0)
 
 
+# DDP.
+
+
+def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Module:
+    """Wrap a model in DDP if there are several ranks; every parameter must take part in the loss.
+
+    Args:
+        model: On its device.
+        device: This rank's.
+        static: Every step runs the same graph and exchanges gradients (not with no_sync), which DDP can make use of.
+
+    Returns:
+        The wrapped model; for a process that is alone, the model itself.
+    """
+    if not td.is_initialized():
+        return model
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model without DDP around it."""
+    """Return the model without DDP around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def grad_sync(model: nn.Module, wanted: bool) -> AbstractContextManager:
-    """Around a forward and backward: exchange gradients only in an accumulation's last micro-step."""
+    """Return a context for forward and backward in which DDP exchanges gradients only if wanted.
+
+    They are wanted in the last micro-step of an accumulation group.
+    """
     if wanted or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def zero_grad(optimizer: torch.optim.Optimizer) -> None:
+    """Clear the gradients for the next update.
+
+    Under DDP the gradients, which are views of its buckets, are set to zero rather than freed: freed, the first
+    micro-batch of an accumulation group would allocate them anew beside the buckets.
+    """
+    optimizer.zero_grad(set_to_none=not td.is_initialized())
+
+
+# Optimisers whose state is sharded over the ranks (--shard).
+
+
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimiser that steps on this rank: of a sharded one, this rank's part."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
+def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Collect a sharded optimiser's state on rank 0, whose state_dict then is that of an optimiser on one process.
+
+    All ranks must call before rank 0 takes the state_dict.
+    """
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.consolidate_state_dict(to=0)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load into an optimiser, sharded or not, the state_dict of an optimiser on one process; all ranks must call."""
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        # It keeps a second copy of this rank's share.
+        optimizer.state.clear()
+        # It leaves Adam's step on the CPU, which the fused kernel refuses on a GPU (pytorch#124133).
+        for parameter, parameter_state in optimizer.optim.state.items():
+            parameter_state["step"] = parameter_state["step"].to(parameter.device)

@@ -1,4 +1,4 @@
-"""Requests from outside: signals to stop, the clock's to save, agreed on by all ranks."""
+"""Signals to stop, and the time to save: requests to a run on which all ranks agree."""
 
 import os
 import signal
@@ -11,79 +11,92 @@ import torch.distributed as td
 from util.distributed import dist
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-ECHO_S = 1.0
+ECHO_S = 1.0  # under torchrun, a repetition of the signal within so many seconds is its echo
 
 
 class Requests:
-    """Within `with`, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are noted rather than fatal; a second one ends the process
-    at once.
+    """Requests to stop, by signal, and to save, by the clock; a context within which signals don't end the process.
 
-    torchrun passes on what the terminal has sent already, so under it the echo within a second does not count.
+    Within it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are noted, and `poll` reports them. A second signal ends the process
+    at once. torchrun passes signals on that its processes have had from the terminal already, so under torchrun a
+    second signal within a second does not count.
     """
 
     def __init__(self, save_minutes: float) -> None:
-        """save_minutes: rank 0 asks for a checkpoint as often; 0: never."""
+        """Start the clock.
+
+        Args:
+            save_minutes: Minutes between checkpoints, by rank 0's clock; 0: no requests to save.
+        """
         self.save_seconds = save_minutes * 60
-        self.signum, self.noted, self.saved = 0, 0.0, time.monotonic()
+        self.signum, self.signalled, self.saved = 0, 0.0, time.monotonic()
         self.exchange: td.Work | None = None
         self.group = dist.cpu_group()
 
     def __enter__(self) -> "Requests":
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note) for number in HANDLED}
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.previous = {signum: signal.signal(signum, self._on_signal) for signum in HANDLED}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame: object) -> None:
+    def _on_signal(self, signum: int, frame: object) -> None:
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         now = time.monotonic()
         if not self.signum:
-            self.signum, self.noted = signum, now
+            self.signum, self.signalled = signum, now
             if dist.rank() == 0:
-                os.write(2, b"saving and stopping after this step; once more to stop at once, unsaved\n")
-            if not under_torchrun:  # the system's own handling is the quickest
-                for number in HANDLED:
-                    signal.signal(number, signal.SIG_DFL)
-        elif now - self.noted > ECHO_S:
+                # Not print: a signal may arrive while print holds its lock.
+                os.write(2, b"saving and stopping after this step; a second signal stops at once, without saving\n")
+            if not under_torchrun:
+                # For the second signal the system's own handling is the quickest.
+                for handled in HANDLED:
+                    signal.signal(handled, signal.SIG_DFL)
+        elif now - self.signalled > ECHO_S:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
     def poll(self) -> tuple[int, bool]:
-        """The signal to stop for (0: none) and whether to save now: the same answer on every rank.
+        """Return the signal to stop for (0: none) and whether to save now, the same on every rank.
 
-        All ranks must call it equally often. With several it is the answer to the call before, whose exchange went on
-        in the background meanwhile.
+        All ranks must call it equally often. With several ranks the answer is that to the call before, whose exchange
+        went on in the background meanwhile, so that no step waits for it.
         """
         due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
         if self.group is None:
             return self.signum, due
-        agreed = [0, 0]
+
+        # The answer to the call before.
+        signum, save = 0, 0
         if self.exchange is not None:
             self.exchange.wait()
-            agreed = self.flags.tolist()
-        self.flags = torch.tensor([self.signum, int(due and not agreed[1] and dist.rank() == 0)])
+            signum, save = self.flags.tolist()
+
+        # The question of this call. Its clock has not been set back yet where the answer is to save: don't ask twice.
+        self.flags = torch.tensor([self.signum, int(due and not save and dist.rank() == 0)])
         self.exchange = td.all_reduce(self.flags, td.ReduceOp.MAX, group=self.group, async_op=True)
-        return agreed[0], bool(agreed[1])
+        return signum, bool(save)
 
     def save_done(self) -> None:
-        """A checkpoint was written: the clock starts again."""
+        """Start the clock again, after a checkpoint was written."""
         self.saved = time.monotonic()
 
 
 def shield_worker() -> None:
-    """In a loader process: stay alive when a signal goes to the whole process group, so that the run can save; end
-    when the parent itself asks for it."""
+    """Keep a loader process alive when a signal goes to the whole process group, so that the run can save.
+
+    It still ends when its parent sends SIGTERM.
+    """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
 
-    def wait() -> None:
+    def wait_for_parent() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_for_parent, daemon=True).start()

@@ -10,18 +10,31 @@ K, TEMPERATURE = 20, 0.07
 def accuracy(
     train: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor, chunk: int = 1024, same: bool = False
 ) -> float:
-    """Top-1 (percent) of features [M, D] whose neighbours among train [N, D] vote for their classes, each with weight
-    exp(cosine / temperature); chunk rows at a time. same: features are train, and no row is its own neighbour."""
+    """Classify features by their nearest neighbours, and return the top-1 accuracy in per cent.
+
+    A neighbour votes for its class with weight exp(cosine similarity / temperature).
+
+    Args:
+        train: Features of the labelled images [N, D].
+        train_targets: Their classes [N].
+        features: Features to classify [M, D].
+        targets: Their true classes [M].
+        chunk: Features that are compared with all neighbours at a time, which bounds the memory.
+        same: The features are the labelled ones, and none may be its own neighbour.
+    """
+    # The product of normalised features is their cosine similarity.
     train, features = F.normalize(train.float(), dim=1), F.normalize(features.float(), dim=1)
     classes = int(max(train_targets.max(), targets.max())) + 1
-    k, right = min(K, len(train) - same), 0
+    k, correct = min(K, len(train) - same), 0
     for start in range(0, len(features), chunk):
         cosine = features[start : start + chunk] @ train.T  # [chunk, N]
         if same:
             rows = torch.arange(len(cosine), device=cosine.device)
-            cosine[rows, start + rows] = -2
+            cosine[rows, start + rows] = -2  # below any cosine
+
+        # Sum the neighbours' weights by class. The 1 cancels out, and keeps exp() from overflowing.
         nearest, index = cosine.topk(k, dim=1)
         votes = torch.zeros(len(cosine), classes, device=cosine.device)
         votes.scatter_add_(1, train_targets[index], ((nearest - 1) / TEMPERATURE).exp())
-        right += int((votes.argmax(dim=1) == targets[start : start + chunk]).sum())
-    return 100 * right / len(features)
+        correct += int((votes.argmax(dim=1) == targets[start : start + chunk]).sum())
+    return 100 * correct / len(features)

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: log.txt (a JSON line per epoch) and TensorBoard. Only rank 0 writes."""
+"""Logs of a run: log.txt (a JSON line per epoch) and TensorBoard, both written by rank 0 only."""
 
 import json
 import math
@@ -14,27 +14,36 @@ from util.misc import Checkpoints
 
 
 class RunLog:
-    """log.txt in output_dir, TensorBoard events in log_dir; either may be empty to have none.
+    """Writer of log.txt in output_dir and of TensorBoard events in log_dir.
 
-    What a run that goes on had written after the point where it goes on is taken back, so that no step shows twice.
+    Entries that were logged after the point from which a run resumes are removed, so that no step appears twice.
     """
 
     def __init__(self, output_dir: str, log_dir: str, epoch: int, done: float) -> None:
-        """epoch: the one in which the run begins or goes on; done: the share of it that is trained already."""
+        """Open the logs.
+
+        Args:
+            output_dir: Folder of log.txt; "": none.
+            log_dir: Folder of the TensorBoard events; "": none.
+            epoch: Epoch in which the run starts or resumes.
+            done: Share of that epoch that is trained already.
+        """
         main = dist.rank() == 0
         self.file = Path(output_dir) / "log.txt" if main and output_dir else None
         self.board = SummaryWriter(log_dir, purge_step=int((epoch + done) * 1000)) if main and log_dir else None
         self.n_parameters = 0
         self.held: list[tuple[float, dict[str, float]]] = []
+
+        # TensorBoard drops later steps by purge_step; from log.txt the lines of this and later epochs are removed here.
         if self.file and self.file.exists():
             kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
-        """Say what is about to be trained, and keep the number of trained parameters for log.txt.
+        """Print what is about to be trained, and keep the number of trained parameters for log.txt.
 
         Args:
-            checkpoints: Of the run: its model, precision and flags.
+            checkpoints: The run's checkpoints, which know its model, precision and flags.
             loader: Training images.
             lr: Learning rate after warm-up.
         """
@@ -54,23 +63,32 @@ class RunLog:
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
-        """Values on TensorBoard's x axis of epoch * 1000, which lines up runs of different batch sizes."""
+        """Write values to TensorBoard.
+
+        The x axis is epoch * 1000, which aligns runs of different batch sizes.
+
+        Args:
+            epoch: Fractional epoch.
+            values: Values by their tags.
+        """
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, int(epoch * 1000))
 
     def picture(self, epoch: float, name: str, pixels: Tensor) -> None:
-        """A picture, [3, H, W] of 8 bits, for TensorBoard."""
+        """Write a picture, [3, H, W] of 8 bits, to TensorBoard, under a tag and at an epoch."""
         if self.board:
             self.board.add_image(name, pixels, int(epoch * 1000))
 
     def hold(self, epoch: float, values: dict[str, float]) -> None:
-        """As scalars, once a checkpoint remembers that the evaluation is done: it is repeated by a run that goes on
-        from an earlier one."""
+        """Keep an evaluation's values back until a checkpoint is written, then write them as `scalars` does.
+
+        A run that resumes from an earlier checkpoint repeats the evaluation, and would log it a second time.
+        """
         self.held.append((epoch, values))
 
     def flush_held(self) -> None:
-        """A checkpoint was written."""
+        """Write the values that were held back, after a checkpoint was written."""
         for epoch, values in self.held:
             self.scalars(epoch, values)
         self.held = []
@@ -78,7 +96,7 @@ class RunLog:
             self.board.flush()
 
     def epoch(self, values: dict[str, float]) -> None:
-        """One line in log.txt."""
+        """Append an epoch's values to log.txt as a JSON line."""
         if self.file:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -86,13 +104,14 @@ class RunLog:
             self.board.flush()
 
     def close(self) -> None:
+        """Write the values that were held back, and close TensorBoard."""
         self.flush_held()
         if self.board:
             self.board.close()
 
 
 def _epoch_of(line: str) -> float:
-    """The epoch of a line of log.txt; infinity for one that a crash cut short."""
+    """Return the epoch of a line of log.txt; infinity for a line that a crash cut short."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):

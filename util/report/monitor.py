@@ -1,4 +1,4 @@
-"""What pre-training shows of itself every few epochs: a picture, the loss under fixed masks, a k-NN accuracy.
+"""Monitoring of pre-training every few epochs: pictures of reconstructions, the loss under fixed masks, k-NN accuracy.
 
 output_dir/
     reconstructions/epoch-0019.png    the same images each time
@@ -6,6 +6,7 @@ log.txt and TensorBoard: test_loss (masks fixed by seed and file name, so that e
 """
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,11 +22,11 @@ from util.masking import MaskSettings
 from util.report import knn, pictures
 from util.report.log import RunLog
 
-PICTURES = 8
+PICTURES = 8  # images whose reconstructions are shown
 
 
 class Monitor:
-    """Holds the images to look at; a call measures the model as it is. All ranks call, each sees its share of val."""
+    """The images by which pre-training is monitored; a call measures the model. All ranks call, each on its share."""
 
     def __init__(
         self,
@@ -36,79 +37,111 @@ class Monitor:
         scaler: LossScaler,
         masks: MaskSettings,
     ) -> None:
-        """Hold what is needed to look at a model.
+        """Collect what the measurements need.
 
         Args:
-            val: Validation images, shared by the ranks, each once; None: there are none.
-            train: Some training images, likewise: k-NN's neighbours and, where there is no val, the pictures.
-            output_dir: Where pictures are written; "": nowhere.
-            log: Gets the pictures for TensorBoard.
+            val: Validation images, divided among the ranks; None: there are none.
+            train: Some training images, divided alike: k-NN's neighbours, and without val the source of the pictures.
+            output_dir: Folder of the pictures; "": none are made.
+            log: Takes the pictures for TensorBoard.
             scaler: Mixed precision.
-            masks: The masks under which loss and pictures are made.
+            masks: The fixed masks of the loss and the pictures.
         """
         self.val, self.train, self.output_dir, self.log, self.scaler = val, train, output_dir, log, scaler
         self.masks = masks
-        self.shown: Tensor | None = None
+        self.pictured: tuple[Tensor, list[str]] | None = None  # images [N, C, H, W] and their names, loaded once
 
     def __call__(self, model: nn.Module, epoch: int, poll: Callable[[], None]) -> dict[str, float]:
-        """Save the picture; returns the loss on val, and k-NN's accuracy (percent) where there are several classes.
-        poll is called once per batch, on all ranks equally often."""
+        """Measure the model, and save a picture of reconstructions.
+
+        Args:
+            model: The autoencoder, in DDP where there are several ranks.
+            epoch: Number of the epoch that ended, from 0.
+            poll: Called once per batch, on all ranks equally often.
+
+        Returns:
+            The loss on val, and the k-NN accuracy in per cent if there are several classes; nothing without val.
+        """
         model = dist.unwrap(model).eval()
-        with torch.compiler.set_stance("force_eager"):  # shapes of its own are not worth a compilation
-            stats = self._loss_and_neighbours(model, poll) if self.val is not None else {}
-            dist.run_on_rank0(lambda: self._picture(model, epoch))
+        with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
+            stats = self._measure(model, poll) if self.val is not None else {}
+            dist.run_on_rank0(lambda: self._save_picture(model, epoch))
         if stats:
-            words = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
-            dist.print_rank0(f"monitor after epoch {epoch}: {words}")
+            listed = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
+            dist.print_rank0(f"monitor after epoch {epoch}: {listed}")
         return stats
 
     def _noise(self, model: nn.Module, names: list[str], device: torch.device) -> Tensor:
         return masking.fixed_noise(self.masks.sampling, names, self.masks.seed, model.patch_embed.grid_size, device)
 
     @torch.inference_mode()
-    def _loss_and_neighbours(self, model: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
-        device, total, images = self.val.device, torch.zeros((), dtype=torch.float64), 0
-        found = {}
-        for name, feed in (("val", self.val), ("train", self.train)):
-            features = [torch.empty(0, model.pos_embed.shape[2])]  # a rank may have no image of a small folder
-            classes = [torch.empty(0, dtype=torch.long)]
-            order = [feed.dataset.name(index) for index in feed.sampler]
-            for batch in lockstep(feed):
-                poll()
-                if batch is None:
-                    continue
-                imgs, targets = batch
-                names, order = order[: len(imgs)], order[len(imgs) :]
-                with self.scaler.autocast():
-                    if name == "val":
-                        noise = self._noise(model, names, device)
-                        loss = model(imgs, mask_ratio=self.masks.ratio, noise=noise)[0]
-                        total, images = total + loss.cpu().double() * len(imgs), images + len(imgs)
-                    all_kept = torch.arange(model.patch_embed.num_patches, device=device).expand(len(imgs), -1)
-                    latent = model.forward_encoder(imgs, 0.0, all_kept)[0]  # [N, 1+L, D]
-                features.append(latent[:, 1:].float().mean(dim=1).cpu())
-                classes.append(targets.cpu())
-            found[name] = torch.cat(features), torch.cat(classes)
-        total, images = dist.sum_over_ranks([float(total), images], device)
-        stats = {"loss": total / images}
-        if self.val.dataset.classes == self.train.dataset.classes and len(self.val.dataset.classes) > 1:
-            shares = dist.gather(found["train"])
-            neighbours = (torch.cat(parts).to(device) for parts in zip(*shares, strict=True))
-            mine, targets = (x.to(device) for x in found["val"])
-            right = knn.accuracy(*neighbours, mine, targets) * len(mine) if len(mine) else 0.0
-            stats["knn"] = dist.sum_over_ranks([right], device)[0] / images
+    def _measure(self, model: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
+        """Return the loss on val, and the k-NN accuracy in per cent if there are several classes."""
+        device = self.val.device
+        features, targets, loss_sum = self._encode(model, self.val, poll, with_loss=True)
+        train_features, train_targets, _ = self._encode(model, self.train, poll, with_loss=False)
+        loss_sum, images = dist.sum_over_ranks([loss_sum, len(features)], device)
+        stats = {"loss": loss_sum / images}
+
+        # Every rank classifies its own share of val, by the neighbours of all ranks.
+        classes = self.val.dataset.classes
+        if len(classes) > 1 and classes == self.train.dataset.classes:
+            gathered = dist.gather((train_features, train_targets))
+            neighbours = [torch.cat(parts).to(device) for parts in zip(*gathered, strict=True)]
+            weighted = 0.0
+            if len(features):
+                weighted = knn.accuracy(*neighbours, features.to(device), targets.to(device)) * len(features)
+            stats["knn"] = dist.sum_over_ranks([weighted], device)[0] / images
         return stats
 
-    def _picture(self, model: nn.Module, epoch: int) -> None:
+    def _encode(
+        self, model: nn.Module, loader: DeviceLoader, poll: Callable[[], None], with_loss: bool
+    ) -> tuple[Tensor, Tensor, float]:
+        """Encode this rank's images without masking.
+
+        Returns:
+            Features [M, D], the mean of the patch tokens, and classes [M], both on the CPU; and the sum of the images'
+            losses under the fixed masks, 0 unless with_loss.
+        """
+        # Start with empty tensors: of a small folder a rank may have no image.
+        features, classes = [torch.empty(0, model.pos_embed.shape[2])], [torch.empty(0, dtype=torch.long)]
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        names = iter([loader.dataset.name(index) for index in loader.sampler])
+
+        for batch in lockstep(loader):
+            poll()
+            if batch is None:  # other ranks still have batches
+                continue
+            imgs, targets = batch
+            batch_names = list(islice(names, len(imgs)))
+            with self.scaler.autocast():
+                if with_loss:
+                    noise = self._noise(model, batch_names, loader.device)
+                    loss = model(imgs, mask_ratio=self.masks.ratio, noise=noise)[0]
+                    loss_sum = loss_sum + loss.cpu().double() * len(imgs)
+                # With a ratio of 0 and rising noise all patches stay, in their order.
+                in_order = torch.arange(model.patch_embed.num_patches, device=loader.device).expand(len(imgs), -1)
+                latent = model.forward_encoder(imgs, 0.0, in_order)[0]  # [N, 1+L, D]
+            features.append(latent[:, 1:].float().mean(dim=1).cpu())
+            classes.append(targets.cpu())
+        return torch.cat(features), torch.cat(classes), float(loss_sum)
+
+    def _save_picture(self, model: nn.Module, epoch: int) -> None:
+        """Save reconstructions of a few images, the same ones each time, to output_dir and TensorBoard."""
         if not self.output_dir:
             return
-        feed = self.train if self.val is None else self.val
-        if self.shown is None:
-            self.shown, self.names = feed.some(PICTURES)
-        noise = self._noise(model, self.names, feed.device)
-        rows = pictures.reconstruct(model, self.shown, self.masks.ratio, noise, feed.normalise.mean, feed.normalise.std)
+        loader = self.train if self.val is None else self.val
+        if self.pictured is None:
+            self.pictured = loader.sample_evenly(PICTURES)
+        imgs, names = self.pictured
+        noise = self._noise(model, names, loader.device)
+        normalise = loader.normalise
+        rows = pictures.reconstruct(model, imgs, self.masks.ratio, noise, normalise.mean, normalise.std)
+
         caption = [f"epoch {epoch}, {self.masks.ratio:.0%} masked ({self.masks.sampling})"]
-        sheet = pictures.grid(rows, caption + [pictures.NORMALISED] * model.norm_pix_loss)
+        if model.norm_pix_loss:
+            caption.append(pictures.NORMALISED)
+        sheet = pictures.grid(rows, caption)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
         with raise_write_errors(file):
             file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The paper's Figure 2 as a picture: original, masked, reconstruction, reconstruction with the visible patches.
+"""Reconstructions as pictures, as in the paper's Figure 2: original, masked, reconstruction, visible patches put back.
 
 Shapes: N images, C channels, H x W pixels, L patches of p*p*C values; pixels from 0 to 1.
 """
@@ -8,37 +8,62 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 COLUMNS = ("original", "masked", "reconstruction", "with visible")
 NORMALISED = "targets were normalised: each patch's mean and variance are the original's"
 
 
-def panels(model, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The four pictures of each image, [N, 4, C, H, W].
+def panels(model: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn a model's predictions into the four panels of each image, in the order of COLUMNS.
 
-    model: has patchify, unpatchify and norm_pix_loss; imgs [N, C, H, W] normalised by mean and std [C, 1, 1];
-    pred [N, L, p*p*C] as the model predicts; mask [N, L], 1 = removed. The mask is laid over in grey.
+    Args:
+        model: The autoencoder: its patchify, unpatchify and norm_pix_loss are used.
+        imgs: Images [N, C, H, W], normalised.
+        pred: The model's predictions [N, L, p*p*C].
+        mask: The masks [N, L], 1 = removed; removed patches are grey in the second panel.
+        mean: Mean by which the images are normalised [C, 1, 1].
+        std: Standard deviation by which they are normalised [C, 1, 1].
+
+    Returns:
+        The panels [N, 4, C, H, W], from 0 to 1.
     """
+    # Give predictions of normalised patches the mean and variance of the original patches.
     patches, pred = model.patchify(imgs), pred.to(imgs.dtype)
     if model.norm_pix_loss:
         var, centre = torch.var_mean(patches, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + centre
+
+    # Undo the normalisation of the images.
     removed = mask[..., None].bool()
-    shown = [model.unpatchify(x) for x in (patches, pred, torch.where(removed, pred, patches))]
-    shown = [x * std + mean for x in shown]
-    # Values of other units than 0 to 1: the original's own range is shown.
-    low, high = shown[0].amin((1, 2, 3), keepdim=True), shown[0].amax((1, 2, 3), keepdim=True)
-    other = (low < -0.01) | (high > 1.01)
-    low, width = torch.where(other, low, 0.0), torch.where(other, high - low, 1.0)
-    original, reconstruction, mixed = (((x - low) / width).clamp(0, 1) for x in shown)
+    pixels = [model.unpatchify(x) for x in (patches, pred, torch.where(removed, pred, patches))]
+    pixels = [x * std + mean for x in pixels]
+
+    # Arrays in other units than 0 to 1 are stretched to the original's own range.
+    low, high = pixels[0].amin((1, 2, 3), keepdim=True), pixels[0].amax((1, 2, 3), keepdim=True)
+    other_units = (low < -0.01) | (high > 1.01)
+    low, width = torch.where(other_units, low, 0.0), torch.where(other_units, high - low, 1.0)
+    original, reconstruction, with_visible = (((x - low) / width).clamp(0, 1) for x in pixels)
+
     hidden = model.unpatchify(removed.to(imgs.dtype).expand_as(patches)).bool()
-    return torch.stack([original, original.masked_fill(hidden, 0.5), reconstruction, mixed], dim=1)
+    return torch.stack([original, original.masked_fill(hidden, 0.5), reconstruction, with_visible], dim=1)
 
 
 @torch.no_grad()
-def reconstruct(model, imgs: Tensor, mask_ratio: float, noise: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """panels of what the model makes of imgs; in evaluation mode, the model's own mode is put back."""
+def reconstruct(model: nn.Module, imgs: Tensor, mask_ratio: float, noise: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Reconstruct images in evaluation mode, and return their panels; the model's own mode is restored.
+
+    Args:
+        model: The autoencoder.
+        imgs: Images [N, C, H, W], normalised.
+        mask_ratio: Share of the patches that is removed.
+        noise: Noise [N, L]; the patches with the smallest values stay.
+        mean: Mean by which the images are normalised [C, 1, 1].
+        std: Standard deviation by which they are normalised [C, 1, 1].
+
+    Returns:
+        The panels [N, 4, C, H, W], as `panels` makes them.
+    """
     training = model.training
     model.eval()
     _, pred, mask = model(imgs, mask_ratio=mask_ratio, noise=noise)
@@ -47,29 +72,42 @@ def reconstruct(model, imgs: Tensor, mask_ratio: float, noise: Tensor, mean: Ten
 
 
 def to_picture(pixels: Tensor, side: int = 0) -> Image.Image:
-    """[C, H, W] from 0 to 1 as a picture, its first 3 channels (grey where there are fewer); its longer side at least
-    `side` pixels, by whole-number magnification."""
-    array = (pixels[: 3 if len(pixels) >= 3 else 1].float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array if array.shape[2] == 3 else np.ascontiguousarray(array[..., 0])).convert("RGB")
-    times = -(-side // max(picture.size)) if side else 1
+    """Convert pixels to an RGB picture.
+
+    Args:
+        pixels: Pixels [C, H, W], from 0 to 1. The first 3 channels are shown; of fewer the first, in grey.
+        side: Least length of the picture's longer side in pixels, reached by whole-number magnification.
+    """
+    channels = 3 if len(pixels) >= 3 else 1
+    array = (pixels[:channels].float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, channels]
+    picture = Image.fromarray(array if channels == 3 else np.ascontiguousarray(array[..., 0])).convert("RGB")
+    times = -(-side // max(picture.size)) if side else 1  # rounded up
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
 def grid(rows: Tensor, caption: Sequence[str], side: int = 160) -> Image.Image:
-    """A row per image under the columns' titles, with lines of text above. rows [N, 4, C, H, W]."""
-    font, gap = ImageFont.load_default(14), 6
+    """Draw a row of panels per image, under the columns' titles and the lines of a caption.
+
+    Args:
+        rows: Panels [N, 4, C, H, W].
+        caption: Lines of text, at the top.
+        side: Least length of a panel's longer side in pixels.
+    """
+    font, gap, line_height = ImageFont.load_default(14), 6, 20
     pictures = [[to_picture(panel, side) for panel in row] for row in rows]
+
+    # The sheet is as wide as four panels or the longest line of the caption.
     width, height = pictures[0][0].size
-    line = 20
-    top = line * (len(caption) + 1) + gap
+    top = line_height * (len(caption) + 1) + gap
     total = max(4 * (width + gap) + gap, *(round(font.getlength(text)) + 2 * gap for text in caption))
     sheet = Image.new("RGB", (total, top + len(rows) * (height + gap)), "white")
+
     draw = ImageDraw.Draw(sheet)
     for number, text in enumerate(caption):
-        draw.text((gap, gap + number * line), text, "black", font)
+        draw.text((gap, gap + number * line_height), text, "black", font)
     for column, title in enumerate(COLUMNS):
         left = gap + column * (width + gap)
-        draw.text((left + width / 2, top - line / 2), title, "black", font, anchor="mm")
-        for row, made in enumerate(pictures):
-            sheet.paste(made[column], (left, top + row * (height + gap)))
+        draw.text((left + width / 2, top - line_height / 2), title, "black", font, anchor="mm")
+        for number, row in enumerate(pictures):
+            sheet.paste(row[column], (left, top + number * (height + gap)))
     return sheet
