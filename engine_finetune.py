@@ -49,6 +49,7 @@ def train_one_epoch(
     model.train()
     meters = run.start_meters("loss") if run else Meters(updater.device)
 
+    # Every print_freq steps the iterator prints a line, and calls run.report.
     for step, (imgs, targets) in meters.log_every(loader, print_freq, epoch):
         with updater.micro_step(epoch, step, len(loader)):
             if mixup_fn:
@@ -58,7 +59,7 @@ def train_one_epoch(
 
         meters.update(loss=loss, lr=updater.lr)
         if run and skipped is not None:
-            run.after_update(step, skipped, meters)  # counts bad updates; saves on time or on a signal
+            run.after_update(step, skipped, meters)  # an update was made or skipped: save on time or on a signal
 
     if run:
         run.end_of_training(meters)

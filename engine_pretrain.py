@@ -44,8 +44,9 @@ def train_one_epoch(
     grid = dist.unwrap(model).patch_embed.grid_size if mask_sampling != "random" else None
     meters = run.start_meters("train_loss") if run else Meters(updater.device)
 
+    # Every print_freq steps the iterator prints a line, and calls run.report.
     for step, (imgs, _) in meters.log_every(loader, print_freq, epoch):
-        # Random masks are the model's own; others are noise whose order removes blocks or a grid.
+        # Without noise the model draws its own, uniformly; other masks are noise whose order removes blocks or a grid.
         noise = masking.noise(mask_sampling, len(imgs), grid, imgs.device) if grid else None
 
         with updater.micro_step(epoch, step, len(loader)):
@@ -54,7 +55,7 @@ def train_one_epoch(
 
         meters.update(loss=loss, lr=updater.lr)
         if run and skipped is not None:
-            run.after_update(step, skipped, meters)  # counts bad updates; saves on time or on a signal
+            run.after_update(step, skipped, meters)  # an update was made or skipped: save on time or on a signal
 
     if run:
         run.end_of_training(meters)

@@ -49,7 +49,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="checkpoint of any of the jobs, or anything --finetune reads")
-    add("--to", required=True, choices=("timm", "hf", "encoder", "onnx"), help="format to export, described above")
+    add("--to", required=True, choices=tuple(EXPORTERS), help="format to export, described above")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--model_ema", action="store_true", help="export the EMA of the weights")
     add("--license", default="unknown", help="licence of the weights, for the model card")

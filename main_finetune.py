@@ -200,11 +200,11 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = misc.Checkpoints(
         args.output_dir, "finetune", model, optimizer, scaler, vars(args), classes, ema.module if ema else None
     )
-    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, args.eval_freq), lr)
+    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, eval_freq=args.eval_freq), lr)
     if ema:
         dist.broadcast_from_rank0(ema.module.state_dict().values())  # as DDP does with the model
 
-    # Compile the blocks and wrap the model in DDP.
+    # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
     updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad, ema=ema)

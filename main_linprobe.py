@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume, or start afresh.
     checkpoints = misc.Checkpoints(args.output_dir, "linprobe", model, optimizer, scaler, vars(args), classes)
-    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, args.eval_freq), lrs[0])
+    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, eval_freq=args.eval_freq), lrs[0])
 
-    # Compile the blocks and wrap the model in DDP.
+    # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
     updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad)

@@ -51,7 +51,7 @@ def predict(
 
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
-    """Write the predictions (argv defaults to the command line's)."""
+    """Classify every image and write a CSV row for each (argv defaults to the command line's)."""
     args = get_args(argv)
     inference.check(args)
     files = inference.find(args.images)

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     transform = Crop(args.input_size, args.crop_scale)
     loader = loaders.train_loader(args.data_path, transform, pixels, loading, flat=True)
 
-    # Model.
+    # Model. A wrong --resume is found before anything heavy.
     source = misc.resolve_resume(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
 
@@ -89,9 +89,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume, or start afresh.
     checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))
-    run = Run.start(checkpoints, loader, source, options.run_settings(args, args.monitor_freq), lr)
+    run = Run.start(checkpoints, loader, source, options.run_settings(args, eval_freq=args.monitor_freq), lr)
 
-    # Compile the blocks and wrap the model in DDP.
+    # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
     model = dist.wrap(model, device, static=args.accum_iter == 1)
     updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad)

@@ -90,10 +90,10 @@ class Job:
 
 
 def job_flags(args: argparse.Namespace) -> list[str]:
-    """Return the job's flags, with its folder and --resume auto, after checking them now rather than when it starts.
+    """Check the job's flags before it is submitted, and return them with --output_dir and, to train, --resume auto.
 
     Raises:
-        UserError: They are wrong.
+        UserError: A flag is wrong, or would keep the job from resuming when it is queued again.
         SystemExit: argparse refuses them.
     """
     # A user's own --output_dir comes later, and counts.

@@ -145,13 +145,13 @@ class MaskedAutoencoderViT(nn.Module):
         """Keep a random subset of each image's patches: shuffle, then cut (section 3, "Simple implementation").
 
         Args:
-            x: Patches [N, L, D].
+            x: Patches [N, L, anything].
             mask_ratio: Share of the patches that is removed.
             noise: Sort keys [N, L]; the patches with the K smallest stay. None: drawn uniformly.
 
         Returns:
-            The visible patches [N, K, D] in the order of their noise, the mask [N, L] (1 = removed), and each patch's
-            rank by noise, ids_restore [N, L].
+            The visible patches [N, K, anything] in the order of their noise, the mask [N, L] (1 = removed), and
+            ids_restore [N, L], each patch's rank by noise.
         """
         N, L, _ = x.shape
         K = num_visible(L, mask_ratio)
@@ -180,7 +180,8 @@ class MaskedAutoencoderViT(nn.Module):
         if imgs.shape[2:] != self.patch_embed.img_size:
             raise ValueError(f"images are {tuple(imgs.shape[2:])}, the model is for {self.patch_embed.img_size}")
 
-        # Mask first: pixels of removed patches are never embedded.
+        # Mask first: pixels of removed patches are never embedded. The three results are the published interface, so
+        # that the indices of the visible patches are derived anew.
         patches, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)  # [N, K, p*p*C]
         ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1]]
 

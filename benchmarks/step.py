@@ -432,7 +432,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
 
 
 def print_table(args: argparse.Namespace, result: dict) -> None:
-    """Print the result of `measure`."""
+    """Print a heading, and a line per implementation: images per second, TFLOP/s, share of the peak, memory."""
     peak = ", ".join(
         f"{name} {value:.3g} (highest {result['highest_tflops'][name]:.3g})"
         for name, value in result["peak_tflops"].items()

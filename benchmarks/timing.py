@@ -82,7 +82,7 @@ def spread(values: list[float]) -> float:
 
 
 def link_images(source: Path, target: Path, images: int) -> None:
-    """Fill a folder with links to the images of another, all of them as often as it takes to reach a number.
+    """Link every image of a folder into another, the whole set again and again until there are enough links.
 
     Args:
         source: Folder of images, a folder per class.

@@ -69,7 +69,7 @@ def steps(result: dict) -> str:
 
 
 def trainings(result: dict) -> str:
-    """Return the table of a whole training run beside its step alone, which shows what loading costs."""
+    """Return a Markdown table of a step alone and of a whole training run, which shows what loading costs."""
     step, run = result["rows"]
     title = f"{STEPS[result['job']]}, {result['model']}, batch {result['batch_size']}, {result['num_workers']} workers"
     rows = [

@@ -129,9 +129,35 @@ def hang(rank: int, first: int) -> None:
     models_mae.MaskedAutoencoderViT.forward = waiting
 
 
+def dump_ranks(folder: Path) -> None:
+    """After each epoch of training, store the rank's parameters, means and next random number."""
+    for script in (main_pretrain, main_finetune, main_linprobe):
+        script.train_one_epoch = _dumping(script.train_one_epoch, folder)
+
+
+def _dumping(train, folder):
+    def train_and_dump(model, *args, **kwargs):
+        stats = train(model, *args, **kwargs)
+        rank = torch.distributed.get_rank()
+        state = {"model": model.module.state_dict(), "stats": stats, "next": torch.rand(1)}
+        torch.save(state, Path(folder) / f"rank{rank}.pt")
+        return stats
+
+    return train_and_dump
+
+
 FAULTS = {
     f.__name__: f
-    for f in (hang, kill_while_writing, kill_after_rename, kill_after_log_line, fill_disk, nan_loss, slow_steps)
+    for f in (
+        dump_ranks,
+        fill_disk,
+        hang,
+        kill_after_log_line,
+        kill_after_rename,
+        kill_while_writing,
+        nan_loss,
+        slow_steps,
+    )
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import faults
 import pytest
 import torch
 from conftest import link_images
@@ -112,47 +113,25 @@ def test_too_small_a_head_names_the_flag_to_pass(images, tmp_path):
         main_finetune.main(flags(FINETUNE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, nb_classes=3))
 
 
-DUMP = """
-import sys, torch
-name, out = sys.argv[1:3]
-script = __import__(f"main_{name}")
-train = script.train_one_epoch
-
-def train_and_dump(model, *args, **kwargs):
-    stats = train(model, *args, **kwargs)
-    rank = torch.distributed.get_rank()
-    torch.save({"model": model.module.state_dict(), "stats": stats, "next": torch.rand(1)}, f"{out}/rank{rank}.pt")
-    return stats
-
-script.train_one_epoch = train_and_dump
-script.main(sys.argv[3:])
-torch.distributed.destroy_process_group()
-"""
+def run_ranks(job, argv, folder, fault=()):
+    """Run a job on two ranks to its end, as a launcher would start them; return what both printed."""
+    processes = faults.start_ranks(job, argv, folder / "out", fault)
+    codes = [faults.exit_code(process) for process in processes]
+    output = "".join((folder / f"out-{rank}").read_text() for rank in (0, 1))
+    assert codes == [0, 0], output[-3000:]
+    return output
 
 
 @pytest.mark.parametrize("job", MAINS)
-def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp_path, script):
+def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp_path):
     """The parameters agree after training with accumulation, though masks and mixup differ between the ranks."""
-    (tmp_path / "dump.py").write_text(DUMP)
     published = {
         "pretrain": f"{PRETRAIN} {SMALL} --model mae_vit_demo_patch4",
         "finetune": f"{FINETUNE} {SMALL_VIT} --finetune {pretrained}",
         "linprobe": f"{PROBE} {SMALL_VIT} --finetune {pretrained}",
     }[job]
-    done = script(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        2,
-        tmp_path / "dump.py",
-        job,
-        tmp_path,
-        *flags(published, data_path=images, output_dir=tmp_path, epochs=2, batch_size=8, accum_iter=2),
-        PYTHONPATH=".",
-        OMP_NUM_THREADS="1",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    argv = flags(published, data_path=images, output_dir=tmp_path, epochs=2, batch_size=8, accum_iter=2)
+    output = run_ranks(job, argv, tmp_path, ("dump_ranks", tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     # A probe's BatchNorm follows each rank's own images until DDP next takes rank 0's.
     names = [name for name in ranks[0]["model"] if not name.startswith("head.0.")]
@@ -160,11 +139,11 @@ def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp
     assert ranks[0]["stats"] == ranks[1]["stats"] and ranks[0]["next"] != ranks[1]["next"]
     before = torch.load(pretrained, weights_only=True)["model"] if job != "pretrain" else {}
     assert job == "linprobe" or not torch.equal(ranks[0]["model"]["cls_token"], before.get("cls_token", torch.zeros(1)))
-    assert len(log_lines(tmp_path)) == 2 and done.stdout.count("trained 2 epochs") == 1
+    assert len(log_lines(tmp_path)) == 2 and output.count("trained 2 epochs") == 1
 
 
 @pytest.mark.parametrize("share", ["", "--dist_eval"])
-def test_evaluation_counts_every_image_once_on_two_processes(share, images, pretrained, tmp_path, script, capsys):
+def test_evaluation_counts_every_image_once_on_two_processes(share, images, pretrained, tmp_path, capsys):
     """The closing line for 29 images on 2 ranks is that of one process, with and without --dist_eval."""
     main_linprobe.main(flags(PROBE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, finetune=pretrained))
     # 29 images, a number that 2 ranks cannot share equally.
@@ -183,19 +162,17 @@ def test_evaluation_counts_every_image_once_on_two_processes(share, images, pret
     capsys.readouterr()
     main_linprobe.main(words)
     expected = capsys.readouterr().out.splitlines()[-1]
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "main_linprobe.py", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line for line in done.stdout.splitlines() if line.startswith("* Acc@1")] == [expected]
+    output = run_ranks("linprobe", words, tmp_path)
+    assert [line for line in output.splitlines() if line.startswith("* Acc@1")] == [expected]
 
 
-def test_the_ema_is_the_same_on_all_ranks(images, tmp_path, script):
+def test_the_ema_is_the_same_on_all_ranks(images, tmp_path, capsys):
     """Two ranks that evaluate the EMA, each on its share, get the loss that one process gets from the checkpoint."""
     average = "--model_ema --model_ema_decay 0.9 --dist_eval --amp off"
     words = flags(average, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1)
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "main_finetune.py", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = script("main_finetune.py", *words, "--eval", "--resume", tmp_path / "checkpoint-0.pth")
-    assert f"loss {log_lines(tmp_path)[-1]['test_ema_loss']:.3f}" in done.stdout.splitlines()[-1]
+    run_ranks("finetune", words, tmp_path)
+    main_finetune.main([*map(str, words), "--eval", "--resume", str(tmp_path / "checkpoint-0.pth")])
+    assert f"loss {log_lines(tmp_path)[-1]['test_ema_loss']:.3f}" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_scripts_run_as_commands(images, pretrained, tmp_path, script):

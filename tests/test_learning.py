@@ -51,6 +51,7 @@ def test_masked_predictions_differ_between_patches():
     assert spread_of_masked_predictions(zero_positions=False) >= 0.2
 
 
+@pytest.mark.slow
 def test_without_positions_they_would_not():
     """Without position embeddings the same measurement fails, which shows that it can."""
     with pytest.raises(AssertionError):

@@ -152,11 +152,11 @@ class BadSteps:
         self.tripped = self.tripped | (self.streak >= self.limit + self.absorbed)
 
     def read(self) -> tuple[int, int, bool]:
-        """Return the count and start it anew; waits for the device.
+        """Return what was counted, and start the count again; waits for the device.
 
         Returns:
-            The number of skipped updates since the last call, the batch of the first one, and whether the limit was
-            reached.
+            The number of skipped updates since the last call, beyond those that fp16 absorbs, the batch of the first
+            one, and whether the limit was reached.
         """
         count, first = self.count.item(), self.first.item()
         self.count = torch.zeros_like(self.count)

@@ -43,7 +43,10 @@ class RunSettings:
 
 
 class Run:
-    """One run of a job: its loop over epochs, its reports, its checkpoints, and the reasons to stop it."""
+    """A run of a job: `start` resumes or begins it, `fit` loops over its epochs, and the engines report to it.
+
+    An engine calls `start_meters` before its loop, `after_update` after every update, `end_of_training` after the loop.
+    """
 
     def __init__(
         self,
@@ -86,10 +89,10 @@ class Run:
 
     @property
     def first_step(self) -> int:
-        """Batches of the epoch that are done already.
+        """Return the number of batches of the epoch that are done already.
 
-        An update ends in the midst of an accumulation group only at an epoch's end: then all batches are done, though
-        on another number of ranks one or two more would fit in.
+        Runs are saved after updates. So a position within an accumulation group is the end of an epoch that a run with
+        another number of ranks has trained: all batches are done, though here one or two more would fit in.
         """
         done = self.position.images // self.checkpoints.images_per_step
         return len(self.loader) if done % self.checkpoints.args["accum_iter"] else done
@@ -113,7 +116,8 @@ class Run:
         if len(self.position.rng) > dist.rank():
             set_rng_state(self.position.rng[dist.rank()])
         if self.checkpoints.goes_back:
-            # Or --resume auto, if this run were killed, would take a later checkpoint of the folder.
+            # The run restarts from an older checkpoint: save now, so that --resume auto, if this run is killed, does
+            # not take one of the later checkpoints that it abandons.
             self.checkpoints.save(self.position, whole_epoch=False)
 
         with Requests(self.settings.save_minutes) as self.requests:
@@ -137,7 +141,7 @@ class Run:
         position = self.position
         position.images = len(self.loader) * self.checkpoints.images_per_step
         try:
-            # Rank 0's figures for all: or roundings would part the ranks, and what follows must agree.
+            # Rank 0's figures for all: with their own, rounded differently, ranks could decide differently.
             stats = dist.gather(evaluate(position.epoch, self.poll))[0]
         except (UserError, OSError) as error:
             if isinstance(error, UserError) or dist.world_size() == 1:  # every rank's error
@@ -172,8 +176,10 @@ class Run:
         """
 
         def on_report(step: int, steps: int, means: Stats, not_finite: list[int], speed: Stats) -> None:
+            # Whatever the engine puts into its meters goes to TensorBoard, the loss under its published name.
+            figures = {loss_tag if name == "loss" else name: value for name, value in means.items()}
             timed = {f"speed/{name}": value for name, value in speed.items()}
-            self.log.scalars(self.position.epoch + step / steps, {loss_tag: means["loss"], "lr": means["lr"], **timed})
+            self.log.scalars(self.position.epoch + step / steps, figures | timed)
             self.report(step, not_finite)
 
         return Meters(
@@ -186,7 +192,7 @@ class Run:
         )
 
     def after_update(self, step: int, skipped: Tensor, meters: Meters) -> None:
-        """Count a skipped update, and save where it is time to, after the update that ends at batch `step`.
+        """Note whether the update that ends at batch `step` was skipped, and save if it is time to.
 
         Raises:
             Stopped: On a signal, after saving.
@@ -204,11 +210,11 @@ class Run:
         self.data_wait = meters.waited / max(meters.elapsed, 1e-9)
 
     def report(self, step: int, not_finite: list[int]) -> None:
-        """Say, at a logging step, which updates were skipped and which images are unreadable.
+        """Warn of skipped updates and unreadable images since the last report; all ranks must call.
 
         Args:
             step: Batch of the epoch.
-            not_finite: Losses that were not finite since the last report, by rank.
+            not_finite: Number of losses that were not finite since the last report, by rank.
 
         Raises:
             FloatingPointError: Too many updates in a row were skipped; on all ranks.
@@ -235,7 +241,7 @@ class Run:
         found = int(dist.sum_over_ranks([float(images.bad.sum())], device)[0])
         if found == self.known_bad:
             return
-        # The loader's processes go on marking: what is decided here is decided by the same marks on every rank.
+        # Loader processes may mark more images meanwhile: every rank decides on one snapshot, shared by all.
         marked = dist.max_over_ranks(images.bad.clone(), device)
         images.bad |= marked  # so that each is named once
         bad, total = int(marked.sum()), len(images)

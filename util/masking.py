@@ -56,7 +56,9 @@ def noise(
         # [h, w]: 0, 2 over 3, 1. Computed, since copying a table to the GPU would wait for it.
         rank = 2 * (odd_row ^ odd_column) + odd_row
         return rank.flatten() + uniform
-    return uniform - _first_block(N, rows, columns, uniform.dtype, generator)
+    if kind == "block":
+        return uniform - _first_block(N, rows, columns, uniform.dtype, generator)
+    raise ValueError(f"unknown kind of masks: {kind}")
 
 
 def _first_block(

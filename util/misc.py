@@ -76,7 +76,7 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run in output_dir; without output_dir nothing is written.
+    """The checkpoints of one run in output_dir: saved, pruned, and resumed from. Without output_dir nothing is written.
 
     All ranks call its methods, and rank 0 writes.
     """
@@ -98,8 +98,8 @@ class Checkpoints:
             output_dir: Folder of the run; "": write nothing.
             job: "pretrain", "finetune" or "linprobe".
             model: The model, without DDP.
-            optimizer: Over its parameters.
-            scaler: Mixed precision.
+            optimizer: Optimiser of the model's parameters.
+            scaler: Loss scaler of the precision.
             args: The run's flags; args["model"] is the model's name, and args["keep"] the number of epoch checkpoints
                 that stay (None: all).
             class_to_idx: The classes of a classifier.
@@ -357,7 +357,7 @@ def _schedule(args: dict) -> dict[str, object]:
 
 
 def is_inside(source: str, folder: str | Path) -> bool:
-    """Return whether a checkpoint, or a link to it, lies directly in a folder."""
+    """Return whether a path lies directly in a folder, as given or with links resolved; False for "" and addresses."""
     if not source or is_url(source):
         return False
     return Path(folder).resolve() in (Path(source).parent.resolve(), Path(source).resolve().parent)

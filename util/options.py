@@ -476,7 +476,7 @@ def _augmentation_problems(args: argparse.Namespace) -> list[str]:
 
 
 def _sweep_problems(args: argparse.Namespace) -> list[str]:
-    """Return the flags that don't go with several learning rates, each of which trains a head of its own."""
+    """Return a message for each flag that doesn't go with several --blr, each of which trains a head of its own."""
     problems = []
     if args.lr is not None:
         problems.append("--lr gives one learning rate, --blr several: omit one of them")

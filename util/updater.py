@@ -40,7 +40,8 @@ class Updater:
         skipped = updater.backward(loss)                # None inside an accumulation group
 
     A batch's loss is divided by the number of batches in its accumulation group. An update whose gradients are not
-    finite changes nothing: neither weights, nor the optimizer's state, nor buffers (a probe's BatchNorm statistics).
+    finite changes nothing: neither weights, nor the optimiser's state, nor buffers (a probe's BatchNorm statistics).
+    The EMA counts it as an update all the same.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class Updater:
 
         Args:
             model: The model that is trained, in DDP where there are several ranks.
-            optimizer: Over its parameters.
+            optimizer: Optimiser of its parameters.
             schedule: Sets the learning rate at the start of every accumulation group.
-            scaler: Mixed precision.
+            scaler: Loss scaler of the precision.
             accum_iter: Batches per update.
             clip_grad: Largest norm of all gradients together; None: no clipping.
             ema: EMA of the weights, updated after every update of the weights.
@@ -68,6 +69,7 @@ class Updater:
         self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
         self.accum_iter, self.clip_grad, self.ema = accum_iter, clip_grad, ema
         self.lr = 0.0
+        self.part = MicroStep(1, first=True, last=True)
         self.device = next(model.parameters()).device
         self._buffers = list(model.buffers())
         self._buffers_before: list[Tensor] = []
@@ -75,16 +77,20 @@ class Updater:
 
     @contextmanager
     def micro_step(self, epoch: int, step: int, steps: int) -> Iterator[None]:
-        """Prepare for batch `step` of `steps`; within the context the model's forward pass runs under autocast."""
+        """Prepare for batch `step` of an epoch of `steps` batches, and run its forward pass under autocast.
+
+        At the start of an accumulation group the learning rate is set.
+        """
         self.part = split_into_groups(step, steps, self.accum_iter)
         if self.part.first:
             self.lr = self.schedule.apply(self.optimizer, epoch + step / steps)
             self._buffers_before = [buffer.clone() for buffer in self._buffers]
+        # DDP decides in the forward pass whether this backward pass exchanges gradients.
         with dist.grad_sync(self.model, self.part.last), self.scaler.autocast():
             yield
 
     def backward(self, loss: Tensor) -> Tensor | None:
-        """Add the loss's gradients, and at the end of an accumulation group update the weights.
+        """Add the loss's gradients, and at the end of an accumulation group clip them and update the weights.
 
         Returns:
             Whether the update was skipped, a boolean tensor on the device, for which nothing has waited; None within

@@ -184,7 +184,7 @@ def comparable(value: object) -> object:
 def _refuse_misfits(
     source: str, checkpoint: dict, model: nn.Module, args: dict, missing: set[str], surplus: set[str]
 ) -> None:
-    """Raise UserError if keys are missing or surplus, or shapes differ, with file and model described side by side.
+    """Check that a file's weights fit a model.
 
     Args:
         source: Name of the checkpoint.
@@ -193,6 +193,9 @@ def _refuse_misfits(
         args: The run's flags.
         missing: Keys that the model needs and the file lacks.
         surplus: Keys of the file that the model has no place for.
+
+    Raises:
+        UserError: Keys are missing or surplus, or shapes differ; it describes file and model side by side.
     """
     # Keys that both sides have may still differ in shape.
     state, model_state = checkpoint["model"], model.state_dict()

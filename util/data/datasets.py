@@ -88,7 +88,7 @@ class Images(ImageFolder):
 
 
 def _has_images(folder: str | Path) -> bool:
-    """Return whether images lie in the folder itself, rather than in its subfolders."""
+    """Return whether the folder itself holds an image; its subfolders are not searched."""
     return any(is_image(entry.name) and entry.is_file() for entry in os.scandir(folder))
 
 
@@ -184,7 +184,7 @@ class TrainImages(Dataset):
 
 
 def _choose_per_class(images: Images, seed: int, fraction: float) -> np.ndarray:
-    """Choose the same random share of every class, at least one image each; return sorted indices."""
+    """Choose a random share of each class's images, at least one of each; return their sorted indices."""
     # A stable sort of the shuffled images by class leaves every class's images together, in random order.
     shuffled = np.random.default_rng(seed).permutation(len(images))
     by_class = shuffled[np.argsort(images.targets[shuffled], kind="stable")]

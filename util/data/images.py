@@ -145,9 +145,9 @@ def _decode_image(data: bytes, exif: bool, channels: int) -> np.ndarray:
 
 
 def _is_plain_jpeg(data: bytes, exif: bool) -> bool:
-    """Return whether simplejpeg may decode a file: JPEGs only, without those whose handling is left to Pillow.
+    """Return whether simplejpeg is to decode a file: a JPEG in YCbCr or grey, within Pillow's limit of pixels.
 
-    These are CMYK images, images to be turned by their EXIF orientation, huge ones, and broken headers.
+    With exif it must need no turning, either. Pillow decodes all others, and everything where simplejpeg is missing.
     """
     if not simplejpeg or data[:3] != b"\xff\xd8\xff":
         return False
@@ -217,7 +217,11 @@ def _stack_pages(img: Image.Image, channels: int) -> np.ndarray:
 
 
 def _from_numpy(values: np.ndarray, channels: int) -> np.ndarray:
-    """Bring the array of a .npy file to [H, W, C] and to the scale of pixels."""
+    """Bring the array of a .npy file to [H, W, channels], its values as `_scale` returns them.
+
+    Raises:
+        WrongChannels: It has another number of channels.
+    """
     if values.ndim == 2 and channels == 1:
         values = values[..., None]
     if values.ndim == 3 and values.shape[2] != channels and values.shape[0] == channels:

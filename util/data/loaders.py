@@ -39,9 +39,10 @@ class Loading:
 
 
 class EpochSampler(Sampler):
-    """Sampler of this rank's (epoch, index) in the complete batches of an epoch, starting at any batch.
+    """Sampler of the keys (epoch, index) of the images that this rank loads in an epoch: shuffled, full batches only.
 
-    Batch k of all ranks together is the k-th stretch of the epoch's order, whatever the number of ranks. By hand since
+    An epoch can start at any of its batches; its length counts them all. Batch k of all ranks together is the k-th
+    stretch of the epoch's order, whatever the number of ranks, if they share the same effective batch. By hand since
     torch's DistributedSampler always starts at the first batch, and repeats images to make the ranks' shares equal.
     """
 
@@ -85,7 +86,7 @@ class Normalise:
         self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in (pixels.mean, pixels.std))
 
     def __call__(self, imgs: Tensor) -> Tensor:
-        """Send images [N, C, H, W], of 8 bits or float32 from 0 to 1, to the device and normalise them."""
+        """Return images [N, C, H, W] on the device as (x - mean) / std; 8 bits are divided by 255 first."""
         imgs = imgs.to(self.mean.device, non_blocking=True)
         if imgs.dtype == torch.uint8:
             imgs = imgs.float() / 255

@@ -85,7 +85,7 @@ def to_size(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 
 class Crop:
-    """Random crop and flip, the augmentation of pre-training and, with one_draw, of linear probing.
+    """Random crop and flip: the augmentation of pre-training, with one_draw of probing, and of what timm can't augment.
 
     Takes an array [H, W, C] to a tensor [C, *size] of the same type, 8 bits or float32. Only the crop is resized, not
     the whole image.
@@ -97,7 +97,7 @@ class Crop:
         Args:
             size: Height and width of the result in pixels, or one number for both.
             scale: Bounds of the crop's share of the image's area.
-            one_draw: Draw one box and clip it to the image, instead of drawing until one fits.
+            one_draw: Draw one box and clip it to the image, instead of up to ten until one fits and then the middle.
         """
         self.size, self.scale, self.one_draw = to_2tuple(size), scale, one_draw
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from util.distributed import dist
 
-# Called at every logging step with (step, steps, means of the window, values that were not finite by rank, speed).
+# Called at every logging step with (step, steps, means of the window, losses that were not finite by rank, speed).
 Report = Callable[[int, int, dict[str, float], list[int], dict[str, float]], None]
 
 
@@ -19,7 +19,7 @@ class Meters:
     """Means over the window since the last report and over the whole epoch, over all ranks.
 
     Values stay on their device until a report reads them, so that a step need not wait for the device. Values that
-    are not finite are left out of the means and counted, by rank.
+    are not finite are left out of the means; losses that are not finite are counted, by rank.
     """
 
     def __init__(
@@ -56,17 +56,18 @@ class Meters:
             if isinstance(value, Tensor):
                 value = value.detach().float()
                 finite = torch.isfinite(value)
-                self._not_finite = self._not_finite + ~finite
+                if name == "loss":
+                    self._not_finite = self._not_finite + ~finite
                 self._window[name] = (total + torch.where(finite, value, 0.0), count + finite)
             else:
                 self._window[name] = (total + value, count + 1)
 
     def window(self) -> tuple[dict[str, float], list[int]]:
-        """Close the window: return its means over all ranks, and how many values were not finite on each rank.
+        """Close the window: return its means over all ranks, and how many losses were not finite on each rank.
 
         All ranks must call; waits for the device.
         """
-        # One exchange for everything: the sums and counts, and a slot per rank for the values that were not finite.
+        # One exchange for everything: the sums and counts, and a slot per rank for the losses that were not finite.
         names = list(self._window)
         flat = [float(x) for name in names for x in self._window[name]]
         by_rank = [0.0] * dist.world_size()
@@ -83,7 +84,7 @@ class Meters:
         return means, [int(count) for count in flat[2 * len(names) :]]
 
     def totals_so_far(self) -> dict[str, list[float]]:
-        """Return the epoch's sums and counts, those of the open window included; all ranks must call."""
+        """Return [sum, count] of each figure for the epoch so far, and leave the window open; all ranks must call."""
         window, totals, not_finite = self._window, self.totals, self._not_finite
         self.totals = {name: list(pair) for name, pair in totals.items()}
         self.window()

@@ -52,7 +52,7 @@ class Monitor:
         self.pictured: tuple[Tensor, list[str]] | None = None  # images [N, C, H, W] and their names, loaded once
 
     def __call__(self, model: nn.Module, epoch: int, poll: Callable[[], None]) -> dict[str, float]:
-        """Measure the model, and save a picture of reconstructions.
+        """Measure the model, print the figures, and save a picture of reconstructions; the model is left in eval mode.
 
         Args:
             model: The autoencoder, in DDP where there are several ranks.
@@ -60,7 +60,7 @@ class Monitor:
             poll: Called once per batch, on all ranks equally often.
 
         Returns:
-            The loss on val, and the k-NN accuracy in per cent if there are several classes; nothing without val.
+            "loss" on val, and "knn", the k-NN accuracy in per cent, if there are several classes; {} without val.
         """
         model = dist.unwrap(model).eval()
         with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
