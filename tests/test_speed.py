@@ -13,6 +13,7 @@ import main_linprobe
 import models_mae
 import models_vit
 from util import speed
+from util.distributed import dist
 
 CPU = torch.device("cpu")
 ENCODER = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -171,3 +172,13 @@ def test_each_head_of_a_sweep_ends_as_it_would_alone(images, tmp_path, capsys):
         assert together[f"test_loss_blr{rate:g}"] == pytest.approx(alone["test_loss"], rel=1e-5)
     assert together["test_acc1"] == max(together[f"test_acc1_blr{rate:g}"] for rate in rates)
     assert not torch.allclose(heads["head.1.heads.0.weight"], heads["head.1.heads.2.weight"], atol=1e-3)
+
+
+def test_only_preparing_a_model_changes_the_allocator(monkeypatch):
+    """Joining the other processes does not."""
+    calls = []
+    monkeypatch.setattr(speed, "keep_freed_memory", lambda: calls.append(1))
+    dist.init("cpu", 0)
+    assert not calls
+    speed.prepare(autoencoder(), CPU, "off", "auto", False, False)
+    assert calls
