@@ -34,7 +34,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """Asymmetric autoencoder: a ViT encodes the visible patches, a small ViT predicts the pixels of the removed ones.
+    """Asymmetric autoencoder: a ViT encodes the visible patches, a small ViT decodes all and learns the removed ones.
 
     Parameter names are those of the released weights. `config` holds the constructor's arguments, so that a checkpoint
     can tell how to build its model.
@@ -172,7 +172,8 @@ class MaskedAutoencoderViT(nn.Module):
             noise: As in `random_masking`.
 
         Returns:
-            The latent tokens [N, 1+K, D], class token first, the mask [N, L] and ids_restore [N, L].
+            The latent tokens [N, 1+K, D], class token first, then the visible patches in the order of their noise, the
+            mask [N, L] and ids_restore [N, L].
 
         Raises:
             ValueError: The images are not of the model's size.

@@ -360,7 +360,7 @@ def time_rows(
 
 
 def summarise(name: str, row: Row, times: list[float], batch_size: int, work: float, peak: float) -> dict:
-    """Return the entry of a row in the JSON file.
+    """Turn a row's step times into images/s, TFLOP/s, share of the peak, spread and memory, for the JSON file.
 
     Args:
         name: Name of the row.
@@ -384,7 +384,7 @@ def summarise(name: str, row: Row, times: list[float], batch_size: int, work: fl
 
 
 def measure(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Run the whole benchmark.
+    """Time every row's training step, and matrix products, by turns.
 
     Args:
         args: Flags of this script.

@@ -43,14 +43,14 @@ def step_rate(args: argparse.Namespace, folder: Path) -> float:
 
 
 def run_rates(args: argparse.Namespace, folder: Path) -> list[tuple[float, float]]:
-    """Measure a whole run of one epoch.
+    """Run one epoch of main_JOB.py on linked images, and read its speed from the lines that it prints.
 
     Args:
         args: Flags of this script.
         folder: Temporary folder for the linked images and the run's output.
 
     Returns:
-        Images per second and data_wait of each window.
+        Images per second and data_wait of each window of 20 steps, without the first two and the last.
     """
     # Three windows more than are measured: the first two and the last, which may be short.
     link_images(args.data_path / "train", folder / "train", WINDOW * (3 + args.windows) * args.batch_size)

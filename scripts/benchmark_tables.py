@@ -112,7 +112,7 @@ def tuning(result: dict) -> str:
 
 
 def masking(result: dict) -> str:
-    """Return the paper's Table 2: what leaving out the masked patches in the encoder saves."""
+    """Return a Markdown table of what leaving masked patches out of the encoder saves, beside the paper's Table 2."""
     names = {"tokens": "mask tokens through the encoder", "8": "MAE, 8-block decoder", "1": "MAE, 1-block decoder"}
     rows = [
         [

@@ -47,7 +47,7 @@ def bf16_is_faster_on_cpu() -> bool:
 
 
 class LossScaler:
-    """Mixed precision of a run: autocast, the loss scaling that fp16 needs, clipping, and the optimiser's step.
+    """Mixed precision of a run: autocast, fp16's loss scaling, clipping, and steps that skip non-finite gradients.
 
     `state_dict` is that of torch's GradScaler: empty unless the precision is fp16.
     """

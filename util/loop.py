@@ -210,7 +210,9 @@ class Run:
         self.data_wait = meters.waited / max(meters.elapsed, 1e-9)
 
     def report(self, step: int, not_finite: list[int]) -> None:
-        """Warn of skipped updates and unreadable images since the last report; all ranks must call.
+        """Warn of updates skipped since the last report and, if there are new ones, of all unreadable images.
+
+        All ranks must call.
 
         Args:
             step: Batch of the epoch.

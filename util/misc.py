@@ -36,7 +36,7 @@ from util.rng import get_rng_state
 
 # Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
-# Flags that may change when a run is resumed: they do not decide which updates are computed.
+# Flags whose change is not worth a line when a run is resumed: they do not decide which updates are computed.
 NEUTRAL_FLAGS = {
     *("resume", "resume_override", "overwrite", "start_epoch", "eval"),  # how the run starts
     *("output_dir", "log_dir", "save_freq", "keep", "save_minutes", "monitor_freq"),  # its files
@@ -309,7 +309,7 @@ class Checkpoints:
             self.scaler.use(checkpoint["amp"])
 
     def _compare(self, source: str, stored_args: dict, override: bool) -> bool:
-        """List the flags that differ from the checkpoint's; refuse those that change the schedule.
+        """Print the flags that differ from the checkpoint's; without override refuse those that change the schedule.
 
         Args:
             source: The checkpoint, for the messages.

@@ -49,8 +49,9 @@ def random_box(
     """Draw the box of a random crop: area uniform, aspect ratio log-uniform in 3/4 to 4/3, position uniform.
 
     Like torchvision's RandomResizedCrop, draw again until the box fits into the image, and after 10 draws take the
-    middle of the image. By hand since torchvision draws tensors, which takes 0.1 ms, and has no crop like probing's,
-    which clips the first box to the image, so that wide crops of narrow images are kept.
+    largest box of an allowed aspect ratio, from the middle. By hand since torchvision draws tensors, which takes
+    0.1 ms, and has no crop like probing's, which clips the first box to the image, so that wide crops of narrow images
+    are kept.
 
     Args:
         height: Height of the image in pixels.
@@ -126,7 +127,7 @@ class CentreCrop:
 
         Args:
             size: Height and width of the result in pixels, or one number for both.
-            crop_pct: Share of the resized image's height and width to keep; None: as in default_crop_pct.
+            crop_pct: Share that is kept of the side that just covers; None: as in default_crop_pct.
         """
         size = to_2tuple(size)
         pct = crop_pct or default_crop_pct(size)

@@ -90,7 +90,7 @@ def _join_process_group(backend: str, dist_url: str, timeout: timedelta) -> None
 
 
 def _agree_on_prefix(store: td.Store, own_rank: int, world: int, timeout: timedelta) -> str:
-    """Return a prefix for keys on which exactly the processes agree that are alive now.
+    """Agree with all living ranks on a prefix for the store's keys that no dead process's keys can carry.
 
     torchrun's store outlives its restarts. Neither the store nor the number of restarts, which a node that comes back
     counts from 0 again, tells a living process's keys from a dead one's. So each rank publishes a random token that

@@ -88,7 +88,7 @@ class Requests:
 def shield_worker() -> None:
     """Keep a loader process alive when a signal goes to the whole process group, so that the run can save.
 
-    It still ends when its parent sends SIGTERM.
+    It still ends when its parent sends SIGTERM. On macOS nothing is changed.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
