@@ -11,7 +11,7 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import options, speed
+from util import misc, options, speed
 from util.errors import UserError
 
 JOBS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
@@ -275,3 +275,9 @@ def test_a_full_gpu_is_a_message_that_says_what_to_lower(refusal):
     assert refusal(main) == (
         "error: rank 0: CUDA out of memory. Halve --batch_size and double --accum_iter, or add --grad_checkpoint\n"
     )
+
+
+def test_every_flag_with_a_range_or_a_rule_on_resuming_is_some_jobs_flag():
+    known = {name for job in JOBS.values() for name in vars(job.get_args([]))}
+    ranged = {name for _, names in options.FLAGS_BY_RANGE for name in names.split()}
+    assert ranged <= known and misc.NEUTRAL_FLAGS | set(misc.SCHEDULE) <= known
