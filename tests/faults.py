@@ -235,3 +235,12 @@ def exit_code(process, timeout: float = 120) -> int:
         process.join()
         raise TimeoutError(f"still running after {timeout} s")
     return process.exitcode
+
+
+def run_ranks(job: str, argv: list[str], folder: Path, faults: tuple = (), world: int = 2) -> str:
+    """Run a job on several ranks to its end, as a launcher would start them; return what all of them printed."""
+    processes = start_ranks(job, argv, folder / "out", faults, world)
+    codes = [exit_code(process) for process in processes]
+    output = "".join((folder / f"out-{rank}").read_text() for rank in range(world))
+    assert codes == [0] * world, output[-3000:]
+    return output

@@ -113,15 +113,6 @@ def test_too_small_a_head_names_the_flag_to_pass(images, tmp_path):
         main_finetune.main(flags(FINETUNE, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1, nb_classes=3))
 
 
-def run_ranks(job, argv, folder, fault=()):
-    """Run a job on two ranks to its end, as a launcher would start them; return what both printed."""
-    processes = faults.start_ranks(job, argv, folder / "out", fault)
-    codes = [faults.exit_code(process) for process in processes]
-    output = "".join((folder / f"out-{rank}").read_text() for rank in (0, 1))
-    assert codes == [0, 0], output[-3000:]
-    return output
-
-
 @pytest.mark.parametrize("job", MAINS)
 def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp_path):
     """The parameters agree after training with accumulation, though masks and mixup differ between the ranks."""
@@ -131,7 +122,7 @@ def test_two_processes_end_with_the_same_parameters(job, images, pretrained, tmp
         "linprobe": f"{PROBE} {SMALL_VIT} --finetune {pretrained}",
     }[job]
     argv = flags(published, data_path=images, output_dir=tmp_path, epochs=2, batch_size=8, accum_iter=2)
-    output = run_ranks(job, argv, tmp_path, ("dump_ranks", tmp_path))
+    output = faults.run_ranks(job, argv, tmp_path, ("dump_ranks", tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     # A probe's BatchNorm follows each rank's own images until DDP next takes rank 0's.
     names = [name for name in ranks[0]["model"] if not name.startswith("head.0.")]
@@ -162,7 +153,7 @@ def test_evaluation_counts_every_image_once_on_two_processes(share, images, pret
     capsys.readouterr()
     main_linprobe.main(words)
     expected = capsys.readouterr().out.splitlines()[-1]
-    output = run_ranks("linprobe", words, tmp_path)
+    output = faults.run_ranks("linprobe", words, tmp_path)
     assert [line for line in output.splitlines() if line.startswith("* Acc@1")] == [expected]
 
 
@@ -170,7 +161,7 @@ def test_the_ema_is_the_same_on_all_ranks(images, tmp_path, capsys):
     """Two ranks that evaluate the EMA, each on its share, get the loss that one process gets from the checkpoint."""
     average = "--model_ema --model_ema_decay 0.9 --dist_eval --amp off"
     words = flags(average, SMALL_VIT, data_path=images, output_dir=tmp_path, epochs=1)
-    run_ranks("finetune", words, tmp_path)
+    faults.run_ranks("finetune", words, tmp_path)
     main_finetune.main([*map(str, words), "--eval", "--resume", str(tmp_path / "checkpoint-0.pth")])
     assert f"loss {log_lines(tmp_path)[-1]['test_ema_loss']:.3f}" in capsys.readouterr().out.splitlines()[-1]
 

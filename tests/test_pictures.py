@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import faults
 import numpy as np
 import pytest
 import torch
@@ -162,22 +163,20 @@ def test_monitors_repeat_and_the_fixed_mask_loss_falls(pretrained, images, tmp_p
     assert "test_loss" not in log_lines(tmp_path)[-1]
 
 
-def test_fixed_mask_loss_is_the_same_for_one_and_two_ranks(pretrained, images, tmp_path, script):
+def test_fixed_mask_loss_is_the_same_for_one_and_two_ranks(pretrained, images, tmp_path):
     """A learning rate of 0 leaves the weights alone, so that two evaluations of each run must agree, too."""
     words = [*PRETRAIN.replace("--lr 3e-3", "--lr 0").split(), "--data_path", str(images), "--epochs", "2"]
     words += ["--monitor_freq", "1", "--norm_pix_loss", "--resume_override"]
-    torchrun, results = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"], []
+    results = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        launcher = torchrun if ranks == 2 else []
         batch = ["--batch_size", str(16 // ranks)]
         weights = tmp_path / "weights.pth"
         torch.save({"model": torch.load(pretrained / "checkpoint-5.pth")["model"]}, weights)
         more = ["--resume", weights, "--output_dir", out]
-        done = script(*launcher, "main_pretrain.py", *words, *batch, *more, OMP_NUM_THREADS="1")
-        assert done.returncode == 0, done.stdout + done.stderr
+        output = faults.run_ranks("pretrain", [*words, *batch, *more], tmp_path, world=ranks)
         results += [(line["test_loss"], line["test_knn"]) for line in log_lines(out)]
-        assert done.stdout.count("monitor after epoch 1:") == 1 and "\r" not in done.stdout + done.stderr
+        assert output.count("monitor after epoch 1:") == 1 and "\r" not in output
     losses = [loss for loss, _ in results]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     assert len({round(accuracy, 4) for _, accuracy in results}) == 1

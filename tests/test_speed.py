@@ -77,8 +77,8 @@ print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
     [
         {"attention": "fused"},
         {"grad_checkpoint": True},
-        {"compiled": True, "amp": "bf16"},
-        # Compilation takes long, and the golden tests cover both cases, too.
+        # Compilation takes long, and the golden tests have it, with everything else, among the default tests.
+        pytest.param({"compiled": True, "amp": "bf16"}, marks=pytest.mark.slow),
         pytest.param({"compiled": True}, marks=pytest.mark.slow),
         pytest.param({"compiled": True, "grad_checkpoint": True}, marks=pytest.mark.slow),
     ],
