@@ -120,7 +120,7 @@ class Source:
         return to_2tuple(self.config["img_size"])
 
     def encoder(self) -> models_vit.VisionTransformer:
-        """Build the encoder alone; its tokens pass through `norm` if the checkpoint holds one."""
+        """Build the encoder alone, with its weights; `norm` is applied at its end if the checkpoint holds one."""
         return models_vit.from_checkpoint(self.checkpoint, self.path, trunk_only=True)
 
 
@@ -232,7 +232,7 @@ def to_hf(folder: Path, source: Source) -> None:
 
 
 def to_encoder(folder: Path, source: Source) -> None:
-    """Write the encoder alone under the parameter names of the released files, with its shape and pixels."""
+    """Write the encoder under the released names, and config.json with its shape, mean, std and crop_pct."""
     encoder = source.encoder()
     pixels = {"mean": source.pixels.mean, "std": source.pixels.std, "crop_pct": source.crop_pct}
     save(folder, encoder.state_dict(), encoder.config | pixels, "encoder.safetensors")

@@ -168,7 +168,7 @@ def build_hf_step(
 
 
 def count_flops(job: str, name: str, batch_size: int) -> float:
-    """Count the floating-point operations of a step of the plain model, by PyTorch's counter.
+    """Count the operations of a forward and a backward pass, uncompiled, plain attention, by PyTorch's counter.
 
     Args:
         job: "pretrain", "finetune" or "linprobe".

@@ -173,7 +173,7 @@ def replace_splits(new: Path, output: Path) -> None:
 def prepare(
     name: str, source: Path, output: Path, per_class: int | None, downloaded: bool, expected: tuple[int, int]
 ) -> None:
-    """Write both splits, or nothing if they are not complete.
+    """Make a dataset's train/ and val/ folders from its source; write nothing if images are missing.
 
     Args:
         name: Dataset, one of COUNTS.

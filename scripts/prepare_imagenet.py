@@ -57,7 +57,7 @@ def read_labels(path: Path) -> list[str]:
 
 
 def _read_devkit(path: Path) -> list[str]:
-    """Return the labels of the development kit, which numbers the classes in an order of its own (meta.mat)."""
+    """Read the validation images' classes from the development kit, whose numbers meta.mat translates."""
     try:
         from scipy.io import loadmat
     except ImportError:

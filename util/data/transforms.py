@@ -86,7 +86,7 @@ def to_size(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 
 class Crop:
-    """Random crop and flip: the augmentation of pre-training, with one_draw of probing, and of what timm can't augment.
+    """Random resized crop and flip: for pre-training, for probing (one_draw), and for what timm can't augment.
 
     Takes an array [H, W, C] to a tensor [C, *size] of the same type, 8 bits or float32. Only the crop is resized, not
     the whole image.
