@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-soak test-cluster bench-gpu lint clean
+.PHONY: demo test test-slow test-soak test-long test-cluster bench-gpu lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python demo.py
@@ -15,6 +15,9 @@ test: $(VENV)/ready-dev
 
 test-slow: $(VENV)/ready-dev
 	$(PYTEST) -m slow
+
+test-long: $(VENV)/ready-dev
+	$(PYTEST) -m "slow or soak or tmpfs"
 
 test-soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "soak or tmpfs"

@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 
+def pytest_collection_modifyitems(items):
+    """Start the demo, which takes longest, first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
 def link_images(source: Path, target: Path, classes: int | None = None, count: int | None = None) -> None:
     """Make a folder of links to another's images.
 
