@@ -73,6 +73,7 @@ class Job:
         main = importlib.import_module(f"main_{self.job}").main
 
         def save_and_requeue() -> None:
+            """Run the job, which saves when it is stopped; queue it again if SLURM's time was the reason."""
             try:
                 main(self.flags)
             except errors.Stopped as stop:

@@ -16,7 +16,6 @@ entry of the list.
 """
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -32,7 +31,7 @@ from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import device_name, link_images, spread
+from benchmarks.timing import device_name, link_images, spread, write_result
 from util.data import transforms
 from util.data.datasets import Images
 from util.data.images import Pixels, load_array
@@ -191,8 +190,7 @@ def main() -> None:
     costs = [measure_listing(files) for files in args.files]
     for cost in costs:
         print("  ".join(f"{name}: {value:.4g}" for name, value in cost.items()), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"rows": rows, "listing": costs, "n": args.repeat}, indent=1) + "\n")
+    write_result(args.json, {"rows": rows, "listing": costs, "n": args.repeat})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Every repetition runs each row once. The ratio is the baseline's median time div
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from benchmarks.timing import Step, device_name, interleave, spread
+from benchmarks.timing import Step, create_parser, device_name, interleave, spread, write_result
 from util import speed
 from util.amp import LossScaler
 
@@ -114,12 +113,9 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     """Measure all models, print the table, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__, steps=5)
     parser.add_argument("--models", nargs="+", default=list(PAPER), choices=list(models_mae.MODELS))
     parser.add_argument("--batch_size", default=4, type=int)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", default=5, type=int, help="number of repetitions")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
     args = parser.parse_args()
     device = torch.device(args.device)
 
@@ -141,8 +137,7 @@ def main() -> None:
             f"{row['model']:24} {row['row']:>7} {row['images_per_s']:9.3f} {row['spread']:7.1%} {row['ratio']:6.2f} "
             f"{row['paper']:6.1f}"
         )
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

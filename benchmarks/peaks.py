@@ -7,8 +7,6 @@ copies, which count the bytes read and the bytes written. Each is the median of 
 which takes a tenth of a second or more.
 """
 
-import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -16,15 +14,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import copy_step, device_name, interleave, matmul_step, spread
+from benchmarks.timing import copy_step, create_parser, device_name, interleave, matmul_step, spread, write_result
 
 
 def main() -> None:
     """Measure the rates, print them, and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", default=7, type=int, help="number of repetitions")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
+    parser = create_parser(__doc__, steps=7)
     args = parser.parse_args()
     device = torch.device(args.device)
 
@@ -45,9 +40,8 @@ def main() -> None:
         print(f"{name}: {row['rate']:.4g} {unit}, spread {row['spread']:.1%}")
         rows.append(row)
 
-    if args.json:
-        result = {"rows": rows, "n": args.steps, "device": device_name(device), "torch": torch.__version__}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"rows": rows, "n": args.steps, "device": device_name(device), "torch": torch.__version__}
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

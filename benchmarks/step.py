@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,7 +46,17 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 import models_vit
-from benchmarks.timing import Step, device_name, matmul_step, seconds, spread
+from benchmarks.timing import (
+    GpuFull,
+    Step,
+    create_parser,
+    device_name,
+    matmul_step,
+    seconds,
+    spread,
+    take_turns,
+    write_result,
+)
 from engine_finetune import head_losses
 from util import optim, speed
 from util.amp import LossScaler
@@ -189,10 +200,6 @@ def count_flops(job: str, name: str, batch_size: int) -> float:
     return float(counter.get_total_flops()) * batch_size
 
 
-class GpuFull(Exception):
-    """Failure of a row for which the GPU has too little memory left."""
-
-
 class Row:
     """Row in a process of its own, so that its memory and caches do not depend on the other rows."""
 
@@ -329,36 +336,6 @@ def profile(args: argparse.Namespace) -> None:
     print(result.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=90))
 
 
-def time_rows(
-    rows: dict[str, Row], steps: dict[str, Step], device: torch.device, repetitions: int, warm_ups: int
-) -> dict[str, list[float]]:
-    """Time rows, and other steps beside them, by turns.
-
-    Args:
-        rows: The rows by name. One that does not fit into the GPU's memory is closed and removed, with a notice.
-        steps: Steps by name that run in this process, each once per repetition.
-        device: Device of all steps.
-        repetitions: Number of measured repetitions.
-        warm_ups: Repetitions before them that are not counted.
-
-    Returns:
-        The seconds of each row's and each other step in each measured repetition.
-    """
-    times: dict[str, list[float]] = {name: [] for name in (*rows, *steps)}
-    for repetition in range(-warm_ups, repetitions):
-        for name in list(times):
-            try:
-                took = rows[name].step() if name in rows else seconds(steps[name], device)
-            except GpuFull:
-                print(f"notice: the row {name} is left out: the GPU has too little memory for it beside the others")
-                rows.pop(name).close()
-                del times[name]
-                continue
-            if repetition >= 0:
-                times[name].append(took)
-    return times
-
-
 def summarise(name: str, row: Row, times: list[float], batch_size: int, work: float, peak: float) -> dict:
     """Turn a row's step times into images/s, TFLOP/s, share of the peak, spread and memory, for the JSON file.
 
@@ -408,8 +385,9 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
     rows = {row: Row(row, argv, settings.get(row, {})) for row in names}
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     products = {name: matmul_step(dtype, device) for name, dtype in dtypes.items()}
-    steps = {name: step for name, (step, _) in products.items()}
-    times = time_rows(rows, steps, device, args.steps, warm_ups=2)
+    timers = {name: row.step for name, row in rows.items()}
+    timers |= {name: partial(seconds, step, device) for name, (step, _) in products.items()}
+    times = take_turns(timers, args.steps)
     for row in rows.values():
         row.close()
 
@@ -425,7 +403,11 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
         "highest_tflops": {name: work / min(times[name]) / 1e12 for name, (_, work) in products.items()},
         "ours": {name: getattr(args, name) for name in ("amp", "attention", "compile", "grad_checkpoint")},
         **settings,
-        "rows": [summarise(name, row, times[name], args.batch_size, work, best_peak) for name, row in rows.items()],
+        "rows": [
+            summarise(name, row, times[name], args.batch_size, work, best_peak)
+            for name, row in rows.items()
+            if name in times
+        ],
         "torch": torch.__version__,
         "device": device_name(device),
     }
@@ -452,16 +434,13 @@ def print_table(args: argparse.Namespace, result: dict) -> None:
 
 def get_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__, steps=7)
     add = parser.add_argument
     add("--model", default="mae_vit_base_patch16")
     add("--job", default="pretrain", choices=("pretrain", "finetune", "linprobe"))
     add("--batch_size", default=16, type=int)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--steps", default=7, type=int, help="number of repetitions")
     add("--rows", nargs="+", choices=ROWS, help="default: all that apply")
     add("--profile", action="store_true", help="instead of measuring, print where the time of the first row goes")
-    add("--json", type=Path, help="file to write the result to")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision of the row ours")
     add("--attention", default="auto", choices=speed.ATTENTION, help="attention implementation of the row ours")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the row ours; default: on CUDA only")
@@ -484,8 +463,7 @@ def main() -> None:
         return
     result = measure(args, sys.argv[1:])
     print_table(args, result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,43 @@
-"""Helpers of the benchmarks: timing by turns, the device's peak rates and name, folders of linked images."""
+"""Helpers of the benchmarks: flags, timing by turns, the device's peak rates and name, folders of linked images."""
 
+import argparse
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 Step = Callable[[], object]  # one unit of work to be timed
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class GpuFull(Exception):
+    """Failure of a step for which the GPU has too little memory left."""
+
+
+def create_parser(description: str, steps: int | None = None) -> argparse.ArgumentParser:
+    """Create a parser of the flags that the benchmarks share: --device, --json and --steps.
+
+    Args:
+        description: The benchmark's docstring.
+        steps: Default number of repetitions; None: without the flag --steps.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write the result to")
+    if steps is not None:
+        parser.add_argument("--steps", default=steps, type=int, help="number of repetitions")
+    return parser
+
+
+def write_result(file: Path | None, result: dict) -> None:
+    """Write the result to the file that --json names, if it names one."""
+    if file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
@@ -56,24 +84,37 @@ def seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int) -> dict[str, list[float]]:
-    """Time several steps by turns, so that slow changes of the machine (clock rates, other load) meet all alike.
+def take_turns(
+    timers: Mapping[str, Callable[[], float]], repetitions: int, warm_ups: int = 2
+) -> dict[str, list[float]]:
+    """Call timers by turns, so that slow changes of the machine (clock rates, other load) meet all alike.
 
     Args:
-        steps: The steps by name; every repetition runs each of them once.
-        device: Device that the steps work on.
-        repetitions: Number of measured repetitions, after two that warm up.
+        timers: Functions by name, each of which runs a step and returns its seconds; every repetition calls each once.
+            One that raises GpuFull is left out from then on, with a notice.
+        repetitions: Number of measured repetitions.
+        warm_ups: Repetitions before them that are not counted.
 
     Returns:
-        The seconds of each step in each measured repetition.
+        The seconds of each step in each measured repetition, without those that were left out.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(-2, repetitions):  # the first two warm up
-        for name, step in steps.items():
-            took = seconds(step, device)
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for repetition in range(-warm_ups, repetitions):
+        for name in list(times):
+            try:
+                took = timers[name]()
+            except GpuFull:
+                print(f"notice: the row {name} is left out: the GPU has too little memory for it beside the others")
+                del times[name]
+                continue
             if repetition >= 0:
                 times[name].append(took)
     return times
+
+
+def interleave(steps: Mapping[str, Step], device: torch.device, repetitions: int) -> dict[str, list[float]]:
+    """Time steps of this process by turns; return the seconds of each in each repetition after two that warm up."""
+    return take_turns({name: partial(seconds, step, device) for name, step in steps.items()}, repetitions)
 
 
 def spread(values: list[float]) -> float:

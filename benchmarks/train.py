@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.timing import ROOT, device_name, link_images, spread
+from benchmarks.timing import ROOT, create_parser, device_name, link_images, spread, write_result
 
 WINDOW = 20  # steps between the progress lines of a run
 LINE = re.compile(r"\[\d+/\d+\].* (\d+) img/s  data (\d+)%")
@@ -79,15 +79,13 @@ def run_rates(args: argparse.Namespace, folder: Path) -> list[tuple[float, float
 
 def get_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__)
     parser.add_argument("--data_path", type=Path, required=True, help="folder that holds train/<class>/*.jpg")
     parser.add_argument("--job", default="pretrain", choices=("pretrain", "finetune"))
     parser.add_argument("--model", default="mae_vit_base_patch16")
     parser.add_argument("--batch_size", default=256, type=int)
     parser.add_argument("--num_workers", default=16, type=int)
     parser.add_argument("--windows", default=8, type=int, help="number of measured windows of 20 steps")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
     return parser.parse_args()
 
 
@@ -122,8 +120,7 @@ def main() -> None:
         ],
     }
     print(f"step {step:.1f} images/s, run {run:.1f}: {run / step:.1%}, data_wait {result['rows'][1]['data_wait']:.0%}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

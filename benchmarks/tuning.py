@@ -15,7 +15,6 @@ encoder and the decoder in pre-training and of the encoder in fine-tuning. By de
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from benchmarks.step import Row, serve, time_rows
-from benchmarks.timing import Step, device_name, interleave, spread
+from benchmarks.step import Row, serve
+from benchmarks.timing import Step, create_parser, device_name, interleave, spread, take_turns, write_result
 from util import speed
 from util.amp import LossScaler
 
@@ -94,10 +93,12 @@ def measure_steps(args: argparse.Namespace, argv: list[str]) -> list[dict]:
         A dict per variant with its name, images per second, spread and peak memory.
     """
     rows = {row: Row(row, argv, {}, script=__file__) for row in args.rows}
-    times = time_rows(rows, {}, torch.device(args.device), args.steps, warm_ups=1)
+    times = take_turns({row: process.step for row, process in rows.items()}, args.steps, warm_ups=1)
     table = []
     for row, process in rows.items():
         process.close()
+        if row not in times:
+            continue
         table.append(
             {
                 "name": row,
@@ -156,13 +157,10 @@ def measure_attention(args: argparse.Namespace) -> list[dict]:
 
 def get_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = create_parser(__doc__, steps=5)
     parser.add_argument("--model", default="mae_vit_large_patch16", choices=list(models_mae.MODELS))
     parser.add_argument("--batch_size", default=256, type=int)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", default=5, type=int, help="number of repetitions")
-    parser.add_argument("--json", type=Path, help="file to write the result to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--setting", default="{}", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -198,8 +196,7 @@ def main() -> None:
         )
     for row in result["attention"]:
         print(f"{row['place']:12} {row['name']:10} {row['ms']:.3f} ms")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(args.json, result)
 
 
 if __name__ == "__main__":

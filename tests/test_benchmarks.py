@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from benchmarks import timing
+
 pytestmark = pytest.mark.slow
 
 TINY = {
@@ -57,3 +59,12 @@ def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path)
     assert text.startswith("before\n<!-- found -->") and text.endswith("<!-- end of found -->\nafter\n")
     rate = json.loads((folder / "step_large.json").read_text())["result"]["rows"][0]["images_per_s"]
     assert f"| ours | {rate:.0f} | 1.00 |" in text and "stale" not in text and "Not measured." in text
+
+
+def test_a_row_that_does_not_fit_is_left_out_of_the_turns(capsys):
+    def too_large():
+        raise timing.GpuFull
+
+    seconds = iter(range(100))
+    times = timing.take_turns({"fits": lambda: next(seconds), "large": too_large}, repetitions=3, warm_ups=2)
+    assert times == {"fits": [2, 3, 4]} and "the row large is left out" in capsys.readouterr().out

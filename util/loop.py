@@ -164,7 +164,7 @@ class Run:
         if self._is_last(position.epoch) or improved or (position.epoch + 1) % self.settings.save_freq == 0:
             self.checkpoints.save(position, whole_epoch=True)
             self._saved()
-        position.images, position.totals = 0, {}
+        position.restart_epoch()
 
     # Within an epoch: called by the engines.
 

@@ -71,7 +71,7 @@ class Position:
     stats: dict[str, float] = field(default_factory=dict)
 
     def restart_epoch(self) -> None:
-        """Go back to the beginning of the epoch under way."""
+        """Go to the beginning of the epoch, with nothing of it done."""
         self.images, self.totals = 0, {}
 
 

@@ -85,7 +85,7 @@ class Updater:
         if self.part.first:
             self.lr = self.schedule.apply(self.optimizer, epoch + step / steps)
             self._buffers_before = [buffer.clone() for buffer in self._buffers]
-        # DDP decides in the forward pass whether this backward pass exchanges gradients.
+        # DDP decides in the forward pass whether the backward pass will exchange gradients.
         with dist.grad_sync(self.model, self.part.last), self.scaler.autocast():
             yield
 
@@ -96,8 +96,7 @@ class Updater:
             Whether the update was skipped, a boolean tensor on the device, for which nothing has waited; None within
             an accumulation group.
         """
-        with dist.grad_sync(self.model, self.part.last):
-            self.scaler.backward(loss / self.part.size)
+        self.scaler.backward(loss / self.part.size)
         if not self.part.last:
             return None
 

@@ -168,9 +168,7 @@ def spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
-def _data_loader(
-    dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True, drop_last: bool = False
-) -> DataLoader:
+def _data_loader(dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True) -> DataLoader:
     """Create torch's loader.
 
     Args:
@@ -178,7 +176,6 @@ def _data_loader(
         loading: How batches are loaded.
         sampler: Yields the keys of the images, in order.
         persistent: Keep the loader processes from one epoch to the next.
-        drop_last: Drop an incomplete last batch.
     """
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     workers = min(loading.num_workers, launchers.cores())
@@ -195,7 +192,6 @@ def _data_loader(
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         collate_fn=collate,
         generator=torch.Generator(),  # else each start of a loader would draw from the training loop's stream
-        drop_last=drop_last,
     )
 
 
@@ -215,7 +211,7 @@ def train_loader(
 ) -> DeviceLoader:
     """Open shuffled batches of data_path/train, each rank's from its own share of the images.
 
-    An epoch's incomplete last batch is dropped. The sampler's set_epoch(epoch) chooses the epoch's order.
+    The sampler leaves an epoch's incomplete last batch out; its set_epoch(epoch) chooses the epoch's order.
 
     Args:
         data_path: Holds train/<class>/<images>.
@@ -240,7 +236,7 @@ def train_loader(
             f"{len(dataset)} training images on {ranks} processes don't fill one batch of {loading.batch_size}: lower "
             f"--batch_size to {len(dataset) // ranks} or less"
         )
-    loader = _data_loader(dataset, loading, sampler, drop_last=True)
+    loader = _data_loader(dataset, loading, sampler)
     return DeviceLoader(loader, loading.device, pixels, getattr(transform, "normalised", False))
 
 

@@ -162,6 +162,7 @@ class _Progress:
             )
 
     def show(self, step: int, words: list[str]) -> None:
+        """Show that batch `step` is done, with these figures and the time left."""
         per_step = (time.perf_counter() - self.start) / (step + 1 - self.first_step)
         left = _clock(per_step * (self.steps - step - 1))
         run_left = _clock(per_step * (self.steps * (self.epochs - self.epoch) - step - 1))
@@ -176,6 +177,7 @@ class _Progress:
         self.bar.update(step + 1 - self.bar.n)
 
     def close(self) -> None:
+        """End the bar."""
         if self.bar is not None:
             self.bar.close()
 
