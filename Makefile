@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: demo test test-slow test-soak test-long test-cluster bench-gpu lint clean
 
@@ -23,7 +23,7 @@ test-soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -m "soak or tmpfs"
 
 test-cluster: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -m "net or slurm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "net or slurm"
 
 bench-gpu: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/gpu.py $(ARGS)

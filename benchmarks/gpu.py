@@ -65,7 +65,7 @@ PRETRAIN_ROWS = "--rows ours ours_eager off hf hf_best --hf_attention sdpa"
 COMPILED_ROWS = "--rows ours hf_compiled --hf_attention sdpa"
 FEW_ROWS = "--rows ours off hf_best --hf_attention sdpa"
 HUGE_ROWS = "--rows ours hf_best --hf_attention sdpa"
-QUICK_STEP = _step("pretrain", "mae_vit_demo_patch4", 2, "--steps 1 --rows ours off")
+QUICK_STEP = _step("pretrain", "mae_vit_tiny_patch16", 2, "--steps 1 --rows ours off hf hf_best")
 QUICK_TRAIN = _train("pretrain", "mae_vit_tiny_patch16", 2, "--windows 1 --num_workers 1")
 STAGES = (  # the most valuable first, since the last may be dropped
     Stage("tests", "-m pytest -m gpu", "-m pytest tests/test_golden.py -k sincos", 3),

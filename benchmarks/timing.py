@@ -48,17 +48,18 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
     Returns:
         The step, and its number of floating-point operations.
     """
-    # So many products that a step takes a tenth of a second or more.
     side = 8192 if device.type == "cuda" else 3072
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    count = (5 if dtype == torch.float32 else 100) if device.type == "cuda" else 8
 
-    def products() -> None:
+    def multiply(count: int) -> None:
         for _ in range(count):
             torch.mm(a, b, out=out)
 
-    return products, count * 2.0 * side**3
+    # So many products that a step takes about a fifth of a second.
+    multiply(1)
+    count = max(1, round(0.2 / seconds(partial(multiply, 1), device)))
+    return partial(multiply, count), count * 2.0 * side**3
 
 
 def copy_step(device: torch.device) -> tuple[Step, float]:

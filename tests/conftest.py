@@ -22,6 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Take a worker more than there are cores, since a third of the tests' time is waiting; at most 8."""
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
 def pytest_collection_modifyitems(items):
     """Start the demo, which takes longest, first, so that no worker waits for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_demo.py")

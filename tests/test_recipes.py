@@ -169,7 +169,7 @@ def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10/pretrain", "cifar10/finetune", "cifar10/scratch", "imagenette/pretrain"])
 def test_recipes_for_a_gpu_have_flags_that_are_right(name, recipe, tmp_path):
-    """Their commands run with two epochs of small images."""
-    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "2", "--warmup_epochs", "0", "--input_size", "32"]
+    """Their commands run with one epoch of small images."""
+    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "1", "--warmup_epochs", "0", "--input_size", "32"]
     recipe(name, *small, *(["--finetune", ""] if name.endswith("finetune") else []))
     assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 1
