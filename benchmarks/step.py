@@ -41,7 +41,6 @@ from pathlib import Path
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
@@ -61,6 +60,7 @@ from engine_finetune import head_losses
 from util import optim, speed
 from util.amp import LossScaler
 from util.checkpoint import formats
+from util.report.flops import count_flops
 
 CLASSES = 1000
 ROWS = ("ours", "ours_eager", "off", "hf", "hf_best", "hf_compiled")
@@ -178,26 +178,17 @@ def build_hf_step(
     return step
 
 
-def count_flops(job: str, name: str, batch_size: int) -> float:
-    """Count the operations of a forward and a backward pass, uncompiled, plain attention, by PyTorch's counter.
+def count_step_flops(job: str, name: str, batch_size: int) -> float:
+    """Return the floating-point operations of a forward and a backward pass.
 
     Args:
         job: "pretrain", "finetune" or "linprobe".
         name: Name of the model.
         batch_size: Images per step.
     """
-    # The counter needs shapes only, so that tensors on "meta", without memory, will do; and one image is enough, since
-    # the work is proportional to their number.
-    with torch.device("meta"):
-        model = build_model(job, name).train()
-        speed.prepare(model, torch.device("cpu"), "off", "plain", False, False)
-        size = model.config["img_size"]
-        imgs, targets = torch.empty(1, 3, size, size), torch.zeros(1, dtype=torch.long)
-        if job == "linprobe":
-            model.head[0].eval()  # BatchNorm in training mode refuses a batch of one image
-        with FlopCounterMode(display=False) as counter:
-            (model(imgs)[0] if job == "pretrain" else head_losses(model(imgs), targets)).backward()
-    return float(counter.get_total_flops()) * batch_size
+    with torch.device("meta"):  # no memory is needed to count
+        model = build_model(job, name)
+    return batch_size * count_flops(model, mask_ratio=0.75 if job == "pretrain" else None)
 
 
 class Row:
@@ -393,7 +384,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
 
     # The rates of the products; a row's fraction of peak refers to the faster kind.
     peak = {name: work / statistics.median(times[name]) / 1e12 for name, (_, work) in products.items()}
-    work, best_peak = count_flops(args.job, args.model, args.batch_size), max(peak.values())
+    work, best_peak = count_step_flops(args.job, args.model, args.batch_size), max(peak.values())
     return {
         "job": args.job,
         "model": args.model,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import ROOT, create_parser, device_name, link_images, spread, write_result
 
 WINDOW = 20  # steps between the progress lines of a run
-LINE = re.compile(r"\[\d+/\d+\].* (\d+) img/s  data (\d+)%")
+LINE = re.compile(r"\[\d+/\d+\].* (\d+) img/s .* data (\d+)%")
 
 
 def step_rate(args: argparse.Namespace, folder: Path) -> float:

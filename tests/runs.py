@@ -54,7 +54,7 @@ def log(folder):
     """Return the lines of log.txt by epoch, without times; assert that every epoch has one line."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     for line in lines:
-        del line["data_wait"]  # a time, which differs from run to run
+        del line["data_wait"], line["tflops"]  # of times, which differ from run to run
     assert [line["epoch"] for line in lines] == list(range(len(lines))), "an epoch is missing or there twice"
     return {line["epoch"]: line for line in lines}
 

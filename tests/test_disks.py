@@ -105,6 +105,7 @@ def test_tensorboard_shows_no_step_twice(images, tmp_path):
     steps = [event.step for event in board.Scalars("loss")]
     assert steps == sorted(set(steps)) and steps == [1000 * e + s for e in range(4) for s in (0, 800)]
     assert [event.step for event in board.Scalars("perf/test_acc1")] == [0, 1000, 2000, 3000]
+    assert all(event.value > 0 for event in board.Scalars("speed/tflops"))
     log(tmp_path)
 
 

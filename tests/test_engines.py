@@ -1,14 +1,18 @@
 """Engines: gradient accumulation, exact evaluation, updates whose gradients are not finite."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
 import engine_finetune
 from models_mae import MaskedAutoencoderViT
+from models_vit import VisionTransformer, make_linear_probe
 from util.amp import BadSteps, LossScaler, choose
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
+from util.report.flops import count_flops
 from util.report.meters import Meters
 from util.updater import Updater, split_into_groups
 
@@ -153,6 +157,42 @@ def test_meters_average_windows_and_epoch():
     assert meters.totals_so_far() == {"loss": [9.0, 3.0], "lr": pytest.approx([1.2, 3.0])}
     assert meters.window()[0] == pytest.approx({"loss": 6.0, "lr": 0.2})
     assert meters.averages() == pytest.approx({"loss": 3.0, "lr": 0.4})
+
+
+def test_speed_is_shown_and_reported_in_images_and_operations(capsys):
+    reports = []
+    meters = Meters(
+        CPU, images_per_step=8, flops_per_image=5e9, on_report=lambda *report: reports.append(report), first_step=1
+    )
+    for _ in meters.log_every([0] * 3, print_freq=2, epoch=0):
+        time.sleep(0.01)
+    assert len(reports) == 1
+    speed = reports[0][-1]
+    assert 0 < speed["images_per_s"] <= 1600 and speed["tflops"] == pytest.approx(speed["images_per_s"] * 5e-3)
+    assert f"{speed['images_per_s']:.0f} img/s  {speed['tflops']:.3g} TFLOP/s  data" in capsys.readouterr().out
+    assert meters.epoch_speed()["tflops"] == pytest.approx(3 * 8 * 5e-3 / meters.elapsed)
+
+
+def count_by_hand(tokens, width, depth):
+    """Return the operations of blocks forward: four projections, the two products of attention, the MLP of 4 widths."""
+    return depth * 2 * tokens * (4 * width**2 + 2 * tokens * width + 8 * width**2)
+
+
+def test_operations_are_counted_as_by_hand():
+    """Backward costs twice as much as forward, but for the images and a frozen encoder, which need no gradient."""
+    patches, patch_pixels, width = 16, 48, 32
+    embed, blocks, head = 2 * patches * patch_pixels * width, count_by_hand(1 + patches, width, 2), 2 * width * 5
+    classifier = VisionTransformer(img_size=16, patch_size=4, embed_dim=width, depth=2, num_heads=2, num_classes=5)
+    assert count_flops(classifier) == 2 * embed + 3 * (blocks + head)
+    assert count_flops(make_linear_probe(classifier, heads=3)) == embed + blocks + 2 * 3 * head
+
+    # Of 16 patches the encoder embeds and sees 4, and the decoder sees all.
+    autoencoder = MaskedAutoencoderViT(16, 4, 3, width, 2, 2, 8, 1, 2)
+    before = {name: tensor.clone() for name, tensor in autoencoder.state_dict().items()}
+    decoder = 2 * 5 * width * 8 + count_by_hand(1 + patches, 8, 1) + 2 * (1 + patches) * 8 * patch_pixels
+    assert count_flops(autoencoder, 0.75) == 2 * embed / 4 + 3 * (count_by_hand(1 + 4, width, 2) + decoder)
+    assert all(torch.equal(before[name], tensor) for name, tensor in autoencoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in autoencoder.parameters())
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

@@ -52,7 +52,17 @@ def test_published_pretraining_command(pretrained):
     stored = torch.load(pretrained, weights_only=True)
     assert stored["epoch"] == 0 and stored["args"]["mask_ratio"] == 0.75 and stored["model_config"]["norm_pix_loss"]
     (line,) = log_lines(pretrained.parent)
-    assert set(line) == {"train_loss", "train_lr", "test_loss", "test_knn", "epoch", "n_parameters", "data_wait"}
+    assert set(line) == {
+        "train_loss",
+        "train_lr",
+        "test_loss",
+        "test_knn",
+        "epoch",
+        "n_parameters",
+        "data_wait",
+        "tflops",
+    }
+    assert line["tflops"] > 0
     assert line["n_parameters"] == sum(v.numel() for k, v in stored["model"].items() if "pos_embed" not in k)
     assert list(pretrained.parent.glob("events.out.tfevents.*"))
 
@@ -70,6 +80,7 @@ def test_published_classifier_commands_and_their_evaluation(job, published, pret
         "epoch",
         "n_parameters",
         "data_wait",
+        "tflops",
     }
     stored = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
     assert len(stored["class_to_idx"]) == 10

@@ -61,7 +61,7 @@ class Run:
         self.position, self.settings = position, settings
         self.bad_steps = BadSteps(settings.max_bad_steps, loader.device, checkpoints.scaler.amp)
         self.known_bad = 0  # unreadable images that were reported already, counted by every rank
-        self.data_wait = 0.0  # share of the last epoch's time that was spent waiting for data
+        self.speed: Stats = {}  # data_wait and tflops of the last epoch's training
 
     @classmethod
     def start(
@@ -102,7 +102,8 @@ class Run:
     def fit(self, train: Callable[[int], Stats], evaluate: Evaluate | None = None) -> None:
         """Train to the last epoch: per epoch shuffle, train, evaluate, write a line to log.txt, save.
 
-        log.txt gets train_*, test_*, epoch, n_parameters and data_wait (share of the training time, on rank 0).
+        log.txt gets train_*, test_*, epoch, n_parameters, data_wait (share of the training time, on rank 0) and tflops
+        (of all ranks together).
 
         Args:
             train: Trains the epoch of this number; returns its means.
@@ -158,8 +159,8 @@ class Run:
     def _end_epoch(self, stats: Stats, improved: bool) -> None:
         """Log the epoch and save, where it is time to."""
         position, log = self.position, self.log
-        more = {"epoch": position.epoch, "n_parameters": log.n_parameters, "data_wait": round(self.data_wait, 4)}
-        log.epoch({**stats, **more})
+        speed = {name: float(f"{value:.4g}") for name, value in self.speed.items()}
+        log.epoch({**stats, "epoch": position.epoch, "n_parameters": log.n_parameters, **speed})
         position.stats = {name: float(value) for name, value in stats.items()}
         if self._is_last(position.epoch) or improved or (position.epoch + 1) % self.settings.save_freq == 0:
             self.checkpoints.save(position, whole_epoch=True)
@@ -187,6 +188,7 @@ class Run:
             self.position.totals,
             first_step=self.first_step,
             images_per_step=self.checkpoints.images_per_step,
+            flops_per_image=self.log.flops_per_image,
             epochs=self.settings.epochs,
             on_report=on_report,
         )
@@ -207,7 +209,7 @@ class Run:
     def end_of_training(self, meters: Meters) -> None:
         """Take over an epoch's sums, after its last batch."""
         self.position.totals = meters.totals
-        self.data_wait = meters.waited / max(meters.elapsed, 1e-9)
+        self.speed = meters.epoch_speed()
 
     def report(self, step: int, not_finite: list[int]) -> None:
         """Warn of updates skipped since the last report and, if there are new ones, of all unreadable images.

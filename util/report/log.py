@@ -11,6 +11,7 @@ from util.checkpoint.output_dir import replace
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.misc import Checkpoints
+from util.report.flops import count_flops
 
 
 class RunLog:
@@ -32,6 +33,7 @@ class RunLog:
         self.file = Path(output_dir) / "log.txt" if main and output_dir else None
         self.board = SummaryWriter(log_dir, purge_step=int((epoch + done) * 1000)) if main and log_dir else None
         self.n_parameters = 0
+        self.flops_per_image = 0.0
         self.held: list[tuple[float, dict[str, float]]] = []
 
         # TensorBoard drops later steps by purge_step; from log.txt the lines of this and later epochs are removed here.
@@ -40,7 +42,7 @@ class RunLog:
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
-        """Print what is about to be trained, and keep the number of trained parameters for log.txt.
+        """Print what is about to be trained, and keep the number of trained parameters and of operations for the log.
 
         Args:
             checkpoints: The run's checkpoints, which know its model, precision and flags.
@@ -49,12 +51,13 @@ class RunLog:
         """
         model, args, ranks = checkpoints.model, checkpoints.args, dist.world_size()
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.flops_per_image = count_flops(model, args.get("mask_ratio"))
         total = sum(p.numel() for p in model.parameters())
         batch = args["batch_size"] * args["accum_iter"] * ranks
         dist.print_rank0(f"data      {len(loader.dataset)} images in {loader.dataset.images.root}")
         dist.print_rank0(
             f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
-            f"{self.n_parameters / 1e6:.2f} M of them trained"
+            f"{self.n_parameters / 1e6:.2f} M of them trained, {self.flops_per_image / 1e9:.3g} GFLOP per image"
         )
         dist.print_rank0(
             f"training  effective batch {batch} on {ranks} process(es), lr {lr:.3g}, {loader.device}, "

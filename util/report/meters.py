@@ -29,6 +29,7 @@ class Meters:
         *,
         first_step: int = 0,
         images_per_step: int = 0,
+        flops_per_image: float = 0.0,
         epochs: int = 0,
         on_report: Report | None = None,
     ) -> None:
@@ -39,15 +40,17 @@ class Meters:
             totals: Sums and counts, over all ranks, of the epoch's beginning, where it is resumed.
             first_step: Batches of the epoch that are done already.
             images_per_step: Images in a batch of all ranks; 0: unknown, no images per second are shown.
+            flops_per_image: Operations of a training step for each image; 0: unknown, no TFLOP/s are shown.
             epochs: Epochs of the whole run, for the time left; 0: unknown.
             on_report: Called at every logging step.
         """
         self.device, self.first_step, self.images_per_step, self.epochs = device, first_step, images_per_step, epochs
-        self.on_report = on_report
+        self.flops_per_image, self.on_report = flops_per_image, on_report
         self._window: dict[str, tuple[Tensor | float, Tensor | int]] = {}
         self.totals = {name: list(pair) for name, pair in (totals or {}).items()}
         self._not_finite = 0.0
         self.waited = self.elapsed = 0.0  # seconds of this process: waiting for the loader, in all
+        self.steps_done = 0  # by this process
 
     def update(self, **values: Tensor | float) -> None:
         """Add one step's scalars."""
@@ -96,6 +99,12 @@ class Meters:
         """Return the means over everything that was reported so far."""
         return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
 
+    def epoch_speed(self) -> dict[str, float]:
+        """Return data_wait and TFLOP/s over the part of the epoch that this process has trained."""
+        seconds = max(self.elapsed, 1e-9)
+        images = self.steps_done * self.images_per_step
+        return {"data_wait": self.waited / seconds, "tflops": images * self.flops_per_image / seconds / 1e12}
+
     def log_every(self, loader: Sized, print_freq: int, epoch: int) -> Iterator[tuple[int, object]]:
         """Yield (step, batch) for every batch that is left, and report every print_freq batches and after the last.
 
@@ -112,8 +121,10 @@ class Meters:
 
             means, not_finite = self.window()
             now = time.perf_counter()
+            images_per_s = window_steps * self.images_per_step / (now - window_start)
             speed = {
-                "images_per_s": window_steps * self.images_per_step / (now - window_start),
+                "images_per_s": images_per_s,
+                "tflops": images_per_s * self.flops_per_image / 1e12,
                 "data_wait": (self.waited - waited_before) / (now - window_start),
             }
             progress.show(step, self._words(means, speed))
@@ -126,6 +137,8 @@ class Meters:
         words = [f"{name} {_short(value)}" for name, value in means.items()]
         if self.images_per_step:
             words.append(f"{speed['images_per_s']:.0f} img/s")
+        if self.flops_per_image:
+            words.append(f"{speed['tflops']:.3g} TFLOP/s")
         words.append(f"data {speed['data_wait']:.0%}")
         if self.device.type == "cuda":
             words.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G")
@@ -142,6 +155,7 @@ class Meters:
             self.waited += time.perf_counter() - start
             yield batch
             self.elapsed = time.perf_counter() - begun
+            self.steps_done += 1
 
 
 class _Progress:
@@ -172,7 +186,7 @@ class _Progress:
             where = f"epoch {self.header} [{step + 1}/{self.steps}]"
             dist.print_rank0(f"{stamp}  {where}  {'  '.join(words)}  left {left}{whole}")
             return
-        short = " ".join(words).replace(" img/s", "/s")  # 80 columns are soon full
+        short = " ".join(words).replace(" img/s", "/s").replace(" TFLOP/s", "T")  # 80 columns are soon full
         self.bar.set_postfix_str(" ".join([short, left, run_left][: 2 + (self.epochs > 0)]), refresh=False)
         self.bar.update(step + 1 - self.bar.n)
 

@@ -1,0 +1,35 @@
+"""Count the operations of a training step, for the TFLOP/s in the logs and in the benchmarks."""
+
+import copy
+
+import torch
+from timm.layers import Attention
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(model: nn.Module, mask_ratio: float | None = None) -> float:
+    """Return the floating-point operations of a forward and a backward pass, for each image.
+
+    PyTorch's counter adds up the matrix products and convolutions, which are nearly all of the work; a multiplication
+    and an addition are two operations. What --grad_checkpoint computes a second time is not counted.
+
+    Args:
+        model: An autoencoder or a classifier, before `util.speed.prepare`; it is left as it is.
+        mask_ratio: Share of the patches that an autoencoder masks; None: the model is a classifier.
+    """
+    # The counter needs shapes only. So the copy's tensors lie on "meta", without memory: deepcopy takes a tensor's copy
+    # from the memo, where there is one.
+    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    shadow = copy.deepcopy(model, memo).train()
+    for module in shadow.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = False  # the counter knows the operations of which plain attention consists
+
+    # Two images, since BatchNorm refuses to train on one.
+    imgs = torch.empty(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        output = shadow(imgs) if mask_ratio is None else shadow(imgs, mask_ratio=mask_ratio)[0]
+        output.sum().backward()
+    return counter.get_total_flops() / 2
