@@ -91,12 +91,12 @@ def fill_disk(megabytes: float) -> None:
 
 
 def nan_loss(rank: int, first: int) -> None:
-    """Make the loss NaN on one rank, after the first `first` forward passes."""
+    """Make the loss NaN on one rank, after the first `first` forward passes of training."""
     calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
 
     def poisoned(self, *args, **kwargs):
         loss, pred, mask = forward(self, *args, **kwargs)
-        calls[0] += 1
+        calls[0] += not loss.is_meta  # there the operations are counted only
         bad = calls[0] > first and int(os.environ.get("RANK", 0)) == rank
         return loss * float("nan") if bad else loss, pred, mask
 
