@@ -117,14 +117,14 @@ def slow_steps(seconds: float) -> None:
 
 
 def hang(rank: int, first: int) -> None:
-    """Make one rank wait for ever, after the first `first` forward passes."""
+    """Make one rank wait for ever, after the first `first` forward passes of training."""
     calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
 
-    def waiting(self, *args, **kwargs):
-        calls[0] += 1
+    def waiting(self, imgs, *args, **kwargs):
+        calls[0] += not imgs.is_meta
         if calls[0] > first and int(os.environ["RANK"]) == rank:
             signal.pause()
-        return forward(self, *args, **kwargs)
+        return forward(self, imgs, *args, **kwargs)
 
     models_mae.MaskedAutoencoderViT.forward = waiting
 
