@@ -1,5 +1,7 @@
 """Engines: gradient accumulation, exact evaluation, updates whose gradients are not finite."""
 
+import io
+import sys
 import time
 
 import pytest
@@ -13,7 +15,7 @@ from util.amp import BadSteps, LossScaler, choose
 from util.lars import LARS
 from util.lr_sched import CosineSchedule
 from util.report.flops import count_flops
-from util.report.meters import Meters
+from util.report.meters import Meters, _Progress
 from util.updater import Updater, split_into_groups
 
 CPU = torch.device("cpu")
@@ -171,6 +173,23 @@ def test_speed_is_shown_and_reported_in_images_and_operations(capsys):
     assert 0 < speed["images_per_s"] <= 1600 and speed["tflops"] == pytest.approx(speed["images_per_s"] * 5e-3)
     assert f"{speed['images_per_s']:.0f} img/s  {speed['tflops']:.3g} TFLOP/s  data" in capsys.readouterr().out
     assert meters.epoch_speed()["tflops"] == pytest.approx(3 * 8 * 5e-3 / meters.elapsed)
+
+
+def test_on_a_terminal_one_line_of_80_columns_shows_the_progress(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    progress = _Progress(5004, 0, 12, 400)
+    words = ["loss 0.4321", "lr 0.000159", "2850 img/s", "353 TFLOP/s", "data 5%", "23.9G"]
+    for step in (0, 1233, 1234):
+        monkeypatch.setattr(progress, "start", time.perf_counter() - 0.09 * (step + 1))
+        progress.show(step, words)
+    progress.close()
+    line = terminal.getvalue().rstrip("\n")
+    assert "\n" not in line and "12/400 1/5004 loss" in line  # one line, written again and again
+    last = line.split("\r")[-1].rstrip()
+    assert last.startswith("12/400 1235/5004 loss 0.4321 lr 0.000159 2850/s 353T data 5% 23.9G 0:05:")
+    assert last.endswith(" 2d00h") and len(last) <= 80
 
 
 def count_by_hand(tokens, width, depth):

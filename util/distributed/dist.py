@@ -147,7 +147,7 @@ def cpu_group() -> td.ProcessGroup | None:
 
 
 def print_rank0(*values: object) -> None:
-    """Print a line on rank 0 only, at once, and above the progress bar where there is one."""
+    """Print a line on rank 0 only, at once, and above the line of progress where there is one."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, values)), file=sys.stdout)
         sys.stdout.flush()

@@ -159,41 +159,36 @@ class Meters:
 
 
 class _Progress:
-    """An epoch's progress on rank 0: a bar on a terminal, elsewhere a line with a time stamp per report."""
+    """An epoch's progress on rank 0: on a terminal a line that changes, elsewhere one with a time stamp per report."""
 
     def __init__(self, steps: int, first_step: int, epoch: int, epochs: int) -> None:
         self.steps, self.first_step, self.epoch, self.epochs = steps, first_step, epoch, epochs
         self.header = f"{epoch}/{epochs}" if epochs else str(epoch)
-        self.start, self.bar = time.perf_counter(), None
+        self.start, self.line = time.perf_counter(), None
         if dist.rank() == 0 and sys.stdout.isatty():
-            self.bar = tqdm(
-                total=steps,
-                initial=first_step,
-                desc=self.header,
-                file=sys.stdout,
-                dynamic_ncols=True,
-                bar_format="{desc} {n_fmt}/{total_fmt} {bar:4}{postfix}",
-            )
+            # The columns of a bar are better spent on figures.
+            self.line = tqdm(file=sys.stdout, dynamic_ncols=True, bar_format="{desc}", desc=self.header)
 
     def show(self, step: int, words: list[str]) -> None:
         """Show that batch `step` is done, with these figures and the time left."""
         per_step = (time.perf_counter() - self.start) / (step + 1 - self.first_step)
         left = _clock(per_step * (self.steps - step - 1))
         run_left = _clock(per_step * (self.steps * (self.epochs - self.epoch) - step - 1))
-        if self.bar is None:
+        if self.line is None:
             whole = f" (run: {run_left})" if self.epochs else ""
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             where = f"epoch {self.header} [{step + 1}/{self.steps}]"
             dist.print_rank0(f"{stamp}  {where}  {'  '.join(words)}  left {left}{whole}")
             return
-        short = " ".join(words).replace(" img/s", "/s").replace(" TFLOP/s", "T")  # 80 columns are soon full
-        self.bar.set_postfix_str(" ".join([short, left, run_left][: 2 + (self.epochs > 0)]), refresh=False)
-        self.bar.update(step + 1 - self.bar.n)
+        # 80 columns are soon full.
+        short = " ".join(words).replace(" img/s", "/s").replace(" TFLOP/s", "T")
+        whole = f" {run_left}" if self.epochs else ""
+        self.line.set_description_str(f"{self.header} {step + 1}/{self.steps} {short} {left}{whole}")
 
     def close(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.close()
+        """End the line."""
+        if self.line is not None:
+            self.line.close()
 
 
 def _short(value: float) -> str:
