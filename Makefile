@@ -1,7 +1,7 @@
 # make demo: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
-# make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.
+# make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.   make test-...: longer tests (README.md).
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 

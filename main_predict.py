@@ -36,7 +36,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def predict(
     model: models_vit.VisionTransformer, files: list[Path], preprocessing: inference.Preprocessing, k: int
 ) -> Iterator[tuple[Path, list[float], list[int]]]:
-    """Yield (file, probabilities, class numbers) of the k most probable classes, the most probable first.
+    """Yield for each image its file, and the probabilities and numbers of its k most probable classes, best first.
 
     Args:
         model: The classifier.

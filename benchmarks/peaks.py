@@ -3,8 +3,8 @@
     python benchmarks/peaks.py --json peaks.json
 
 The figures are TFLOP/s of products of 8192 x 8192 matrices of random numbers (3072 x 3072 on a CPU), and TB/s of
-copies, which count the bytes read and the bytes written. Each is the median of --steps repetitions by turns, each of
-which takes a tenth of a second or more.
+copies, which count the bytes read and the bytes written. Each is the median of --steps repetitions by turns; a
+repetition is a fifth of a second of products, or ten copies.
 """
 
 import statistics

@@ -18,7 +18,7 @@ device already. The rows:
 The rows of Hugging Face need `pip install transformers`; their optimiser is that of `ours`.
 
 Every row is a process of its own, and every repetition gives each row a turn. On a CPU a turn is one step; on a GPU it
-is one step that is not counted, then two to ten steps, about a third of a second. Between its turns a row gives back
+is two steps that are not counted, then two to ten steps, about a third of a second. Between its turns a row gives back
 all memory of the GPU but that of its weights and optimiser. A row that does not fit is left out, with a notice.
 
 The figures are medians; the spread is (max - min) / median. TFLOP/s count the operations of the plain model, by

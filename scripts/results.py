@@ -183,7 +183,10 @@ def plot_row(panel: Axes, label: str, paths: list[Path], summary: Summary | None
 
 
 def datasets() -> None:
-    """Print a table per dataset, and plot the accuracy of its first seed's runs by epoch."""
+    """Print a table for each dataset and plot its rows, by the first seed's log.
+
+    A row is a curve by epoch, or a level where its log has no epochs (k-NN, raw pixels).
+    """
     folders = [path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name != "ablations"]
     for folder in sorted(folders):
         figure, panel = plt.subplots(figsize=(6, 3.6))
@@ -195,7 +198,7 @@ def datasets() -> None:
             plot_row(panel, label, paths, summary)
         print(f"\n{folder.name}\n\n{table(['', 'accuracy, %', 'n'], rows)}")
 
-        panel.set(xlabel="epoch", ylabel="accuracy, %", title=f"{folder.name}, {paths[0].stem if paths else ''}")
+        panel.set(xlabel="epoch", ylabel="accuracy, %", title=f"{folder.name}, first seed")
         panel.grid(alpha=0.3)
         panel.legend()
         figure.tight_layout()

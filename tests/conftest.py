@@ -1,4 +1,7 @@
-"""Fixtures of several test files: a small folder of real images, runs to compare with, scripts as processes."""
+"""What several test files share: a folder of real images, runs to compare with, scripts as processes, a server.
+
+Two hooks of pytest say how many workers run the tests, and which test comes first.
+"""
 
 import functools
 import http.server
@@ -24,7 +27,9 @@ SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 def pytest_xdist_auto_num_workers() -> int:
     """Take a worker more than there are cores, since a third of the tests' time is waiting; at most 8."""
-    return min((os.cpu_count() or 1) + 1, 8)
+    from util.distributed.launchers import cores
+
+    return min(cores() + 1, 8)
 
 
 def pytest_collection_modifyitems(items):

@@ -54,7 +54,8 @@ def log(folder):
     """Return the lines of log.txt by epoch, without times; assert that every epoch has one line."""
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     for line in lines:
-        del line["data_wait"], line["tflops"]  # of times, which differ from run to run
+        for name in ("data_wait", "tflops"):  # times differ from run to run
+            line.pop(name, None)
     assert [line["epoch"] for line in lines] == list(range(len(lines))), "an epoch is missing or there twice"
     return {line["epoch"]: line for line in lines}
 

@@ -1,4 +1,7 @@
-"""The demo: pre-training on the samples improves classification (takes minutes; pytest -m slow)."""
+"""The demo: pre-training on the samples improves classification, partial fine-tuning and attentive probing.
+
+Takes minutes (pytest -m slow).
+"""
 
 import json
 import re
@@ -35,8 +38,8 @@ def test_demo_shows_what_pretraining_is_worth(script, tmp_path, monkeypatch, cap
     assert (tmp_path / "reconstruction.png").stat().st_size > 10_000
 
     # On the same encoder, training one block more helps (the paper's Figure 9), and a learned pooling works, too. The
-    # three run at once, since no other test is left to use the second core.
-    encoder = tmp_path / "pretrain/checkpoint-11.pth"
+    # three run at once: this is the longest test, and at its end the other cores are often idle.
+    encoder = tmp_path / f"pretrain/checkpoint-{demo.epochs_of(demo.PRETRAIN) - 1}.pth"
     words = [*demo.CLASSIFY.split(), "--finetune", encoder, "--model", "vit_demo_patch4"]
     tune = "--batch_size 32 --epochs 3 --warmup_epochs 1 --lr 2e-3 --drop_path 0 --smoothing 0 --aa none --reprob 0"
     probe = "--cls_token --batch_size 50 --epochs 4 --warmup_epochs 1 --lr 3e-3 --probe attentive"

@@ -166,13 +166,31 @@ def test_speed_is_shown_and_reported_in_images_and_operations(capsys):
     meters = Meters(
         CPU, images_per_step=8, flops_per_image=5e9, on_report=lambda *report: reports.append(report), first_step=1
     )
-    for _ in meters.log_every([0] * 3, print_freq=2, epoch=0):
+
+    class Batches:
+        """The last four batches of five, each of which takes 30 ms to come."""
+
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            for batch in range(4):
+                time.sleep(0.03)
+                yield batch
+
+    assert meters.epoch_speed() == {}
+    start = time.perf_counter()
+    for _ in meters.log_every(Batches(), print_freq=2, epoch=0):
         time.sleep(0.01)
-    assert len(reports) == 1
+    took = time.perf_counter() - start
+    assert [report[0] for report in reports] == [2, 4]
     speed = reports[0][-1]
-    assert 0 < speed["images_per_s"] <= 1600 and speed["tflops"] == pytest.approx(speed["images_per_s"] * 5e-3)
+    assert 8 / took < speed["images_per_s"] <= 2 * 8 / 0.08
+    assert speed["tflops"] == pytest.approx(speed["images_per_s"] * 5e-3)
     assert f"{speed['images_per_s']:.0f} img/s  {speed['tflops']:.3g} TFLOP/s  data" in capsys.readouterr().out
-    assert meters.epoch_speed()["tflops"] == pytest.approx(3 * 8 * 5e-3 / meters.elapsed)
+    whole = meters.epoch_speed()
+    assert 4 * 8 * 5e-3 / took <= whole["tflops"] <= 4 * 8 * 5e-3 / 0.16
+    assert 0.12 / took <= whole["data_wait"] <= 1 - 0.04 / took
 
 
 def test_on_a_terminal_one_line_of_80_columns_shows_the_progress(monkeypatch):
@@ -193,7 +211,7 @@ def test_on_a_terminal_one_line_of_80_columns_shows_the_progress(monkeypatch):
 
 
 def count_by_hand(tokens, width, depth):
-    """Return the operations of blocks forward: four projections, the two products of attention, the MLP of 4 widths."""
+    """Return the operations of a forward pass of blocks: four projections, attention's two products, and the MLP."""
     return depth * 2 * tokens * (4 * width**2 + 2 * tokens * width + 8 * width**2)
 
 

@@ -10,6 +10,7 @@ from conftest import link_images
 import main_finetune
 import main_linprobe
 import main_pretrain
+import models_mae
 from util.errors import UserError
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
@@ -65,6 +66,21 @@ def test_published_pretraining_command(pretrained):
     assert line["tflops"] > 0
     assert line["n_parameters"] == sum(v.numel() for k, v in stored["model"].items() if "pos_embed" not in k)
     assert list(pretrained.parent.glob("events.out.tfevents.*"))
+
+
+def test_a_loss_whose_operations_cannot_be_counted_is_trained_all_the_same(images, tmp_path, monkeypatch, capsys):
+    """Operations are counted on tensors without values; a loss that asks for values fails there."""
+
+    def forward_loss(self, imgs, pred, mask):
+        assert torch.isfinite(pred).all()
+        return (pred - self.target(imgs)).square()[mask.bool()].mean()
+
+    monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward_loss", forward_loss)
+    pretrain(images, tmp_path, "--monitor_freq 0")
+    said = capsys.readouterr().out
+    assert "notice: no TFLOP/s, since the model's operations could not be counted" in said and "GFLOP" not in said
+    (line,) = log_lines(tmp_path)
+    assert line["train_loss"] > 0 and line["tflops"] == 0
 
 
 @pytest.mark.parametrize(("job", "published"), [("finetune", FINETUNE), ("linprobe", PROBE)])

@@ -106,7 +106,7 @@ class Preprocessing:
 
 
 def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Preprocessing:
-    """Return the preprocessing of the evaluation of a checkpoint's job.
+    """Return the preprocessing with which the job that wrote a checkpoint evaluates, with the flags' batch size.
 
     Args:
         checkpoint: The loaded checkpoint.

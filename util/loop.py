@@ -138,7 +138,11 @@ class Run:
         return epoch + 1 == self.settings.epochs
 
     def _evaluate(self, evaluate: Evaluate) -> tuple[Stats, bool]:
-        """Evaluate after an epoch's training; return the figures, and whether the accuracy is the best so far."""
+        """Evaluate after an epoch's training, and take note of the best accuracy; save first if the evaluation fails.
+
+        Returns:
+            The figures, and whether the accuracy is the best so far.
+        """
         position = self.position
         position.images = len(self.loader) * self.checkpoints.images_per_step
         try:
@@ -157,7 +161,7 @@ class Run:
         return stats, improved
 
     def _end_epoch(self, stats: Stats, improved: bool) -> None:
-        """Log the epoch and save, where it is time to."""
+        """Log the epoch; save a checkpoint if it is time for one."""
         position, log = self.position, self.log
         speed = {name: float(f"{value:.4g}") for name, value in self.speed.items()}
         log.epoch({**stats, "epoch": position.epoch, "n_parameters": log.n_parameters, **speed})

@@ -13,7 +13,7 @@ A checkpoint holds plain types and tensors only, so that torch.load opens it wit
     model_ema     the EMA of the weights, with --model_ema
     position      of the epoch under way: images used, images in the training set, sums behind the averages; the best
                   accuracy and its epoch
-    stats         log.txt's line of the last epoch completed
+    stats         train_* and test_* of log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
     job, saved    "pretrain", "finetune" or "linprobe"; the time in seconds since 1970
 """
@@ -58,7 +58,7 @@ class Position:
         best: Best accuracy so far, in per cent; -1: none.
         best_epoch: The epoch of the best accuracy; -1: none.
         rng: States of the random streams, by rank.
-        stats: log.txt's line of the last epoch.
+        stats: train_* and test_* of log.txt's line of the last epoch.
     """
 
     epoch: int = 0
@@ -385,7 +385,11 @@ def resolve_resume(source: str, output_dir: str, job: str, model: str) -> str:
 
 
 def _newest_valid(folder: Path, job: str, model: str) -> str:
-    """Return the newest checkpoint in a folder that is undamaged and of this job and model; "" in an empty folder."""
+    """Return the newest undamaged checkpoint of this job and model in a folder; "" if it holds no checkpoint.
+
+    Raises:
+        UserError: It holds some, and none can be used.
+    """
     # Look at every file without reading its tensors: does it open, and does it belong to this run?
     candidates, skipped = [], []
     for path in folder.glob("checkpoint-*.pth"):

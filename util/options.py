@@ -23,7 +23,7 @@ from util.misc import is_inside
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help texts that show the default of every flag that has one."""
+    """Format --help with the default of each flag, unless that is None, False or empty."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
@@ -492,7 +492,7 @@ def _sweep_problems(args: argparse.Namespace) -> list[str]:
 
 
 def device_problems(name: str) -> list[str]:
-    """Return the problems of --device on this machine; there is one at most."""
+    """Check --device on this machine; return a list with one message, or an empty one."""
     try:
         device = torch.device(name)
     except RuntimeError:

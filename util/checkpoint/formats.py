@@ -252,7 +252,7 @@ def preprocessing(folder: Path, config: dict) -> dict:
     """Return the --mean, --std and --crop_pct that the model in a folder was made with, as far as they are stated.
 
     Args:
-        folder: Folder of Hugging Face's or timm's.
+        folder: Folder that Hugging Face, timm or main_export.py wrote.
         config: The content of its config.json.
     """
     # Hugging Face has a file of its own for them, which states the crop by two sizes.

@@ -177,7 +177,7 @@ def _compare_preprocessing(source: str, checkpoint: dict, args: dict, names: tup
 
 
 def comparable(value: object) -> object:
-    """Return a flag's value in a form that can be compared: a tuple as a list."""
+    """Turn a tuple into a list, so that a flag's value equals the same value from a checkpoint."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -269,7 +269,7 @@ def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, 
 
 
 def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
-    """Describe the part after the encoder: a decoder, or a classifier's pooling and head."""
+    """Return the properties of FLAGS that show what follows the encoder: a decoder, a classifier's head, or nothing."""
     if "decoder_pred.weight" in state:
         return {"kind": "autoencoder (main_pretrain.py)"}
     pooling = "mean of the patches" if "fc_norm.weight" in state else "class token"

@@ -103,7 +103,7 @@ class EvalImages(Images):
 
 
 class MonitorImages(Images):
-    """Split for monitoring; an unreadable image is replaced by the next one."""
+    """Images of one split, for monitoring pre-training; an unreadable image is replaced by the next readable one."""
 
     def __getitem__(self, index: int) -> Sample:
         candidates = (number % len(self) for number in range(index, index + TRIES))
@@ -204,7 +204,7 @@ def open_split(
     """Open data_path/split and check that it holds images which the model can take.
 
     Args:
-        kind: Dataset to make of it.
+        kind: Class of the dataset.
         data_path: Folder that holds the splits.
         split: Name of the split's folder, train or val.
         transform: From an array [H, W, C] to a tensor [C, H, W].

@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from timm.layers import Attention
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,14 +17,11 @@ def count_flops(model: nn.Module, mask_ratio: float | None = None) -> float:
         model: An autoencoder or a classifier, before `util.speed.prepare`; it is left as it is.
         mask_ratio: Share of the patches that an autoencoder masks; None: the model is a classifier.
     """
-    # The counter needs shapes only. So the copy's tensors lie on "meta", without memory: deepcopy takes a tensor's copy
-    # from the memo, where there is one.
+    # The counter needs shapes only. So the model is copied to "meta", where tensors have no values: deepcopy's memo is
+    # filled with such tensors, in place of copies of the data.
     memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     shadow = copy.deepcopy(model, memo).train()
-    for module in shadow.modules():
-        if isinstance(module, Attention):
-            module.fused_attn = False  # the counter knows the operations of which plain attention consists
 
     # Two images, since BatchNorm refuses to train on one.
     imgs = torch.empty(2, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device="meta")

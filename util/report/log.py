@@ -42,7 +42,7 @@ class RunLog:
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
-        """Print what is about to be trained, and keep the number of trained parameters and of operations for the log.
+        """Print what is about to be trained; keep its numbers of parameters and of operations, which the reports need.
 
         Args:
             checkpoints: The run's checkpoints, which know its model, precision and flags.
@@ -51,13 +51,17 @@ class RunLog:
         """
         model, args, ranks = checkpoints.model, checkpoints.args, dist.world_size()
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.flops_per_image = count_flops(model, args.get("mask_ratio"))
+        try:
+            self.flops_per_image = count_flops(model, args.get("mask_ratio"))
+        except Exception as error:  # code that needs values, in a model of the user's, is no reason not to train it
+            dist.print_rank0(f"notice: no TFLOP/s, since the model's operations could not be counted: {error}")
+        work = f", {self.flops_per_image / 1e9:.3g} GFLOP per image" if self.flops_per_image else ""
         total = sum(p.numel() for p in model.parameters())
         batch = args["batch_size"] * args["accum_iter"] * ranks
         dist.print_rank0(f"data      {len(loader.dataset)} images in {loader.dataset.images.root}")
         dist.print_rank0(
             f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
-            f"{self.n_parameters / 1e6:.2f} M of them trained, {self.flops_per_image / 1e9:.3g} GFLOP per image"
+            f"{self.n_parameters / 1e6:.2f} M of them trained{work}"
         )
         dist.print_rank0(
             f"training  effective batch {batch} on {ranks} process(es), lr {lr:.3g}, {loader.device}, "

@@ -18,8 +18,8 @@ Report = Callable[[int, int, dict[str, float], list[int], dict[str, float]], Non
 class Meters:
     """Means over the window since the last report and over the whole epoch, over all ranks.
 
-    Values stay on their device until a report reads them, so that a step need not wait for the device. Values that
-    are not finite are left out of the means; losses that are not finite are counted, by rank.
+    Values stay on their device until a report reads them, so that a step need not wait for the device. Tensors that
+    are not finite are left out of the means; those named "loss" are counted, by rank.
     """
 
     def __init__(
@@ -87,7 +87,10 @@ class Meters:
         return means, [int(count) for count in flat[2 * len(names) :]]
 
     def totals_so_far(self) -> dict[str, list[float]]:
-        """Return [sum, count] of each figure for the epoch so far, and leave the window open; all ranks must call."""
+        """Return [sum, count] of each figure over the epoch so far; all ranks must call.
+
+        The window goes on: the next report covers it from its beginning.
+        """
         window, totals, not_finite = self._window, self.totals, self._not_finite
         self.totals = {name: list(pair) for name, pair in totals.items()}
         self.window()
@@ -100,7 +103,13 @@ class Meters:
         return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
 
     def epoch_speed(self) -> dict[str, float]:
-        """Return data_wait and TFLOP/s over the part of the epoch that this process has trained."""
+        """Return this process's data_wait and all ranks' TFLOP/s over the part of the epoch trained here.
+
+        The time includes whatever goes on between the steps: saving, logging, compilation in the first epoch. Where
+        the process resumed at the end of the epoch, and trained nothing of it, the result is empty.
+        """
+        if not self.steps_done:
+            return {}
         seconds = max(self.elapsed, 1e-9)
         images = self.steps_done * self.images_per_step
         return {"data_wait": self.waited / seconds, "tflops": images * self.flops_per_image / seconds / 1e12}
