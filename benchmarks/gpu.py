@@ -43,8 +43,8 @@ class Stage:
         name: Name of the stage and of its files.
         arguments: The command line after "python"; {photos} is filled in.
         quick: The same in a form small enough for a CPU; "": the stage is left out with --quick.
-        minutes: Longest time that it takes on an H100. The stage is dropped where less is left, and stopped after
-            twice as long.
+        minutes: Longest time that it takes on an H100. The stage is dropped where less is left (with --quick: under 20
+            s), and stopped after twice as long, or at the end of --minutes.
     """
 
     name: str

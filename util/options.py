@@ -274,7 +274,11 @@ MODEL_FLAGS = {
 
 
 def model_size(args: argparse.Namespace) -> dict[str, int | tuple[int, int]]:
-    """Return the arguments of the model that the flags set."""
+    """Return the constructor arguments that give a model's shape.
+
+    These are the input's size and channels, and those of MODEL_FLAGS that were given. What else a model takes
+    (norm_pix_loss, num_classes, ...) is left to the caller.
+    """
     overrides = {argument: getattr(args, flag) for flag, argument in MODEL_FLAGS.items() if getattr(args, flag, None)}
     return {"img_size": args.input_size, "in_chans": args.in_chans} | overrides
 

@@ -102,10 +102,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def find_damage(path: Path) -> str:
-    """Return a sentence about the damage to a checkpoint, or "" for none, by the checksums in the file.
+    """Return a sentence about the damage to a checkpoint, or "" if none is found.
 
-    A zip archive holds a CRC-32 of each record, which torch.load does not check. Only zip archives, which torch.save
-    has written since version 1.6, hold any: damage to older files and to .safetensors is not noticed here.
+    Damage is an archive that can't be opened, a record whose checksum is wrong, or one that is marked as a folder or as
+    compressed. torch.load notices none of the latter two. Only zip archives, which torch.save has written since version
+    1.6, are checked: older files and .safetensors hold no checksums.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":

@@ -270,7 +270,10 @@ def preprocessing(folder: Path, config: dict) -> dict:
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """Return the files of weights in a folder that Hugging Face or timm wrote; [] for any other folder or file."""
+    """Return the files of weights in a folder that Hugging Face, timm or main_export.py wrote; [] for anything else.
+
+    They are recognised by their names: one file, or the parts that an index lists.
+    """
     for name in ("model.safetensors", "encoder.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"  # of weights that are split over several files
         if (folder / name).is_file():

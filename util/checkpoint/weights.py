@@ -285,5 +285,5 @@ def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
 
 
 def _modules(keys: set[str]) -> list[str]:
-    """Return the outermost modules of the keys: "blocks.*" stands for every key of the blocks."""
+    """Shorten keys to their outermost modules, sorted: all those in blocks become one "blocks.*"; "cls_token" stays."""
     return sorted({name if "." not in name else name.split(".")[0] + ".*" for name in keys})

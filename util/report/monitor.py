@@ -60,7 +60,8 @@ class Monitor:
             poll: Called once per batch, on all ranks equally often.
 
         Returns:
-            "loss" on val, and "knn", the k-NN accuracy in per cent, if there are several classes; {} without val.
+            "loss" on val, and "knn", the k-NN accuracy in per cent, where train and val share several classes; {}
+            without val.
         """
         model = dist.unwrap(model).eval()
         with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
@@ -76,7 +77,7 @@ class Monitor:
 
     @torch.inference_mode()
     def _measure(self, model: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
-        """Return the loss on val, and the k-NN accuracy in per cent if there are several classes."""
+        """Return "loss" on val, and "knn", the k-NN accuracy in per cent, where train and val share several classes."""
         device = self.val.device
         features, targets, loss_sum = self._encode(model, self.val, poll, with_loss=True)
         train_features, train_targets, _ = self._encode(model, self.train, poll, with_loss=False)
