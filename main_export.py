@@ -140,7 +140,7 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 
 
 def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
-    """Return the config.json from which timm builds the model: a known architecture, and where this model differs.
+    """Return the config.json from which timm builds the model: timm's ViT-B/16, with the shape of this model.
 
     Args:
         config: Arguments that build the model here.
@@ -271,7 +271,7 @@ EXPORTERS = {"timm": to_timm, "hf": to_hf, "encoder": to_encoder, "onnx": to_onn
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
-    """Write weights and config.json, after removing those that an earlier export left in the folder.
+    """Write weights and config.json, after removing the .safetensors and preprocessor files of an earlier export.
 
     Args:
         folder: Existing folder.

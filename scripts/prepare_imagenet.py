@@ -96,7 +96,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> Non
 
 
 def _link(path: Path, target: Path) -> None:
-    """Link a file, which takes no space, or copy it where the file system cannot link."""
+    """Make target a hard link to a file, which takes no space, or a copy where the file system cannot link."""
     target.unlink(missing_ok=True)
     try:
         os.link(path, target)

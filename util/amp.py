@@ -27,10 +27,10 @@ def choose(amp: str, device: torch.device) -> str:
 
 @cache
 def bf16_is_faster_on_cpu() -> bool:
-    """Measure whether matrix products in bf16 take less than 3/4 of the time of those in fp32, in a fifth of a second.
+    """Return whether matrix products in bf16 take less than 3/4 of the time of those in fp32.
 
-    It is measured, since the list of instructions says little: with avx512_bf16 and without AMX bf16 is twice as fast
-    on a Zen 4 and half as fast on an Intel Xeon (2 cores each).
+    Without avx512_bf16 they do not. With it they are measured, in a fifth of a second, since the instruction alone says
+    little: without AMX bf16 is twice as fast on a Zen 4 and half as fast on an Intel Xeon (2 cores each).
     """
     if not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():  # torch has no public name for it
         return False
@@ -125,10 +125,10 @@ class LossScaler:
 
 
 class BadSteps:
-    """Count of the skipped updates, kept on the device; all ranks count alike, since they exchange gradients.
+    """Watch for skipped updates: count those since the last report, and notice when `limit` in a row were skipped.
 
-    An fp16 scaler starts high and halves itself at every overflow: the 16 skipped updates in a row that this may take
-    do not count.
+    The counts are kept on the device. All ranks count alike, since they exchange gradients. An fp16 scaler starts high
+    and halves itself at every overflow: with fp16 the first 16 in a row are neither counted nor set against the limit.
     """
 
     def __init__(self, limit: int, device: torch.device, amp: str) -> None:

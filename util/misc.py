@@ -57,8 +57,8 @@ class Position:
         totals: Sums and counts of this epoch's averages so far, by name.
         best: Best accuracy so far, in per cent; -1: none.
         best_epoch: The epoch of the best accuracy; -1: none.
-        rng: States of the random streams, by rank.
-        stats: train_* and test_* of log.txt's line of the last epoch.
+        rng: States of the random streams by rank, as a checkpoint held them; empty in a new run.
+        stats: train_* and test_* of log.txt's line of the last epoch completed.
     """
 
     epoch: int = 0
