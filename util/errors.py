@@ -26,7 +26,7 @@ PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|rec
 class UserError(Exception):
     """Something that the user can fix; the message says what is wrong, where, and what to do.
 
-    Every rank raises it alike, so that one of them prints it for all.
+    Every rank raises it alike, so that one on each machine prints it for all there.
     """
 
     def __init__(self, message: str) -> None:
@@ -50,6 +50,8 @@ class Stopped(Exception):
 
 def run(main: Callable[[], object]) -> None:
     """Run a script's main function, and end the process with the message and exit code that fit how it went.
+
+    After a success or a stop by signal, the process group is destroyed.
 
     Args:
         main: The script; its result is ignored.
@@ -84,7 +86,10 @@ def _print_error(error: Exception) -> int:
 
 
 def _prints_on_this_rank(error: Exception) -> bool:
-    """Return whether this rank prints the error: of those that all ranks raise alike, one rank does it for all."""
+    """Return whether this rank prints the error.
+
+    Rank 0 prints Stopped, local rank 0 of each machine a UserError other than LocalError; each rank prints all others.
+    """
     if isinstance(error, Stopped):
         return dist.rank() == 0
     if isinstance(error, UserError) and not isinstance(error, LocalError):
@@ -118,7 +123,7 @@ def _describe(error: Exception) -> tuple[str, int] | None:
 
 
 def _describe_runtime_error(text: str) -> tuple[str, int] | None:
-    """Return message and exit code for a RuntimeError of torch, which only its text tells from others."""
+    """Return message and exit code for a RuntimeError that is recognised by its text, None for any other."""
     if re.search(r"shared memory(\(shm\)| limit)", text):
         return (
             "error: /dev/shm, through which loader processes send their batches, is full: lower --num_workers, or "

@@ -64,7 +64,7 @@ def find(paths: list[Path], num: int | None = None) -> list[Path]:
 
     Args:
         paths: Files, which are taken whatever their names, and folders.
-        num: Number of files to return, evenly spread over the list; None: all.
+        num: Largest number of files to return, evenly spread over the list; None: all.
 
     Raises:
         UserError: A path does not exist, or there are no images.
@@ -106,7 +106,7 @@ class Preprocessing:
 
 
 def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Preprocessing:
-    """Return the preprocessing with which the job that wrote a checkpoint evaluates, with the flags' batch size.
+    """Return the preprocessing with which a checkpoint's job evaluates, with the flags' batch size and device.
 
     Args:
         checkpoint: The loaded checkpoint.

@@ -261,13 +261,16 @@ def monitor_loaders(
     The images are divided among the ranks.
 
     Args:
-        data_path: Holds train/ and, where there is one, val/.
+        data_path: Holds train/ (or images, which are taken instead) and, where there is one, val/.
         transform: From an array [H, W, C] to a tensor [C, H, W].
         pixels: How files become the model's input.
         loading: How batches are loaded.
 
     Returns:
-        The loaders of val/ and of train/; the first is None if there is no usable val/.
+        The loaders of val/ and of train/; the first is None if val/ is missing or, with a warning, unusable.
+
+    Raises:
+        UserError: The training images are missing or unusable.
     """
 
     def open_loader(split: str, count: int) -> DeviceLoader:
@@ -312,7 +315,7 @@ def classifier_loaders(
         The loaders of train/ (None if it was not opened) and of val/.
 
     Raises:
-        UserError: As in train_loader, or the classes differ.
+        UserError: As in train_loader, for val/, too; or the classes differ, or their number is not nb_classes.
     """
     train = None
     if train_transform:

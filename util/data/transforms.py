@@ -98,7 +98,7 @@ class Crop:
         Args:
             size: Height and width of the result in pixels, or one number for both.
             scale: Bounds of the crop's share of the image's area.
-            one_draw: Draw one box and clip it to the image, instead of up to ten until one fits and then the middle.
+            one_draw: Draw one box and clip it to the image; otherwise draw until one fits, as in random_box.
         """
         self.size, self.scale, self.one_draw = to_2tuple(size), scale, one_draw
 
@@ -111,7 +111,7 @@ class Crop:
 
 
 def default_crop_pct(size: int | tuple[int, int]) -> float:
-    """Return the share of an image's side that evaluation keeps by default: 224/256, or 1 above 224 pixels."""
+    """Return the default crop_pct of evaluation: 224/256, or 1 if a side of the result is above 224 pixels."""
     return 224 / 256 if max(to_2tuple(size)) <= 224 else 1.0
 
 
@@ -127,7 +127,7 @@ class CentreCrop:
 
         Args:
             size: Height and width of the result in pixels, or one number for both.
-            crop_pct: Share that is kept of the side that just covers; None: as in default_crop_pct.
+            crop_pct: Result's size as a share of the size that the resized image covers; None: default_crop_pct.
         """
         size = to_2tuple(size)
         pct = crop_pct or default_crop_pct(size)

@@ -26,7 +26,7 @@ _timeout = timedelta(minutes=30)  # the longest wait for another rank
 
 
 class RendezvousError(RuntimeError):
-    """A process group that could not be set up in time."""
+    """A process group that could not be set up, or not in time."""
 
 
 # Setting up.
@@ -52,7 +52,8 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
         This rank's device.
 
     Raises:
-        RendezvousError: The other ranks did not come in time. (A later wait in vain ends as a RuntimeError.)
+        RendezvousError: The group could not be set up: ranks that did not come in time, a port in use, a bad address.
+            (A later wait in vain ends as a RuntimeError.)
     """
     own_device = torch.device(device)
     if own_device.type == "cuda":
@@ -98,7 +99,8 @@ def _agree_on_prefix(store: td.Store, own_rank: int, world: int, timeout: timede
     confirms it under the prefix.
 
     Raises:
-        TimeoutError: Some ranks did not confirm in time.
+        TimeoutError: On rank 0: some ranks did not confirm in time.
+        RuntimeError: On another rank: rank 0 did not answer in time.
     """
     own_token = uuid.uuid4().hex
 
@@ -163,7 +165,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Return the elementwise maximum over all ranks, on the CPU."""
+    """Return the elementwise maximum over all ranks, on the CPU; for a process that is alone, `values` itself."""
     if not td.is_initialized():
         return values
     values = values.to(device, copy=True)
@@ -265,7 +267,10 @@ def gather_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load into an optimiser, sharded or not, the state_dict of an optimiser on one process; all ranks must call."""
+    """Load into an optimiser, sharded or not, the state_dict of an optimiser on one process; all ranks must call.
+
+    If the optimiser is sharded, the other ranks' entries in `state` are set to None.
+    """
     optimizer.load_state_dict(state)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         # It keeps a second copy of this rank's share.

@@ -119,9 +119,10 @@ def gpu_index(gpus: int) -> int:
 
 
 def gpus_needed(gpus: int) -> int:
-    """Return how many of the `gpus` visible ones the processes of this machine need together.
+    """Return how many GPUs this machine's processes need to see, which can be more than the `gpus` visible ones.
 
-    The number is the same in each process, so that they agree on whether there are enough.
+    It is 1 where SLURM shows each task only its own GPU. With LOCAL_WORLD_SIZE the number is the same in each process,
+    so that they agree on whether there are enough; without, it is the local rank + 1.
     """
     return 1 if _sees_only_its_own_gpu(gpus) else int(os.environ.get("LOCAL_WORLD_SIZE", 1 + gpu_index(gpus)))
 

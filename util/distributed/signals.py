@@ -15,15 +15,15 @@ ECHO_S = 1.0  # under torchrun, a repetition of the signal within so many second
 
 
 class Requests:
-    """Requests to stop, by signal, and to save, by the clock; a context within which signals don't end the process.
+    """Requests to stop, by signal, and to save, by the clock; a context in which one signal doesn't end the process.
 
     Within it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are noted, and `poll` reports them. A second signal ends the process
     at once. torchrun passes signals on that its processes have had from the terminal already, so under torchrun a
-    second signal within a second does not count.
+    second signal within a second does not count. Outside the main thread, signals are not handled.
     """
 
     def __init__(self, save_minutes: float) -> None:
-        """Start the clock.
+        """Start the clock, and create the group over which the ranks agree; all ranks must call.
 
         Args:
             save_minutes: Minutes between checkpoints, by rank 0's clock; 0: no requests to save.
