@@ -92,7 +92,8 @@ def versions(device: torch.device) -> dict[str, str]:
     """Describe the code and the machine that a measurement comes from.
 
     Returns:
-        Versions of the packages, Python, CUDA and the driver, the commit, the device's name, and the number of cores.
+        Versions of the packages ("none" if not installed), Python and, on a GPU only, CUDA and the driver; the commit
+        ($GIT_COMMIT if set), the device's name, and the number of cores.
     """
     described = _output("git", "describe", "--always", "--dirty")
     info = {name: _version(name) for name in PACKAGES} | {
@@ -142,8 +143,8 @@ def read_result(file: Path) -> dict | None:
     """Read the result of a stage, JSON or pytest's XML.
 
     Returns:
-        The contents of the JSON file; of pytest's the numbers of passed and skipped tests and the names of the failed
-        ones; None if there is no file.
+        The contents of a JSON file; for pytest's XML, the numbers of passed and skipped tests and the names of the
+        failed ones; None if there is no file.
     """
     if not file.exists():
         return None
@@ -232,7 +233,7 @@ def run_or_skip(stage: Stage, args: argparse.Namespace, left: float) -> str:
 
 
 def main() -> None:
-    """Run the stages and print the outcome of each."""
+    """Run the stages and print the outcome of each; exit with an error if one failed or ran out of time."""
     args = get_args()
     args.output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes

@@ -29,7 +29,7 @@ PAPER = {"mae_vit_large_patch16": {"8": 2.8, "1": 3.7}, "mae_vit_huge_patch14": 
 
 
 class EncodesMaskTokens(models_mae.MaskedAutoencoderViT):
-    """Baseline of the paper's Table 2 ("encoder w/ [M]"): mask tokens enter the encoder, whose outputs all go on."""
+    """Baseline of the paper's Table 2 ("encoder w/ [M]"): mask tokens enter the encoder; the decoder adds none."""
 
     def __init__(self, **arguments: object) -> None:
         super().__init__(**arguments)
@@ -55,7 +55,7 @@ class EncodesMaskTokens(models_mae.MaskedAutoencoderViT):
         return self.norm(self._run_blocks(self.blocks, torch.cat([cls_token, x], dim=1))), mask, ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict the pixels of all patches, which the encoder has left in their places.
+        """Predict the pixels of all patches; they are in image order already, so ids_restore is not used.
 
         latent [N, 1+L, D] -> pred [N, L, p*p*C].
         """
@@ -93,7 +93,7 @@ def build(row: str, name: str, batch_size: int, device: torch.device) -> Step:
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict]:
-    """Measure the rows of a model by turns."""
+    """Measure the rows of a model by turns; "paper" is 1.0 for the baseline and for models that PAPER lacks."""
     device = torch.device(args.device)
     steps = {row: build(row, name, args.batch_size, device) for row in ("tokens", "8", "1")}
     times = interleave(steps, device, args.steps)

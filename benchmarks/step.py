@@ -67,7 +67,10 @@ ROWS = ("ours", "ours_eager", "off", "hf", "hf_best", "hf_compiled")
 
 
 def build_model(job: str, name: str) -> nn.Module:
-    """Build a job's model as its script does, in fp32 on the CPU."""
+    """Build a job's model as its script does but for two flags, in fp32 on PyTorch's default device.
+
+    Pre-training has --norm_pix_loss; fine-tuning has no stochastic depth (the script's --drop_path is 0.1).
+    """
     if job == "pretrain":
         return models_mae.MODELS[name](norm_pix_loss=True)
     model = models_vit.MODELS[name](num_classes=CLASSES, global_pool=job == "finetune")
@@ -75,10 +78,10 @@ def build_model(job: str, name: str) -> nn.Module:
 
 
 def build_hf_model(config: dict, classes: int | None = None, attention: str | None = None) -> nn.Module:
-    """Build the model of transformers that has the same shape, with transformers' defaults for all else.
+    """Build the model of transformers of the same shape and norm_pix_loss, with its defaults for all else.
 
     Args:
-        config: The shape, as model_config in a checkpoint of this repository.
+        config: The shape and norm_pix_loss, as model_config in a checkpoint of this repository.
         classes: Number of classes of a classifier; None: an autoencoder.
         attention: Attention implementation, "sdpa" or "eager"; None: transformers' default.
 
@@ -208,11 +211,12 @@ class Row:
         self.peak_memory = 0.0
 
     def step(self) -> float:
-        """Give the process a turn and return the seconds of a step.
+        """Give the process a turn, update peak_memory (GB), and return the seconds of a step.
 
         Raises:
-            GpuFull: The row does not fit into the GPU's memory.
-            SystemExit: The process has ended.
+            GpuFull: The row does not fit into the GPU's memory; its process ends.
+            SystemExit: The process ended during the turn.
+            BrokenPipeError: The process had ended before the turn.
         """
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
@@ -314,7 +318,10 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Print the kernels (on a CPU the operations) that take most of the time, in a step of the first of --rows."""
+    """Print the kernels (on a CPU the operations) that take most of the time, in 3 steps of the first of --rows.
+
+    hf_best and hf_compiled run uncompiled, with transformers' default attention; --hf_attention is ignored.
+    """
     device = torch.device(args.device)
     step = build((args.rows or ROWS)[0], args, {"attention": None, "compiled": False})
     for _ in range(3):

@@ -63,7 +63,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _scaled_gradient(parameter: Tensor, group: dict) -> Tensor:
-    """Return a parameter's gradient; of a matrix with weight decay, scaled in proportion to the matrix's norm."""
+    """Return a vector's gradient as it is, and a matrix's with weight decay added and then scaled, as in LARS."""
     if parameter.ndim <= 1:
         return parameter.grad
     gradient = parameter.grad.add(parameter, alpha=group["weight_decay"])

@@ -67,7 +67,7 @@ class Run:
     def start(
         cls, checkpoints: Checkpoints, loader: DeviceLoader, source: str, settings: RunSettings, lr: float
     ) -> "Run":
-        """Resume from a checkpoint, or start, prepare output_dir, open the logs, and print what will be trained.
+        """Resume from a checkpoint or start afresh; then prepare output_dir, open the logs, print what will be trained.
 
         Args:
             checkpoints: Of the run; its model, optimizer and scaler take over the state.
@@ -77,7 +77,7 @@ class Run:
             lr: Learning rate after warm-up, for the summary.
 
         Raises:
-            UserError: The checkpoint does not fit.
+            UserError: The checkpoint can't be read or does not fit.
         """
         args = checkpoints.args
         position = checkpoints.resume(source, args["start_epoch"], args["resume_override"], len(loader.dataset))
@@ -91,8 +91,8 @@ class Run:
     def first_step(self) -> int:
         """Return the number of batches of the epoch that are done already.
 
-        Runs are saved after updates. So a position within an accumulation group is the end of an epoch that a run with
-        another number of ranks has trained: all batches are done, though here one or two more would fit in.
+        Runs are saved after updates. So a position within an accumulation group is the end of an epoch: all batches
+        count as done, even if with today's number of ranks a few more would fit in.
         """
         done = self.position.images // self.checkpoints.images_per_step
         return len(self.loader) if done % self.checkpoints.args["accum_iter"] else done
@@ -112,6 +112,7 @@ class Run:
 
         Raises:
             Stopped: On a signal, after saving.
+            FloatingPointError, UserError: As `report` does; UserError also if a checkpoint can't be written.
         """
         start, first_epoch = time.time(), self.position.epoch
         if len(self.position.rng) > dist.rank():
@@ -138,7 +139,9 @@ class Run:
         return epoch + 1 == self.settings.epochs
 
     def _evaluate(self, evaluate: Evaluate) -> tuple[Stats, bool]:
-        """Evaluate after an epoch's training, and take note of the best accuracy; save first if the evaluation fails.
+        """Evaluate after an epoch's training, and note the best accuracy.
+
+        On a UserError, or an OSError of a single process, what was trained is saved before the error goes on.
 
         Returns:
             The figures, and whether the accuracy is the best so far.
@@ -211,7 +214,7 @@ class Run:
             self.save_in_epoch(signum)
 
     def end_of_training(self, meters: Meters) -> None:
-        """Take over an epoch's sums, after its last batch."""
+        """Store the sums and the speed that the meters measured in an epoch, after its last batch."""
         self.position.totals = meters.totals
         self.speed = meters.epoch_speed()
 
@@ -264,7 +267,7 @@ class Run:
     # Saving.
 
     def poll(self) -> None:
-        """Stop on a signal, after saving, between an epoch's training and its end: called while evaluating.
+        """Save and stop if a signal has arrived; called once per batch of an evaluation.
 
         Raises:
             Stopped: There was one.
@@ -274,7 +277,7 @@ class Run:
             self.save_in_epoch(signum)
 
     def save_in_epoch(self, signum: int = 0) -> None:
-        """Save where the epoch stands.
+        """Save the position within the epoch to checkpoint-last.pth; then stop, if a signal (0: none) asked for it.
 
         Raises:
             Stopped: A signal asked for it.

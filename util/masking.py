@@ -35,7 +35,7 @@ def noise(
 
     Args:
         kind: "random": uniform noise. "block": large rectangles are masked first, in the order in which they are drawn.
-            "grid": of every 2 x 2 patches the top left one is kept longest, then the one across, then the others.
+            "grid": of every 2 x 2 patches the top left one is kept longest, then bottom right, top right, bottom left.
         N: Number of images.
         grid: Rows and columns of patches.
         device: Where the noise is drawn.

@@ -125,8 +125,8 @@ class Checkpoints:
     def prepare(self, source: str) -> None:
         """Make the folder ready for a run that resumes from a source, or starts from scratch (source "").
 
-        Unfinished files of a killed run are removed. If the run does not resume from this folder, the checkpoints and
-        logs of the run before it are removed with --overwrite; without it, the old log.txt gets another name.
+        Unfinished files of a killed run are removed. If the run does not resume from this folder, the checkpoints, logs
+        and reconstructions of the run before it are removed with --overwrite; without it, the old log.txt is renamed.
         """
         if self.folder is None or dist.rank() != 0:
             return
@@ -197,7 +197,7 @@ class Checkpoints:
         return state
 
     def _prune(self, position: Position) -> None:
-        """Remove all epoch checkpoints but the newest args["keep"] and the one of the best accuracy."""
+        """Remove the epoch checkpoints before the position but the newest args["keep"] (None: all) and the best one."""
         if self.args.get("keep") is None:
             return
         matches = ((re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in self.folder.iterdir())
@@ -220,8 +220,8 @@ class Checkpoints:
                 way starts again.
 
         Raises:
-            UserError: The checkpoint does not fit the model, the optimiser, the classes or, without override, the
-                schedule.
+            UserError: The checkpoint can't be read, or does not fit the job, the model, the optimiser, the classes or,
+                without override, the schedule.
         """
         if not source:
             return Position(start_epoch, dataset=dataset)
@@ -302,7 +302,7 @@ class Checkpoints:
         return position
 
     def _keep_precision(self, checkpoint: dict) -> None:
-        """Keep the precision that --amp auto chose when the run began, on the same kind of device."""
+        """Use the checkpoint's precision if today's --amp is auto and the kind of device is the same."""
         stored, current = checkpoint_args(checkpoint).get("device"), self.args.get("device")
         same_device = stored and current and torch.device(stored).type == torch.device(current).type
         if self.args.get("amp") == "auto" and "amp" in checkpoint and same_device:

@@ -42,7 +42,7 @@ def common_parser(
         description: Of the job, for --help.
         models: The job's models, by name.
         several_rates: Whether --blr takes several values (linear probing, whose optimiser can't be sharded).
-        **defaults: The job's own defaults, by the flags' names.
+        **defaults: The job's own defaults, by the flags' names; "keep" must be among them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     _add_model_flags(parser, models)
@@ -338,7 +338,7 @@ FLAGS_BY_RANGE = [
 
 
 def check(args: argparse.Namespace, models: dict) -> None:
-    """Check all arguments before any data is read; the launcher's variables become torchrun's on the way.
+    """Check all arguments before any data is read, and set torchrun's environment variables from the launcher's.
 
     Raises:
         UserError: There are problems; all of them are named at once.
@@ -350,7 +350,7 @@ def check(args: argparse.Namespace, models: dict) -> None:
 
 
 def lock_output_dir(args: argparse.Namespace) -> None:
-    """Reserve output_dir for this run until it ends.
+    """Reserve output_dir, if there is one, for this run until it ends; with --eval do nothing.
 
     Raises:
         UserError: Another run uses the folder; on all ranks.
