@@ -47,7 +47,7 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
     """Load the weights to evaluate, or their EMA with args["model_ema"].
 
     Args:
-        source: File or address of the checkpoint; "": --resume auto has met none.
+        source: File, folder or address of the checkpoint; "": --resume auto found none.
         model: The classifier to load them into.
         args: The run's flags.
         class_to_idx: The classes of the run's images.
@@ -68,21 +68,22 @@ def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[
 def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
     """Load a pre-trained encoder into a classifier, before its head is prepared for training (paper, A.1).
 
-    The weights that only the classifier has must be the head's (and fc_norm's when pooling). Those that only the file
-    has must be a decoder's, a head's (which is never loaded), or the norm's of the other pooling. Positions are
-    resized to the model's grid.
+    The weights that only the classifier has must be the head's, attn_pool's or fc_norm's. Those that only the file has
+    must be a decoder's, a head's (which is never loaded), or the norm's of the other pooling; those that
+    load_checkpoint left out are not checked. Positions are resized to the model's grid.
 
     Args:
-        source: File or address of the checkpoint.
+        source: File, folder or address of the checkpoint.
         model: The classifier.
         args: The run's flags, for the messages.
 
     Returns:
-        The names of the model's weights that the file lacks, and of the file's weights that were not used; both are
-        printed too.
+        The names of the model's weights that were not loaded, the head's always among them, and of the file's weights
+        that were not used; the modules of both are printed, too.
 
     Raises:
-        UserError: Any other weight, which the message names, is missing or surplus.
+        UserError: The source can't be read, any other weight is missing or surplus, or shapes or the number of
+            attention heads differ; the message names them.
     """
     args = args or {}
     checkpoint, model_state = load_checkpoint(source), model.state_dict()
@@ -132,7 +133,8 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
 
     Args:
         state: The weights to load; pos_embed is [1, 1 + patches, D].
-        checkpoint: The checkpoint that they are from; its "model_config" tells the height and width of its grid.
+        checkpoint: The checkpoint that they are from; its "model_config" gives image and patch size, hence the
+            grid; without them it is taken as square. Positions that do not fill that grid are left as they are.
         model: The model with the new grid.
     """
     if "pos_embed" not in state:

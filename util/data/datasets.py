@@ -69,7 +69,9 @@ class Images(ImageFolder):
         return np.bincount(self.targets, minlength=len(self.classes))
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        """Return the names of the class folders in sorted order, and the number of each.
+        """Return the names of the class folders in sorted order, and a dict from name to class number.
+
+        If flat is set and images lie in the directory itself, the only class is "", which stands for the directory.
 
         Raises:
             UserError: There are no class folders.
@@ -103,7 +105,10 @@ class EvalImages(Images):
 
 
 class MonitorImages(Images):
-    """Images of one split, for monitoring pre-training; an unreadable image is replaced by the next readable one."""
+    """Images of one split, for monitoring pre-training; an unreadable image is replaced by the next readable one.
+
+    After TRIES unreadable images in a row, indexing raises a LocalError.
+    """
 
     def __getitem__(self, index: int) -> Sample:
         candidates = (number % len(self) for number in range(index, index + TRIES))
@@ -143,9 +148,9 @@ def _first_readable(
 class TrainImages(Dataset):
     """Split for training: (image, class number) by (epoch, index).
 
-    All randomness in a sample follows from (seed, epoch, index) alone, so that the sample is the same in any process,
-    at any time. An unreadable image is replaced by a random other one, named on stderr, and marked in `bad` [images],
-    which the loader's processes share.
+    Indexing seeds the process's random streams from (seed, epoch, index), so that a sample is the same in any process,
+    at any time. An unreadable image is replaced by a random other one; stderr names the unreadable one, and `bad`
+    [images], which the loader's processes share, marks it. After TRIES in a row, indexing raises a LocalError.
     """
 
     def __init__(self, images: Images, seed: int, fraction: float = 1.0) -> None:
@@ -201,7 +206,7 @@ def _choose_per_class(images: Images, seed: int, fraction: float) -> np.ndarray:
 def open_split(
     kind: type[Images], data_path: str, split: str, transform: Callable, pixels: Pixels, flat: bool = False
 ) -> Images:
-    """Open data_path/split and check that it holds images which the model can take.
+    """Open data_path/split and check that every class has images and that the first, if readable, fits the model.
 
     Args:
         kind: Class of the dataset.
@@ -215,7 +220,8 @@ def open_split(
         The dataset.
 
     Raises:
-        UserError: The folder is missing, a class has no images, or the first image has other channels than the model.
+        UserError: The split's folder is missing or has no class folders, a class has no images, or the first image
+            can't be converted to the model's channels.
     """
     # Find the folder.
     folder = Path(data_path) / split

@@ -41,7 +41,7 @@ class BadImage(Exception):
 
 
 class WrongChannels(BadImage):
-    """A file that has another number of channels than the model."""
+    """A file that can't be converted to the model's number of channels."""
 
 
 class Pixels(NamedTuple):
@@ -49,7 +49,7 @@ class Pixels(NamedTuple):
 
     Attributes:
         channels: Number of channels.
-        mean: Mean of every channel, of pixels from 0 to 1 where the file has 8 or 16 bits.
+        mean: Mean of every channel: of pixels scaled to 0 to 1, or of a file's own values where these are kept.
         std: Standard deviation of every channel, likewise.
         exif: Whether to apply the EXIF orientation.
     """
@@ -68,7 +68,10 @@ class Pixels(NamedTuple):
 
     @classmethod
     def from_args(cls, args: dict, channels: int) -> "Pixels":
-        """Return the settings that a checkpoint was trained with, from its args; EXIF orientation is left out."""
+        """Return the channels, mean and std that a checkpoint was trained with, from its args; exif stays False.
+
+        Unless both mean and std are set, both are default_mean_std's, or 0 and 1 where it has none.
+        """
         mean, std = args.get("mean"), args.get("std")
         if not mean or not std:
             mean, std = cls.default_mean_std(channels) or ((0.0,) * channels, (1.0,) * channels)
@@ -98,7 +101,7 @@ def load_array(path: str, exif: bool = False, channels: int = 3) -> np.ndarray:
 
 
 def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
-    """Decode the bytes of an image file; `load_array` describes the result.
+    """Decode the bytes of an image file, by the rules at the top of this module.
 
     Args:
         path: The file, for its extension and for error messages.
@@ -129,7 +132,7 @@ def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
 
 
 def _decode_image(data: bytes, exif: bool, channels: int) -> np.ndarray:
-    """Decode with simplejpeg what it decodes as Pillow does, everything else with Pillow."""
+    """Decode plain JPEGs to RGB with simplejpeg; decode everything else, and what it refuses, with Pillow."""
     # Plain JPEGs: simplejpeg is a third faster than Pillow and bit-equal to it (both are libjpeg-turbo). What it
     # refuses is left to Pillow, which is more forgiving.
     if channels == 3 and _is_plain_jpeg(data, exif):
@@ -172,6 +175,10 @@ def _to_channels(img: Image.Image, channels: int, tiff_pages: int) -> np.ndarray
         img: The loaded image.
         channels: Number of channels to return.
         tiff_pages: Number of pages of a TIFF file; 0: the file has another format.
+
+    Raises:
+        WrongChannels: Another number of channels is asked for, or four of a TIFF of several pages.
+        ValueError: Some pixels are not finite.
     """
     if channels == 3:
         return np.array(to_rgb(img))
@@ -235,11 +242,14 @@ def _from_numpy(values: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _scale(values: np.ndarray, int32_is_16_bits: bool = False) -> np.ndarray:
-    """Return 8-bit values as they are, 16 unsigned bits as float32 from 0 to 1, other values as float32.
+    """Return uint8 as it is, bool as 0 or 255 in uint8, uint16 as float32 from 0 to 1, other values as float32.
 
     Args:
         values: The array, of any type.
-        int32_is_16_bits: Treat 32-bit whole numbers as 16-bit ones.
+        int32_is_16_bits: Treat 32-bit whole numbers as unsigned 16-bit ones.
+
+    Raises:
+        ValueError: The array is empty or complex, or some pixels are not finite.
     """
     if not values.size or np.iscomplexobj(values):
         raise ValueError(f"pixels of type {values.dtype} and shape {list(values.shape)} cannot be used")

@@ -16,7 +16,7 @@ class Listing:
     """Read-only sequence of (path, class number), in order of class, folder and name.
 
     Attributes:
-        root: Folder that the paths are relative to.
+        root: Folder that the paths in `names` are relative to; the sequence's items include it.
         names: The paths, one after the other, as bytes.
         ends: Where in `names` each path ends [files].
         targets: Class numbers [files].
@@ -44,7 +44,7 @@ class Listing:
 
 
 def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str], bool]) -> Listing:
-    """List the wanted files of all class folders, those in their subfolders included.
+    """List the wanted files of all class folders and their subfolders, except hidden ones.
 
     Args:
         root: Folder that holds the class folders.

@@ -25,7 +25,7 @@ class Loading:
 
     Attributes:
         batch_size: Images per batch of a process.
-        num_workers: Loader processes; at most one per core is started.
+        num_workers: Loader processes; at most one per core of this process's share is started.
         pin_mem: Pin the memory of batches that go to a GPU.
         seed: Seed of the order and of the augmentations.
         device: Where batches are sent.
@@ -41,9 +41,10 @@ class Loading:
 class EpochSampler(Sampler):
     """Sampler of the keys (epoch, index) of the images that this rank loads in an epoch: shuffled, full batches only.
 
-    An epoch can start at any of its batches; its length counts them all. Batch k of all ranks together is the k-th
-    stretch of the epoch's order, whatever the number of ranks, if they share the same effective batch. By hand since
-    torch's DistributedSampler always starts at the first batch, and repeats images to make the ranks' shares equal.
+    An epoch can start at any of its batches; its length counts the images of all of them. The k-th batches of all
+    ranks together are the k-th stretch of the epoch's order, the same for any number of ranks as long as batch_size
+    times ranks is the same. By hand since torch's DistributedSampler always starts at the first batch, and repeats
+    images to make the ranks' shares equal.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
@@ -137,7 +138,7 @@ class DeviceLoader:
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Stack samples to a batch: imgs [N, C, H, W] and class numbers [N].
 
-    If 8-bit and float32 images meet in a batch, all of them become float32 from 0 to 1.
+    If 8-bit and float32 images meet in a batch, the 8-bit ones become float32 from 0 to 1; the others are kept.
     """
     imgs = [img for img, _ in samples]
     if len({img.dtype for img in imgs}) > 1:
@@ -225,7 +226,7 @@ def train_loader(
         The loader, whose batches are (imgs [N, C, H, W], class numbers [N]) on the device.
 
     Raises:
-        UserError: The folder does not hold images as it should, or too few to fill one batch.
+        UserError: The folder does not hold images as it should, or too few to fill one batch on every rank.
     """
     images = open_split(Images, data_path, "train", transform, pixels, flat)
     dataset = TrainImages(images, loading.seed, fraction)
