@@ -37,11 +37,11 @@ def train_one_epoch(
         updater: Turns losses into updates.
         epoch: Number of the epoch, from 0.
         mixup_fn: Mixes images and targets first.
-        run: Logs, saves, and stops where it has to; None: nothing of the kind.
+        run: Logs, saves, and stops where it has to; None: progress lines are printed, and that is all.
         print_freq: Steps between progress lines.
 
     Returns:
-        The epoch's mean loss and learning rate over all ranks.
+        "loss" and "lr": the epoch's means over all ranks, without losses that are not finite.
 
     Raises:
         Stopped, FloatingPointError, UserError: As Run.after_update and Run.report do, on every rank.
@@ -98,12 +98,12 @@ def evaluate(
         scaler: Mixed precision.
         distributed: The ranks hold different images, whose counts are added up.
         poll: Called once per batch, on all ranks equally often.
-        head_names: Names of the heads of a sweep. Every head is printed and returned (acc1_NAME), and the one of best
-            top-1 stands for all.
-        confusion: CSV file for the confusion matrix, of the best head.
+        head_names: Names of the heads of a sweep; None: the model has one head. Every head's figures are printed and
+            returned (acc1_NAME, acc5_NAME, loss_NAME); acc1, acc5 and loss are those of the head of best top-1.
+        confusion: CSV file for the confusion matrix, of the best head; "": none.
 
     Returns:
-        acc1 and acc5 in per cent (k is at most the number of classes), and loss.
+        acc1 and acc5 in per cent (with at most 5 classes acc5 is 100), and loss; with head_names also each head's.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
     dist.broadcast_from_rank0(model.buffers())  # a probe's BatchNorm statistics
@@ -153,7 +153,7 @@ def _sums(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def write_confusion(file: str, table: Tensor, classes: list[str], distributed: bool, device: torch.device) -> None:
-    """Write the confusion matrix as CSV, a row per class, with the class's accuracy in per cent at its end.
+    """Write the confusion matrix as CSV: a row per true class, a column per predicted class, then accuracy in per cent.
 
     Args:
         file: To write to, on rank 0.

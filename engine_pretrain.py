@@ -31,11 +31,11 @@ def train_one_epoch(
         epoch: Number of the epoch, from 0.
         mask_ratio: Share of the patches that is removed.
         mask_sampling: Which patches are removed, one of util.masking.KINDS.
-        run: Logs, saves, and stops where it has to; None: nothing of the kind.
+        run: Logs, saves, and stops where it has to; None: progress lines are printed, and that is all.
         print_freq: Steps between progress lines.
 
     Returns:
-        The epoch's mean loss and learning rate over all ranks.
+        "loss" and "lr": the epoch's means over all ranks, without losses that are not finite.
 
     Raises:
         Stopped, FloatingPointError, UserError: As Run.after_update and Run.report do, on every rank.

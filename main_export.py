@@ -67,7 +67,8 @@ class Source:
         flags: Flags of the job that wrote it; {}: unknown.
         pixels: Channels of the images, with mean and standard deviation.
         crop_pct: Share of the image that evaluation's centre crop keeps.
-        classes: Names of the classes in the order of the logits; None: the model has no head.
+        classes: Names of the classes in the order of the logits (LABEL_0, LABEL_1, ... if the checkpoint has no names);
+            None: the model has no head.
     """
 
     path: str
@@ -87,7 +88,7 @@ class Source:
             ema: Load the EMA of the weights instead of the weights.
 
         Raises:
-            UserError: There is no such checkpoint, or no model that can be built from it.
+            UserError: There is no such checkpoint, no EMA in it, or no model that can be built from it.
         """
         checkpoint = load_checkpoint(path, ema=ema)
         has_head = any(name.startswith("head.") for name in checkpoint["model"])
@@ -120,12 +121,18 @@ class Source:
         return to_2tuple(self.config["img_size"])
 
     def encoder(self) -> models_vit.VisionTransformer:
-        """Build the encoder alone, with its weights; `norm` is applied at its end if the checkpoint holds one."""
+        """Build the encoder alone, with its weights.
+
+        It returns the class token after `norm` if the checkpoint holds that layer, else the mean of the patch tokens
+        after `fc_norm`.
+        """
         return models_vit.from_checkpoint(self.checkpoint, self.path, trunk_only=True)
 
 
 def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """Fold a linear probe's BatchNorm into its linear layer, named head.weight and head.bias; leave others as they are.
+    """Fold a probe's BatchNorm into its linear layer, then named head.weight and head.bias.
+
+    The weights of a model that is no probe are returned unchanged.
 
     The BatchNorm has no learned scale or shift, so that head(x) = W (x - mean) / sqrt(var + eps) + b.
     """
@@ -197,7 +204,7 @@ def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
 
 
 def to_timm(folder: Path, source: Source) -> None:
-    """Write the classifier, or the encoder of an autoencoder, for timm."""
+    """Write the classifier, or else the encoder, for timm."""
     is_mae = "decoder_pred.weight" in source.checkpoint["model"]
     model = source.encoder() if is_mae else source.model
     description = timm_config(model.config, source.pixels, source.crop_pct, source.classes)
@@ -239,7 +246,7 @@ def to_encoder(folder: Path, source: Source) -> None:
 
 
 def to_onnx(folder: Path, source: Source) -> None:
-    """Write the classifier, or else the encoder, as an ONNX graph for any number of images.
+    """Write the classifier, or else the encoder, which returns all tokens, as an ONNX graph for any number of images.
 
     Raises:
         UserError: A package that the export needs is not installed.

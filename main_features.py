@@ -52,6 +52,9 @@ def encode(
 
     Returns:
         Features [M, D], or with kind "all" tokens [M, 1+L, D], as float32 on the CPU.
+
+    Raises:
+        UserError: An image can't be read.
     """
     parts = []
     for _, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):

@@ -118,7 +118,14 @@ def build_ema(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
 
 
 def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, *common, **more) -> Stats:
-    """Evaluate the model, and where there is an EMA of its weights that, too, as ema_*."""
+    """Evaluate the model and, if there is one, its EMA, whose figures are named ema_*.
+
+    Args:
+        model: The classifier.
+        ema: EMA of its weights; None: there is none.
+        *common: Arguments of `evaluate` after the model, for both.
+        **more: Arguments of `evaluate` for the model only.
+    """
     stats = evaluate(model, *common, **more)
     averaged = evaluate(ema.module, *common) if ema else {}
     return stats | {f"ema_{name}": value for name, value in averaged.items()}
@@ -150,7 +157,12 @@ def open_data(args: argparse.Namespace, device: torch.device) -> tuple[DeviceLoa
 
 
 def build_model(args: argparse.Namespace, pretrained: bool) -> nn.Module:
-    """Build the classifier; pretrained: start from the encoder that --finetune names."""
+    """Build the classifier; with --trainable_blocks all but its head and last blocks is frozen.
+
+    Args:
+        args: Flags of the job.
+        pretrained: Start from the encoder that --finetune names, with a new head.
+    """
     model = models_vit.MODELS[args.model](
         **options.model_size(args),
         num_classes=args.nb_classes,

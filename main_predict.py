@@ -42,7 +42,10 @@ def predict(
         model: The classifier.
         files: Image files.
         preprocessing: How files become batches.
-        k: Classes per image.
+        k: Classes per image, at most the model's number of classes.
+
+    Raises:
+        UserError: An image can't be read.
     """
     for paths, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
         top = model(imgs).float().softmax(dim=1).topk(k)

@@ -47,7 +47,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def save_panels(folder: Path, files: list[Path], rows: Tensor) -> None:
-    """Write every panel to folder/<file name>-<panel>.png; numbered, if several files have the same name.
+    """Write every panel to folder/<file name without extension>-<panel>.png.
+
+    If any two files share that name, the names of all panels start with the image's number.
 
     Args:
         folder: Created if it does not exist.

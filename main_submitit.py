@@ -61,13 +61,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Job:
-    """A job's script with its flags, as one process runs it; submitit pickles it, and calls it after every start."""
+    """A job's script with its flags, as a function to call.
+
+    submitit pickles it, and each of the job's processes calls it, at the first start and whenever it was queued again.
+    """
 
     def __init__(self, job: str, flags: list[str]) -> None:
         self.job, self.flags = job, flags
 
     def __call__(self) -> None:
-        """Run the script, and queue the job again if it was stopped because its time is nearly up."""
+        """Run the script, and queue the job again if SLURM stopped it: its time is nearly up, or it is preempted."""
         from util import errors  # imported where the job runs
 
         main = importlib.import_module(f"main_{self.job}").main
@@ -174,7 +177,10 @@ def _launcher_problems(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check the flags, submit the job, and print where its output is (argv defaults to the command line's)."""
+    """Check the flags, submit the job, and print where its output is (argv defaults to the command line's).
+
+    With --executor local, wait for the job, and exit with code 1 if it failed; with debug, run it in this process.
+    """
     args = get_args(argv)
     flags = job_flags(args)
     submitter = executor(args)

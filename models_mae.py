@@ -34,7 +34,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 
 class MaskedAutoencoderViT(nn.Module):
-    """Asymmetric autoencoder: a ViT encodes the visible patches, a small ViT decodes all and learns the removed ones.
+    """Masked autoencoder: a ViT encodes the visible patches, a small ViT predicts all; the loss is on the removed ones.
 
     Parameter names are those of the released weights. `config` holds the constructor's arguments, so that a checkpoint
     can tell how to build its model.
@@ -216,7 +216,7 @@ class MaskedAutoencoderViT(nn.Module):
         return x
 
     def target(self, imgs: Tensor) -> Tensor:
-        """Return what the decoder should predict: the patches [N, L, p*p*C], normalised with norm_pix_loss."""
+        """Return what the decoder should predict: patches [N, L, p*p*C], each normalised if norm_pix_loss is set."""
         target = self.patchify(imgs)
         if self.norm_pix_loss:
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased
@@ -279,7 +279,7 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
 
 
 def _config_from_shapes(state: dict[str, Tensor], source: str) -> dict:
-    """Derive an autoencoder's constructor arguments from the shapes of its weights.
+    """Derive an autoencoder's constructor arguments, all but norm_pix_loss, from the shapes of its weights.
 
     The number of the decoder's attention heads leaves no trace in the shapes: it is taken from the model of MODELS with
     a decoder of this width and depth; if there is none, it is 16, as in the paper.

@@ -91,7 +91,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
 
 class ProbeHeads(nn.Module):
-    """Several linear heads on the same normalised features, which start as copies of one head."""
+    """Several linear heads on the same normalised features; the heads start as copies of one."""
 
     def __init__(self, head: nn.Linear, count: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
     Args:
         model: The classifier.
         blocks: Number of blocks that are trained, with the final `norm`. Half a block is its MLP with the LayerNorm
-            before it. 0 trains the head only.
+            before it. 0 trains only the head and, with average pooling, `fc_norm`, which is always trained.
 
     Returns:
         The same model.
@@ -132,6 +132,8 @@ def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
 def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool = False) -> VisionTransformer:
     """Freeze the encoder, in place, and put a BatchNorm without affine before the linear head (paper, appendix A.1).
 
+    The head's weights are drawn anew: load trained ones afterwards.
+
     With average pooling the scale and bias of `fc_norm`, which no pre-trained file has, do not matter: BatchNorm undoes
     them.
 
@@ -139,7 +141,7 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
         model: The classifier.
         heads: Number of heads, one per learning rate of a sweep. They start alike, and one pass through the encoder
             trains them all; with several the logits are [N, heads, classes].
-        attentive: Pool the patch tokens by attention with one learned query, which is trained with the head.
+        attentive: Pool the patch tokens by attention with one learned query; the whole pooling layer is trained, too.
 
     Returns:
         The same model.
@@ -192,8 +194,8 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
     """Build the classifier, or only the encoder, that a checkpoint holds, weights included.
 
     Args:
-        checkpoint: A loaded checkpoint of main_finetune.py or main_linprobe.py, with trunk_only also of
-            main_pretrain.py, or a released file. Of a learning-rate sweep the best head is kept.
+        checkpoint: A loaded checkpoint of main_finetune.py or main_linprobe.py, or a released file with a head; with
+            trunk_only also one of main_pretrain.py, or a file without head. Of a sweep's heads the best is kept.
         source: Its file name, for error messages.
         trunk_only: Build the encoder without head. It returns the class token after `norm` if the file has that layer,
             else the mean of the patch tokens, normalised by `fc_norm`.
@@ -232,7 +234,7 @@ def config_of(state: dict[str, Tensor], source: str) -> dict:
     """Derive a classifier's constructor arguments from the shapes of its weights.
 
     The number of attention heads leaves no trace in the shapes: it is that of the model in SIZES with this width and
-    depth.
+    depth. Images are taken to be square, and mlp_ratio to be 4.
 
     Args:
         state: Weights by name.

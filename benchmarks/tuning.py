@@ -90,7 +90,8 @@ def measure_steps(args: argparse.Namespace, argv: list[str]) -> list[dict]:
         argv: The command line that they come from.
 
     Returns:
-        A dict per variant with its name, images per second, spread and peak memory.
+        A dict per variant with its name, images per second, spread and peak memory; none for one that the GPU lacks
+        memory for.
     """
     rows = {row: Row(row, argv, {}, script=__file__) for row in args.rows}
     times = take_turns({row: process.step for row, process in rows.items()}, args.steps, warm_ups=1)
@@ -130,7 +131,11 @@ def attention_step(row: str, shape: tuple[int, int, int, int], device: torch.dev
 
 
 def measure_attention(args: argparse.Namespace) -> list[dict]:
-    """Measure the rows of the second table, in milliseconds per forward and backward pass."""
+    """Time each attention kernel alone at each shape; one that raises an error there is left out, with a notice.
+
+    Returns:
+        A dict per shape and kernel: "place", "name", and "ms", milliseconds per forward and backward pass.
+    """
     device, table = torch.device(args.device), []
     width, heads = (models_mae.MODELS[args.model].keywords[name] for name in ("embed_dim", "num_heads"))
     dim = width // heads
@@ -167,7 +172,10 @@ def get_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure both tables, print them, and write the JSON file; or take the turns of a row."""
+    """Measure both tables (kernels on a GPU only) and print them; write the JSON file if --json names one.
+
+    With --serve, be the process that times one row for another process of this script instead.
+    """
     args = get_args()
     if args.serve:
         serve(args, build)

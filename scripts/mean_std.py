@@ -19,7 +19,7 @@ from util.errors import UserError
 
 
 def statistics(files: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation per channel, [C] each, over all pixels of the files.
+    """Return mean and standard deviation per channel, [C] each, over all pixels of the files, with bytes as 0 to 1.
 
     Raises:
         UserError: A file cannot be read, or has another number of channels.

@@ -84,7 +84,7 @@ def write(samples: Iterator[Sample], folder: Path, per_class: int | None) -> Non
     Args:
         samples: Of one split.
         folder: Folder of the split.
-        per_class: Number of images to write of each class; None: all. So few are compressed as far as PNG goes.
+        per_class: Number of images to write of each class, compressed as far as PNG goes; None: all.
     """
     written: dict[str, int] = {}
     for name, number, pixels in samples:
@@ -150,7 +150,7 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError) as error:  # EOFError: a compressed archive that is cut off
         raise UserError(f"cannot unpack {archive}: {error}") from error
 
 

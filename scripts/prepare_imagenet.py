@@ -39,7 +39,8 @@ WriteFile = Callable[[Path], None]  # writes one file to this path
 def read_labels(path: Path) -> list[str]:
     """Return the classes of validation images 1, 2, ... from any of the three kinds of files.
 
-    A file of another kind ends in a KeyError, TypeError or the like, of which `main` makes a message.
+    Nothing is checked: any text file's lines come back as classes, which `prepare_val` checks. A broken archive or CSV
+    ends in a KeyError, TypeError or the like, of which `main` makes a message.
 
     Raises:
         UserError: The file is the development kit, and scipy is missing.
@@ -105,7 +106,10 @@ def _link(path: Path, target: Path) -> None:
 
 
 def validation_images(source: Path) -> Iterator[tuple[str, int, WriteFile]]:
-    """Yield (name, size in bytes, function that writes it) of each validation image of an archive or a folder."""
+    """Yield (name, size in bytes, function that writes it) of each file of an archive, or each *.JPEG of a folder.
+
+    Call the function before the iteration ends: the archive is closed then.
+    """
     if source.is_dir():
         for path in sorted(source.glob("*.JPEG")):
             yield path.name, path.stat().st_size, partial(_link, path)
@@ -125,7 +129,8 @@ def prepare_val(source: Path, labels: list[str], output: Path) -> None:
         output: Folder of train/ and val/.
 
     Raises:
-        UserError: The labels are not those of ImageNet, or output/val does not hold 50 images of each class in the end.
+        UserError: The labels do not name 50 images of each of 1,000 classes (then nothing is written), or output/val
+            in the end does not hold 50 of each, or holds other folders.
     """
     # Check the labels before anything is written.
     expected = Counter(labels)
@@ -162,7 +167,8 @@ def prepare_train(source: Path, output: Path) -> None:
     """Unpack the training archive, which holds an archive per class, into output/train/<class>/.
 
     Raises:
-        UserError: The archive is another one, or not complete.
+        UserError: The archive holds something else than archives of classes, or not 1,000 of them. The images are not
+            counted; a truncated archive ends in a tarfile.TarError or EOFError, of which `main` makes a message.
     """
     written = total = classes = 0
     with tarfile.open(source) as outer:

@@ -74,7 +74,7 @@ class Summary(NamedTuple):
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read the epochs of a log, one dictionary each."""
+    """Read a log's lines of JSON, a dictionary each: one per epoch, or a single one without "epoch" (k-NN, pixels)."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
 
 
@@ -110,11 +110,11 @@ def plot(name: str, title: str, axis: str, ticks: list, series: dict[str, list[S
     """Plot means with standard deviations, a panel per series, since their ranges differ.
 
     Args:
-        name: File name of the plot, without .png.
+        name: File name of the plot, without .png; "length" makes the horizontal axis logarithmic.
         title: Title of the plot.
         axis: Label of the horizontal axis.
         ticks: Position of each variant on the horizontal axis, or its name: then they are spaced evenly.
-        series: Label of a panel -> a summary per variant.
+        series: Label of a panel -> a summary per variant; None leaves a gap.
     """
     figure, panels = plt.subplots(1, len(series), figsize=(4.2 * len(series), 3.2), squeeze=False)
     numeric = all(isinstance(tick, int | float) for tick in ticks)

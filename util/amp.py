@@ -80,7 +80,7 @@ class LossScaler:
     ) -> Tensor:
         """Update the parameters with the accumulated gradients, and clear the gradients.
 
-        Gradients that are not finite change nothing: neither parameters nor the optimiser's state.
+        Gradients that are not finite change neither parameters nor the optimiser's state; fp16's scale is halved.
 
         Args:
             optimizer: Over the parameters.
@@ -119,7 +119,7 @@ class LossScaler:
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Load the state of fp16's scaler; an empty one, of a run without fp16, leaves the scaler as new."""
+        """Load the state of fp16's scaler; do nothing if it is empty, or if the precision here is not fp16."""
         if state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
 
@@ -135,7 +135,7 @@ class BadSteps:
         """Start at zero.
 
         Args:
-            limit: Skipped updates in a row that stop the run (--max_bad_steps).
+            limit: Counted updates in a row at which `read` reports the limit as reached (--max_bad_steps).
             device: Where the model is trained.
             amp: "bf16", "fp16" or "off".
         """
@@ -152,11 +152,11 @@ class BadSteps:
         self.tripped = self.tripped | (self.streak >= self.limit + self.absorbed)
 
     def read(self) -> tuple[int, int, bool]:
-        """Return what was counted, and start the count again; waits for the device.
+        """Return what was counted, and set the number back to zero; waits for the device.
 
         Returns:
             The number of skipped updates since the last call, beyond those that fp16 absorbs, the batch of the first
-            one, and whether the limit was reached.
+            one (meaningless if there is none), and whether the limit was ever reached, in this or an earlier call.
         """
         count, first = self.count.item(), self.first.item()
         self.count = torch.zeros_like(self.count)

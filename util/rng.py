@@ -17,7 +17,7 @@ def seed_all(*key: int) -> None:
 
 
 def get_rng_state() -> dict:
-    """Return the state of every stream, as plain types and tensors."""
+    """Return the state of every stream, the GPU's only if CUDA is in use, as plain types and tensors."""
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
     if torch.cuda.is_initialized():  # available, but unused: asking would take memory there
@@ -26,7 +26,7 @@ def get_rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put the streams back to where get_rng_state() found them."""
+    """Put the streams back to where get_rng_state() found them; the GPU's only if it is in `state` and CUDA in use."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
@@ -36,7 +36,7 @@ def set_rng_state(state: dict) -> None:
 
 @contextmanager
 def preserve_rng(enabled: bool = True) -> Iterator[None]:
-    """Within the context, random draws of the CPU leave no trace in the streams."""
+    """Put the CPU's streams back, at the context's end, to where they were at its start; do nothing if disabled."""
     if not enabled:
         yield
         return

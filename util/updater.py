@@ -55,7 +55,7 @@ class Updater:
         clip_grad: float | None = None,
         ema: ModelEmaV3 | None = None,
     ) -> None:
-        """Collect what an update needs.
+        """Collect what an update needs, and clear the gradients.
 
         Args:
             model: The model that is trained, in DDP where there are several ranks.
@@ -64,7 +64,7 @@ class Updater:
             scaler: Loss scaler of the precision.
             accum_iter: Batches per update.
             clip_grad: Largest norm of all gradients together; None: no clipping.
-            ema: EMA of the weights, updated after every update of the weights.
+            ema: EMA of the weights, updated after every update, skipped ones, too.
         """
         self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
         self.accum_iter, self.clip_grad, self.ema = accum_iter, clip_grad, ema
@@ -77,9 +77,10 @@ class Updater:
 
     @contextmanager
     def micro_step(self, epoch: int, step: int, steps: int) -> Iterator[None]:
-        """Prepare for batch `step` of an epoch of `steps` batches, and run its forward pass under autocast.
+        """Open the context in which the caller runs the forward pass of batch `step` of an epoch of `steps` batches.
 
-        At the start of an accumulation group the learning rate is set.
+        It has autocast, and DDP exchanges gradients for a group's last batch only. At the start of an accumulation
+        group the learning rate is set. Call `backward` afterwards, before the next batch.
         """
         self.part = split_into_groups(step, steps, self.accum_iter)
         if self.part.first:
@@ -90,11 +91,11 @@ class Updater:
             yield
 
     def backward(self, loss: Tensor) -> Tensor | None:
-        """Add the loss's gradients, and at the end of an accumulation group clip them and update the weights.
+        """Add the loss's gradients; at the end of an accumulation group clip them, update weights and EMA, clear them.
 
         Returns:
-            Whether the update was skipped, a boolean tensor on the device, for which nothing has waited; None within
-            an accumulation group.
+            Whether the update was skipped, a boolean tensor on the device; with a fused optimiser nothing has waited
+            for it. None within an accumulation group.
         """
         self.scaler.backward(loss / self.part.size)
         if not self.part.last:

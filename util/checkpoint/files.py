@@ -60,7 +60,8 @@ def write(state: dict, paths: list[Path]) -> None:
     A file of that name is replaced only once the new one is whole and on the disk.
 
     Raises:
-        UserError: It cannot be written; the old files are untouched.
+        UserError: It cannot be written. Each name still has a whole file, if it had one: the old one, or the new one
+            where the error came only during the renaming.
     """
     unfinished = [path.with_name(path.name + ".tmp") for path in paths]
     noting = None
@@ -104,9 +105,9 @@ def _copy(source: Path, target: Path) -> None:
 def find_damage(path: Path) -> str:
     """Return a sentence about the damage to a checkpoint, or "" if none is found.
 
-    Damage is an archive that can't be opened, a record whose checksum is wrong, or one that is marked as a folder or as
-    compressed. torch.load notices none of the latter two. Only zip archives, which torch.save has written since version
-    1.6, are checked: older files and .safetensors hold no checksums.
+    Damage is an archive that can't be opened, a record whose checksum is wrong, or a record that is marked as a folder
+    or as compressed. torch.load notices only the first. Only zip archives, which torch.save has written since version
+    1.6, are checked: older files and .safetensors hold no checksums. An OSError of reading is passed on.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":
@@ -133,19 +134,21 @@ def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
     """Read a checkpoint from a file, folder or http(s) address, on the CPU, without running any code that is in it.
 
     A bare state dict, a .safetensors file, or a folder of Hugging Face's or timm's comes back in the form of a
-    checkpoint as well, with the contents of its config.json. Weights under other libraries' names are renamed; "format"
-    then names the library and the model, and "left_out" lists the weights that have no place here.
+    checkpoint as well, with what its config.json tells as "model_config", "class_to_idx" and "args". Weights under
+    Hugging Face's names are renamed; "format" then names the library and the model, and "left_out" lists the weights
+    that have no place here.
 
     Args:
-        source: File, folder or address.
-        peek: Leave tensors on the disk, and check neither checksums nor values.
+        source: File, folder or address; for an address all ranks must call, since rank 0 downloads first.
+        peek: Leave tensors on the disk, and check no checksums; only for a file of torch.save, ignored for others.
         ema: Return the EMA of the weights as "model".
 
     Returns:
         The checkpoint, whose "model" is a state dict.
 
     Raises:
-        UserError: The source, which the message names, is missing, damaged, unsafe to load, or not a checkpoint.
+        UserError: The source, which the message names, is missing, damaged, unsafe to load, or not a checkpoint, or
+            holds no EMA although `ema` asks for it.
     """
     # The reference's checkpoints hold an argparse.Namespace: that one class is allowed.
     with torch.serialization.safe_globals([argparse.Namespace]), _raise_read_errors(source):
@@ -223,7 +226,10 @@ def _as_checkpoint(source: str, content: object) -> dict:
 
 
 def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
-    """Return the weights of a folder of Hugging Face's or timm's, and the contents of its configuration."""
+    """Return a checkpoint from a folder of Hugging Face's or timm's: its weights, and entries from its configuration.
+
+    Another LayerNorm eps than that of the models here is only reported by a notice.
+    """
     state = {}
     for file in weight_files:
         state |= load_file(file) if file.suffix == ".safetensors" else _load_pickled(file, peek=False)
@@ -262,6 +268,8 @@ def _is_state_dict(value: object) -> bool:
 
 def _download(url: str) -> object:
     """Return the content of the file at an address, which is downloaded once and kept in torch.hub's folder.
+
+    All ranks must call: rank 0 downloads, and the others then read its copy, or download where they can't see it.
 
     torch.hub names its files by the last part of the address; a digest of the whole address keeps two that end alike
     apart.

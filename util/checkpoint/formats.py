@@ -66,7 +66,7 @@ class Recognised(NamedTuple):
 
     Attributes:
         kind: The library and its model, for messages; "" where the names are native or unknown.
-        state: The weights under the native names.
+        state: The weights under the native names; as they were where `kind` is "".
         left_out: Names of the weights that have no place in the models here.
     """
 
@@ -128,7 +128,11 @@ def describe(checkpoint: dict) -> str:
 
 
 def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert native weights to the names of Hugging Face's released files."""
+    """Convert native weights to those of Hugging Face's released files, with each qkv split into three.
+
+    Raises:
+        KeyError: A weight has no counterpart there, such as fc_norm's.
+    """
     released_names = {native: name for name, native in NAMES.items()}
     converted = {}
     for name, value in state.items():

@@ -35,10 +35,10 @@ def unwritable(folder: str) -> str:
 
 
 def lock_output_dir(folder: str) -> str:
-    """Lock a folder for this process until it ends, however it ends.
+    """Create a folder if needed, and lock it for this process until it ends, however it ends.
 
-    It is a POSIX record lock: unlike flock's, it is not inherited by the loader's processes, which would keep it when
-    this process is killed.
+    It is a POSIX record lock. The loader's processes would inherit a lock of flock's, and keep the folder locked after
+    this process is killed; they do not inherit this one.
 
     Returns:
         The process that holds the folder already, in words; "" if the folder is locked for this process now, or the
@@ -71,7 +71,10 @@ def lock_output_dir(folder: str) -> str:
 
 @contextmanager
 def raise_write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk, in code that writes a file on rank 0 for all ranks, into a UserError of every rank."""
+    """Turn an OSError of code that writes a file into a UserError, in this process only.
+
+    Within dist.run_on_rank0 it thereby reaches every rank.
+    """
     try:
         yield
     except OSError as error:

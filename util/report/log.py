@@ -42,7 +42,9 @@ class RunLog:
             replace(self.file, "".join(f"{line}\n" for line in kept))
 
     def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
-        """Print what is about to be trained; keep its numbers of parameters and of operations, which the reports need.
+        """Print what is about to be trained; keep its numbers of trained parameters and of operations for the reports.
+
+        Operations that can't be counted are 0, with a notice. Call it before `util.speed.prepare`.
 
         Args:
             checkpoints: The run's checkpoints, which know its model, precision and flags.
@@ -88,9 +90,9 @@ class RunLog:
             self.board.add_image(name, pixels, int(epoch * 1000))
 
     def hold(self, epoch: float, values: dict[str, float]) -> None:
-        """Keep an evaluation's values back until a checkpoint is written, then write them as `scalars` does.
+        """Keep an evaluation's values until `flush_held`, after the next checkpoint, or `close` writes them.
 
-        A run that resumes from an earlier checkpoint repeats the evaluation, and would log it a second time.
+        Written at once, they would be there twice if a run resumed from an earlier checkpoint and evaluated again.
         """
         self.held.append((epoch, values))
 
@@ -103,7 +105,7 @@ class RunLog:
             self.board.flush()
 
     def epoch(self, values: dict[str, float]) -> None:
-        """Append an epoch's values to log.txt as a JSON line."""
+        """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush TensorBoard."""
         if self.file:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
@@ -118,7 +120,7 @@ class RunLog:
 
 
 def _epoch_of(line: str) -> float:
-    """Return the epoch of a line of log.txt; infinity for a line that a crash cut short."""
+    """Return the epoch of a line of log.txt; infinity for a line without one, such as one that a crash cut short."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):

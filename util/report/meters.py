@@ -68,7 +68,8 @@ class Meters:
     def window(self) -> tuple[dict[str, float], list[int]]:
         """Close the window: return its means over all ranks, and how many losses were not finite on each rank.
 
-        All ranks must call; waits for the device.
+        The window is added to `totals`. A mean is NaN where no value was finite. All ranks must call; waits for the
+        device.
         """
         # One exchange for everything: the sums and counts, and a slot per rank for the losses that were not finite.
         names = list(self._window)
@@ -99,13 +100,14 @@ class Meters:
         return result
 
     def averages(self) -> dict[str, float]:
-        """Return the means over everything that was reported so far."""
+        """Return the means over everything that was reported so far; NaN where no value was finite."""
         return {name: total / count if count else math.nan for name, (total, count) in self.totals.items()}
 
     def epoch_speed(self) -> dict[str, float]:
-        """Return this process's data_wait and all ranks' TFLOP/s over the part of the epoch trained here.
+        """Return data_wait, the share of its time that this process waited for data, and tflops, all ranks' TFLOP/s.
 
-        The time includes whatever goes on between the steps: saving, logging, compilation in the first epoch. Where
+        Both are over the part of the epoch trained here. The time includes whatever goes on between the steps: saving,
+        logging, compilation in the first epoch. Where
         the process resumed at the end of the epoch, and trained nothing of it, the result is empty.
         """
         if not self.steps_done:
@@ -117,7 +119,8 @@ class Meters:
     def log_every(self, loader: Sized, print_freq: int, epoch: int) -> Iterator[tuple[int, object]]:
         """Yield (step, batch) for every batch that is left, and report every print_freq batches and after the last.
 
-        A report closes the window, shows its means and the speed, and calls on_report.
+        A report closes the window, shows its means and the speed, and calls on_report. All ranks must iterate alike.
+        len(loader) is the whole epoch's number of batches; its iterator gives those from first_step on.
         """
         steps = len(loader)
         progress = _Progress(steps, self.first_step, epoch, self.epochs)
@@ -154,7 +157,7 @@ class Meters:
         return words
 
     def _timed(self, loader: Sized) -> Iterator[object]:
-        """Yield the loader's batches; take note of the seconds waited for them, and in all."""
+        """Yield the loader's batches; record the seconds waited for them, those of the whole loop, and the steps."""
         batches, begun = iter(loader), time.perf_counter()
         while True:
             start = time.perf_counter()

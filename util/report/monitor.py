@@ -60,8 +60,11 @@ class Monitor:
             poll: Called once per batch, on all ranks equally often.
 
         Returns:
-            "loss" on val, and "knn", the k-NN accuracy in per cent, where train and val share several classes; {}
-            without val.
+            "loss" on val, and "knn", the k-NN accuracy in per cent, where train and val have the same classes, more
+            than one; {} without val.
+
+        Raises:
+            UserError: An image can't be read, or the picture can't be written; on all ranks.
         """
         model = dist.unwrap(model).eval()
         with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation
@@ -77,7 +80,7 @@ class Monitor:
 
     @torch.inference_mode()
     def _measure(self, model: nn.Module, poll: Callable[[], None]) -> dict[str, float]:
-        """Return "loss" on val, and "knn", the k-NN accuracy in per cent, where train and val share several classes."""
+        """Return "loss" on val, and "knn", the accuracy of k-NN in per cent, where both have the same classes, >= 2."""
         device = self.val.device
         features, targets, loss_sum = self._encode(model, self.val, poll, with_loss=True)
         train_features, train_targets, _ = self._encode(model, self.train, poll, with_loss=False)

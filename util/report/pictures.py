@@ -26,7 +26,8 @@ def panels(model: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Ten
         std: Standard deviation by which they are normalised [C, 1, 1].
 
     Returns:
-        The panels [N, 4, C, H, W], from 0 to 1.
+        The panels [N, 4, C, H, W], from 0 to 1. Predictions of normalised patches get the original patches' mean and
+        variance; an image in units other than 0 to 1 is stretched to them from its own range.
     """
     # Give predictions of normalised patches the mean and variance of the original patches.
     patches, pred = model.patchify(imgs), pred.to(imgs.dtype)
@@ -90,7 +91,7 @@ def grid(rows: Tensor, caption: Sequence[str], side: int = 160) -> Image.Image:
 
     Args:
         rows: Panels [N, 4, C, H, W].
-        caption: Lines of text, at the top.
+        caption: Lines of text, at the top; at least one.
         side: Least length of a panel's longer side in pixels.
     """
     font, gap, line_height = ImageFont.load_default(14), 6, 20
