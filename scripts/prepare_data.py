@@ -145,7 +145,7 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive into a folder.
 
     Raises:
-        UserError: The file is no tar archive, or it is damaged.
+        UserError: The file is no tar archive, or it is cut off. Other damage shows when the images are counted.
     """
     try:
         with tarfile.open(archive) as tar:
