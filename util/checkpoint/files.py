@@ -106,8 +106,8 @@ def find_damage(path: Path) -> str:
     """Return a sentence about the damage to a checkpoint, or "" if none is found.
 
     Damage is an archive that can't be opened, a record whose checksum is wrong, or a record that is marked as a folder
-    or as compressed. torch.load notices only the first. Only zip archives, which torch.save has written since version
-    1.6, are checked: older files and .safetensors hold no checksums. An OSError of reading is passed on.
+    or as compressed. torch.load compares no checksums. Only zip archives, which torch.save has written since version
+    1.6, are checked here: older files and .safetensors hold no checksums. An OSError of reading is passed on.
     """
     with path.open("rb") as file:
         if file.read(2) != b"PK":

@@ -107,8 +107,8 @@ class Meters:
         """Return data_wait, the share of its time that this process waited for data, and tflops, all ranks' TFLOP/s.
 
         Both are over the part of the epoch trained here. The time includes whatever goes on between the steps: saving,
-        logging, compilation in the first epoch. Where
-        the process resumed at the end of the epoch, and trained nothing of it, the result is empty.
+        logging, compilation in the first epoch. Where the process resumed at the end of the epoch, and trained nothing
+        of it, the result is empty.
         """
         if not self.steps_done:
             return {}
