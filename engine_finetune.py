@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.amp import LossScaler
-from util.checkpoint.output_dir import raise_write_errors
+from util.checkpoint.output_dir import write_whole
 from util.data.loaders import lockstep
 from util.distributed import dist
 from util.loop import Run
@@ -59,10 +59,10 @@ def train_one_epoch(
 
         meters.update(loss=loss, lr=updater.lr)
         if run and skipped is not None:
-            run.after_update(step, skipped, meters)  # an update was made or skipped: save on time or on a signal
+            run.after_update(step, skipped)  # an update was made or skipped: save on time or on a signal
 
     if run:
-        run.end_of_training(meters)
+        run.end_of_training()
     return meters.averages()
 
 
@@ -171,10 +171,12 @@ def write_confusion(file: str, table: Tensor, classes: list[str], distributed: b
 
 
 def _write_csv(file: Path, rows: list[list]) -> None:
-    with raise_write_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", newline="", encoding="utf-8") as out:
-            csv.writer(out).writerows(rows)
+    # Names of classes that are not UTF-8 are written with the bytes that they have on the disk.
+    with (
+        write_whole(file) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out,
+    ):
+        csv.writer(out).writerows(rows)
 
 
 def _stats(sums: list[float], images: float) -> dict[str, float]:

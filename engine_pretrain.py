@@ -55,8 +55,8 @@ def train_one_epoch(
 
         meters.update(loss=loss, lr=updater.lr)
         if run and skipped is not None:
-            run.after_update(step, skipped, meters)  # an update was made or skipped: save on time or on a signal
+            run.after_update(step, skipped)  # an update was made or skipped: save on time or on a signal
 
     if run:
-        run.end_of_training(meters)
+        run.end_of_training()
     return meters.averages()

@@ -4,6 +4,7 @@ A fault replaces a function of the project in that process, so that the project'
 processes are forked from a server that has imported everything, so that a start takes a fraction of a second.
 """
 
+import builtins
 import multiprocessing
 import os
 import resource
@@ -20,7 +21,9 @@ import main_pretrain
 import models_mae
 from util import errors, misc
 from util.checkpoint import files
-from util.report import log
+from util.data import datasets
+from util.data.images import BadImage
+from util.report import log, monitor
 
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
 
@@ -116,6 +119,45 @@ def slow_steps(seconds: float) -> None:
     models_mae.MaskedAutoencoderViT.forward = slow
 
 
+def fail(kind: str, first: int) -> None:
+    """Raise an exception of this name, a builtin one, after the first `first` forward passes of training."""
+    calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
+
+    def failing(self, imgs, *args, **kwargs):
+        calls[0] += not imgs.is_meta
+        if calls[0] > first:
+            raise getattr(builtins, kind)("a fault of the test")
+        return forward(self, imgs, *args, **kwargs)
+
+    models_mae.MaskedAutoencoderViT.forward = failing
+
+
+def lose_images(rank: int, first: int) -> None:
+    """Let no image be readable any more on one rank, after its first `first` images; without loader processes."""
+    calls, get = [0], datasets.Images.__getitem__
+
+    def losing(self, index):
+        calls[0] += 1
+        if calls[0] > first and int(os.environ.get("RANK", 0)) == rank:
+            raise BadImage(f"image {index}: a fault of the test")
+        return get(self, index)
+
+    datasets.Images.__getitem__ = losing
+
+
+def fail_monitor(kind: str, first: int) -> None:
+    """Raise an exception of this name, a builtin one, in monitoring number `first` (from 0)."""
+    calls, call = [0], monitor.Monitor.__call__
+
+    def failing(self, *args):
+        calls[0] += 1
+        if calls[0] > first:
+            raise getattr(builtins, kind)("a fault of the test")
+        return call(self, *args)
+
+    monitor.Monitor.__call__ = failing
+
+
 def hang(rank: int, first: int) -> None:
     """Make one rank wait for ever, after the first `first` forward passes of training."""
     calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
@@ -150,11 +192,14 @@ FAULTS = {
     f.__name__: f
     for f in (
         dump_ranks,
+        fail,
+        fail_monitor,
         fill_disk,
         hang,
         kill_after_log_line,
         kill_after_rename,
         kill_while_writing,
+        lose_images,
         nan_loss,
         slow_steps,
     )

@@ -359,7 +359,7 @@ def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path):
     model = autoencoder()
     keeper = checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1.0, 0.5), keep=2)
     for epoch in (6, 7, 8, 3, 4, 5):
-        keeper.save(Position(epoch), whole_epoch=True)
+        keeper.save(Position(epoch, branch=int(epoch < 6)), whole_epoch=True)
     left = {f"checkpoint-{name}.pth" for name in (4, 5, 7, 8, "last")}
     assert {path.name for path in tmp_path.glob("*.pth")} == left
     assert misc.resolve_resume("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-last.pth")

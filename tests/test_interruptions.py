@@ -31,7 +31,7 @@ def test_killed_at_random_moments(job, images, undisturbed, tmp_path):
     assert_same_end(tmp_path, undisturbed / job)
 
 
-@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 143)])
+@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 143)])
 def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, tmp_path):
     """The run saves one checkpoint, exits with the signal's code, and resumes with another number of workers."""
     argv = job_argv(images, tmp_path, "--num_workers", 2)
@@ -46,6 +46,50 @@ def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, 
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint-0.pth", "checkpoint-last.pth"]
     assert "resuming from" in finish(images, tmp_path, "--num_workers", 0)
     assert_same_end(tmp_path, undisturbed / "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        (("fail", "MemoryError", 25), 2, "out of the computer's memory"),
+        (("fail", "KeyError", 25), 1, "a fault of the test"),  # a bug, which ends in a traceback
+        (("fail_monitor", "OSError", 0), 1, "a fault of the test"),
+        (("fail_monitor", "ValueError", 0), 1, "a fault of the test"),
+        (("lose_images", 0, 200), 2, "100 images in a row cannot be read"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_an_error_ends_a_run_only_after_saving(fault, code, message, images, undisturbed, tmp_path):
+    """What was trained is saved, and without the fault the run resumes and ends with the same bits."""
+    argv = job_argv(images, tmp_path, "--num_workers", 0, "--save_freq", 100)
+    process = faults.start("pretrain", argv, tmp_path / "out", fault)
+    assert faults.exit_code(process) == code, (tmp_path / "out").read_text()
+    assert message in (tmp_path / "out").read_text()
+    stopped = state(tmp_path)
+    assert stopped["epoch"] == 1 and stopped["position"]["images"] > 0, "nothing of the last epoch was saved"
+    finish(images, tmp_path, "--num_workers", 0)
+    assert_same_end(tmp_path, undisturbed / "pretrain")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_loses_its_images_stops_all_after_saving(rank, images, tmp_path):
+    argv = job_argv(images, tmp_path, "--num_workers", 0, "--save_freq", 100, "--monitor_freq", 0, "--accum_iter", 1)
+    processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("lose_images", rank, 60))
+    assert [faults.exit_code(process) for process in processes] == [2, 2]
+    said = (tmp_path / "out-0").read_text()
+    assert "100 images in a row cannot be read" in said and "Traceback" not in said
+    assert state(tmp_path)["epoch"] == 0 and state(tmp_path)["position"]["images"] > 0
+
+
+def test_a_hangup_is_ignored_under_nohup(images, tmp_path):
+    with (tmp_path / "out").open("w") as out:
+        argv = job_argv(images, tmp_path, "--num_workers", 0, "--epochs", 8, "--monitor_freq", 0)
+        command = ["nohup", sys.executable, "main_pretrain.py", *map(str, argv)]
+        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=out, stderr=out)
+        wait_for(tmp_path / "out", r"epoch 1/\d+ \[1/")
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+    assert "trained 8 epochs" in (tmp_path / "out").read_text()
 
 
 def test_two_signals_end_at_once(images, tmp_path):
@@ -150,8 +194,8 @@ import engine_pretrain, main_pretrain
 from util import errors, loop
 marker, after = pathlib.Path(sys.argv[1]), loop.Run.after_update
 
-def dying(self, step, skipped, meters):
-    after(self, step, skipped, meters)
+def dying(self, step, skipped):
+    after(self, step, skipped)
     if self.position.epoch == 1 and step == 2 and os.environ["RANK"] == "1" and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), 9)

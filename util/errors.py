@@ -1,8 +1,9 @@
 """How a script ends when something is wrong: with one message and an exit code instead of a traceback.
 
 2    the user can fix it: flags, data, checkpoint, a full disk or GPU
-1    the run failed: gradients that are not finite, a loader process or another rank that died or does not answer
-143  stopped by SIGTERM, SIGUSR1 or SIGUSR2 after saving; 130 by SIGINT
+1    the run failed: gradients that are not finite, a loader process or another rank that died or does not answer; or
+     the work was done but for inputs that are named
+143  stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP after saving; 130 by SIGINT
 """
 
 import errno
@@ -15,12 +16,16 @@ from signal import SIGINT
 import torch
 import torch.distributed
 
+from util.console import tolerant_console
 from util.distributed import dist
 
-# System errors that mean: a file could not be written.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+# System errors that mean: a file could not be written; or could not be written or read.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 # How gloo, NCCL and the store say that another process is gone.
 PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout")
+# How Python, torch and the linker say that a process, or the machine, has too many files open.
+OPEN_FILES = re.compile(r"Too many open files|received \d+ items of ancdata")
 
 
 class UserError(Exception):
@@ -38,6 +43,10 @@ class UserError(Exception):
 
 class LocalError(UserError):
     """A UserError that one rank meets alone, and prints itself."""
+
+
+class Incomplete(Exception):
+    """The end of work that was done but for some inputs, such as unreadable images; the message counts them."""
 
 
 class Stopped(Exception):
@@ -61,16 +70,18 @@ def run(main: Callable[[], object]) -> None:
         Exception: An error that is foreseen nowhere, which is a bug, with its traceback.
     """
     code = 0
-    try:
-        main()
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        code = _print_error(error)
+    with tolerant_console():
+        try:
+            main()
+        except KeyboardInterrupt:
+            code = 130
+        except Exception as error:
+            code = _print_error(error)
     # After a failure the other ranks may be gone, and leaving the group in good order would wait for them.
     if torch.distributed.is_initialized() and code in (0, 130, 143):
         torch.distributed.destroy_process_group()
     if code:
+        dist.exit_if_connecting(code)
         sys.exit(code)
 
 
@@ -106,7 +117,7 @@ def _describe(error: Exception) -> tuple[str, int] | None:
         return str(error), 130 if error.signum == SIGINT else 143
     if isinstance(error, FloatingPointError):
         return f"rank {dist.rank()} stops: {error}", 1
-    if isinstance(error, dist.RendezvousError):
+    if isinstance(error, (Incomplete, dist.RendezvousError)):
         return f"error: {error}", 1
 
     # Errors of torch and the system: the message adds the remedy.
@@ -114,9 +125,16 @@ def _describe(error: Exception) -> tuple[str, int] | None:
         problem = str(error).split(". ")[0]
         remedy = "Halve --batch_size and double --accum_iter, or add --grad_checkpoint"
         return f"error: rank {dist.rank()}: {problem}. {remedy}", 2
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or OPEN_FILES.search(str(error)):
+        remedy = "Raise the limit (ulimit -n), or lower --num_workers"
+        return f"error: rank {dist.rank()}: too many open files. {remedy}", 1
     if isinstance(error, OSError) and error.errno in DISK:
         file = error.filename or "to the output folder"
-        return f"error: cannot write {file}: {error.strerror}. Make room there, or choose another folder", 2
+        if error.errno in FULL or not error.filename:
+            return f"error: cannot write {file}: {error.strerror}. Make room there, or choose another folder", 2
+        return f"error: cannot read or write {file}: {error.strerror}. Check its permissions, and the disk", 2
+    if isinstance(error, MemoryError):
+        return _memory_message(str(error).splitlines()[-1] if str(error) else ""), 2
     if isinstance(error, RuntimeError):
         return _describe_runtime_error(str(error))
     return None
@@ -124,6 +142,8 @@ def _describe(error: Exception) -> tuple[str, int] | None:
 
 def _describe_runtime_error(text: str) -> tuple[str, int] | None:
     """Return message and exit code for a RuntimeError that is recognised by its text, None for any other."""
+    if refused := re.search(r"you tried to allocate (\d+) bytes", text):
+        return _memory_message(f"{int(refused[1]) / 2**30:.1f} GiB more were asked for"), 2
     if re.search(r"shared memory(\(shm\)| limit)", text):
         return (
             "error: /dev/shm, through which loader processes send their batches, is full: lower --num_workers, or "
@@ -140,3 +160,12 @@ def _describe_runtime_error(text: str) -> tuple[str, int] | None:
             "for the reason; resume from the newest checkpoint with --resume auto"
         ), 1
     return None
+
+
+def _memory_message(detail: str) -> str:
+    """Return the message for a computer, not a GPU, that has no memory left."""
+    reason = f" ({detail})" if detail else ""
+    return (
+        f"error: rank {dist.rank()}: out of the computer's memory{reason}. Lower --batch_size or --num_workers, and "
+        "give other programs less"
+    )

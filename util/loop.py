@@ -1,7 +1,8 @@
 """The loop over epochs that the three jobs share, and what goes on around an epoch's steps."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from signal import Signals
 
@@ -11,11 +12,11 @@ from util.amp import BadSteps
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.distributed.signals import Requests
-from util.errors import Stopped, UserError
+from util.errors import LocalError, Stopped, UserError
 from util.misc import Checkpoints, Position
 from util.report.log import RunLog
 from util.report.meters import Meters
-from util.rng import set_rng_state
+from util.rng import get_rng_state, set_rng_state
 
 Stats = dict[str, float]
 Evaluate = Callable[[int, Callable[[], None]], Stats]  # of the epoch, and a function to call once per batch
@@ -61,6 +62,9 @@ class Run:
         self.position, self.settings = position, settings
         self.bad_steps = BadSteps(settings.max_bad_steps, loader.device, checkpoints.scaler.amp)
         self.known_bad = 0  # unreadable images that were reported already, counted by every rank
+        self.meters: Meters | None = None  # of the epoch under way, while it is trained
+        self.unsaved = False  # whether updates were made since the last checkpoint
+        self.rng: dict = {}  # this rank's random streams after the last update
         self.speed: Stats = {}  # data_wait and tflops of the last epoch's training
 
     @classmethod
@@ -113,6 +117,8 @@ class Run:
         Raises:
             Stopped: On a signal, after saving.
             FloatingPointError, UserError: As `report` does; UserError also if a checkpoint can't be written.
+            Exception: Any other error, after saving the updates that were made before it; with several ranks they are
+                saved only where every rank meets the error.
         """
         start, first_epoch = time.time(), self.position.epoch
         if len(self.position.rng) > dist.rank():
@@ -120,9 +126,10 @@ class Run:
         if self.checkpoints.goes_back:
             # The run restarts from an older checkpoint: save now, so that --resume auto, if this run is killed, does
             # not take one of the later checkpoints that it abandons.
+            self.position.branch = self.checkpoints.next_branch()
             self.checkpoints.save(self.position, whole_epoch=False)
 
-        with Requests(self.settings.save_minutes) as self.requests:
+        with Requests(self.settings.save_minutes) as self.requests, self._saved_on_error():
             for epoch in range(first_epoch, self.settings.epochs):
                 self.position.epoch = epoch
                 self.loader.sampler.set_epoch(epoch, self.first_step)
@@ -138,23 +145,45 @@ class Run:
     def _is_last(self, epoch: int) -> bool:
         return epoch + 1 == self.settings.epochs
 
+    @contextmanager
+    def _saved_on_error(self) -> Iterator[None]:
+        """Return a context that saves what was trained before an error goes on.
+
+        Not saved is what comes before a FloatingPointError, which asks for an earlier checkpoint, and with several
+        ranks what comes before the error of a single one, since saving takes all of them.
+        """
+        try:
+            yield
+        except (Stopped, FloatingPointError):
+            raise
+        except Exception as error:
+            on_every_rank = isinstance(error, UserError) and not isinstance(error, LocalError)
+            if self.unsaved and (on_every_rank or dist.world_size() == 1):
+                try:
+                    self._save_last_update()
+                except Exception as second:  # such as a full disk, which may be the first error, too
+                    dist.print_rank0(f"warning: the updates before the error could not be saved: {second}")
+            raise
+
+    def _save_last_update(self) -> None:
+        """Save the run as it was after its last update, though micro-steps of another one may be done."""
+        if self.meters is not None:
+            self.meters.rewind()
+            self._note_position()
+        self._save(whole_epoch=False, rng=self.rng if self.meters is not None else None)
+        if self.checkpoints.folder:
+            dist.print_rank0(f"saved {self.checkpoints.newest} before the error that follows")
+
     def _evaluate(self, evaluate: Evaluate) -> tuple[Stats, bool]:
         """Evaluate after an epoch's training, and note the best accuracy.
-
-        On a UserError, or an OSError of a single process, what was trained is saved before the error goes on.
 
         Returns:
             The figures, and whether the accuracy is the best so far.
         """
         position = self.position
         position.images = len(self.loader) * self.checkpoints.images_per_step
-        try:
-            # Rank 0's figures for all: with their own, rounded differently, ranks could decide differently.
-            stats = dist.gather(evaluate(position.epoch, self.poll))[0]
-        except (UserError, OSError) as error:
-            if isinstance(error, UserError) or dist.world_size() == 1:  # every rank's error
-                self.save_in_epoch()  # what was trained is not lost
-            raise
+        # Rank 0's figures for all: with their own, rounded differently, ranks could decide differently.
+        stats = dist.gather(evaluate(position.epoch, self.poll))[0]
         improved = stats.get("acc1", -1) > position.best
         if improved:
             position.best, position.best_epoch = stats["acc1"], position.epoch
@@ -170,8 +199,7 @@ class Run:
         log.epoch({**stats, "epoch": position.epoch, "n_parameters": log.n_parameters, **speed})
         position.stats = {name: float(value) for name, value in stats.items()}
         if self._is_last(position.epoch) or improved or (position.epoch + 1) % self.settings.save_freq == 0:
-            self.checkpoints.save(position, whole_epoch=True)
-            self._saved()
+            self._save(whole_epoch=True)
         position.restart_epoch()
 
     # Within an epoch: called by the engines.
@@ -190,7 +218,7 @@ class Run:
             self.log.scalars(self.position.epoch + step / steps, figures | timed)
             self.report(step, not_finite)
 
-        return Meters(
+        self.meters = Meters(
             self.loader.device,
             self.position.totals,
             first_step=self.first_step,
@@ -199,24 +227,45 @@ class Run:
             epochs=self.settings.epochs,
             on_report=on_report,
         )
+        return self.meters
 
-    def after_update(self, step: int, skipped: Tensor, meters: Meters) -> None:
+    def after_update(self, step: int, skipped: Tensor) -> None:
         """Note whether the update that ends at batch `step` was skipped, and save if it is time to.
 
         Raises:
             Stopped: On a signal, after saving.
+            UserError: A rank can't load any more images; on all ranks.
         """
         self.bad_steps.update(skipped, step)
-        signum, due = self.requests.poll()
+        self.position.images, self.unsaved = (step + 1) * self.checkpoints.images_per_step, True
+        self.rng = get_rng_state()
+        self.meters.mark()
+        signum, due, failed = self.requests.poll(bool(self.loader.problem))
+        if failed:
+            self._raise_loading_problem()
         if signum or due:
-            self.position.images = (step + 1) * self.checkpoints.images_per_step
-            self.position.totals = meters.totals_so_far()
+            self._note_position()
             self.save_in_epoch(signum)
 
-    def end_of_training(self, meters: Meters) -> None:
-        """Store the sums and the speed that the meters measured in an epoch, after its last batch."""
-        self.position.totals = meters.totals
-        self.speed = meters.epoch_speed()
+    def _note_position(self) -> None:
+        """Bring the position's sums up to date; all ranks must call."""
+        self.position.totals = self.meters.totals_so_far()
+
+    def _raise_loading_problem(self) -> None:
+        """Raise a UserError on all ranks if one of them can't load any more images; all must call."""
+        if problems := list(filter(None, dist.gather(self.loader.problem))):
+            raise UserError(problems[0])
+
+    def end_of_training(self) -> None:
+        """Store the sums and the speed that the meters measured in an epoch, after its last batch.
+
+        Raises:
+            UserError: A rank can't load any more images; on all ranks.
+        """
+        self._raise_loading_problem()
+        self.position.totals = self.meters.totals
+        self.speed = self.meters.epoch_speed()
+        self.meters = None
 
     def report(self, step: int, not_finite: list[int]) -> None:
         """Warn of updates skipped since the last report and, if there are new ones, of all unreadable images.
@@ -272,7 +321,7 @@ class Run:
         Raises:
             Stopped: There was one.
         """
-        signum, _ = self.requests.poll()
+        signum, *_ = self.requests.poll()
         if signum:
             self.save_in_epoch(signum)
 
@@ -282,8 +331,7 @@ class Run:
         Raises:
             Stopped: A signal asked for it.
         """
-        self.checkpoints.save(self.position, whole_epoch=False)
-        self._saved()
+        self._save(whole_epoch=False)
         if signum:
             what = f"{Signals(signum).name} in epoch {self.position.epoch} after {self.position.images} images"
             kept = "saved nothing, since there is no --output_dir"
@@ -291,6 +339,8 @@ class Run:
                 kept = f"saved {self.checkpoints.newest}. --resume auto resumes from there"
             raise Stopped(signum, f"stopped by {what}; {kept}")
 
-    def _saved(self) -> None:
+    def _save(self, whole_epoch: bool, rng: dict | None = None) -> None:
+        self.unsaved = False  # even if it fails: it would fail again
+        self.checkpoints.save(self.position, whole_epoch, rng)
         self.requests.save_done()
         self.log.flush_held()

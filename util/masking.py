@@ -4,6 +4,7 @@ Shapes: N images, a grid of h x w patches, L = h*w.
 """
 
 import math
+import os
 import zlib
 from dataclasses import dataclass
 
@@ -101,7 +102,7 @@ def fixed_noise(kind: str, names: list[str], seed: int, grid: tuple[int, int], d
 
     Args:
         kind: One of KINDS, as in `noise`.
-        names: Names of the N images.
+        names: Names of the N images, as the system gives them: their bytes count, in whatever encoding.
         seed: Seed of the masks.
         grid: Rows and columns of patches.
         device: Where the noise is put.
@@ -111,6 +112,6 @@ def fixed_noise(kind: str, names: list[str], seed: int, grid: tuple[int, int], d
     """
     rows = []
     for name in names:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it takes 32 bits
+        generator = torch.Generator().manual_seed(zlib.crc32(os.fsencode(f"{seed} {name}")))  # it takes 32 bits
         rows.append(noise(kind, 1, grid, torch.device("cpu"), generator))  # drawn on the CPU: the same for every device
     return torch.cat(rows).to(device)

@@ -12,14 +12,15 @@ A checkpoint holds plain types and tensors only, so that torch.load opens it wit
     class_to_idx  classifiers only
     model_ema     the EMA of the weights, with --model_ema
     position      of the epoch under way: images used, images in the training set, sums behind the averages; the best
-                  accuracy and its epoch
+                  accuracy and its epoch; how often the run went back to an earlier checkpoint
     stats         train_* and test_* of log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
-    job, saved    "pretrain", "finetune" or "linprobe"; the time in seconds since 1970
+    job, saved    "pretrain", "finetune" or "linprobe"; the time in seconds since 1970, for information
 """
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -34,13 +35,14 @@ from util.distributed import dist
 from util.errors import UserError
 from util.rng import get_rng_state
 
+EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 # Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 # Flags whose change is not worth a line when a run is resumed: they do not decide which updates are computed.
 NEUTRAL_FLAGS = {
-    *("resume", "resume_override", "overwrite", "start_epoch", "eval"),  # how the run starts
+    *("resume", "resume_override", "overwrite", "start_epoch", "eval", "init"),  # how the run starts
     *("output_dir", "log_dir", "save_freq", "keep", "save_minutes", "monitor_freq"),  # its files
-    *("num_workers", "pin_mem", "device"),
+    *("num_workers", "pin_mem", "device", "max_megapixels"),
     *("world_size", "local_rank", "dist_on_itp", "dist_url", "dist_eval", "dist_timeout", "shard"),
     *("compile", "attention", "grad_checkpoint"),  # speed and memory
 }
@@ -57,6 +59,7 @@ class Position:
         totals: Sums and counts of this epoch's averages so far, by name.
         best: Best accuracy so far, in per cent; -1: none.
         best_epoch: The epoch of the best accuracy; -1: none.
+        branch: How often the run went back to an earlier checkpoint: what was made on an earlier branch is abandoned.
         rng: States of the random streams by rank, as a checkpoint held them; empty in a new run.
         stats: train_* and test_* of log.txt's line of the last epoch completed.
     """
@@ -67,6 +70,7 @@ class Position:
     totals: dict[str, list[float]] = field(default_factory=dict)
     best: float = -1.0
     best_epoch: int = -1
+    branch: int = 0
     rng: list[dict] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
 
@@ -122,19 +126,27 @@ class Checkpoints:
         source = self.args.get("resume", "")
         return self.folder is not None and is_inside(source, self.folder) and Path(source).name != "checkpoint-last.pth"
 
+    def next_branch(self) -> int:
+        """Return the number of a branch later than those of all checkpoints in the folder; all ranks must call."""
+        heads = dist.run_on_rank0(lambda: [_progress(head) for _, head in _peek(self.folder) if isinstance(head, dict)])
+        return 1 + max((branch for branch, *_ in heads), default=0)
+
     def prepare(self, source: str) -> None:
         """Make the folder ready for a run that resumes from a source, or starts from scratch (source "").
 
         Unfinished files of a killed run are removed. If the run does not resume from this folder, the checkpoints, logs
-        and reconstructions of the run before it are removed with --overwrite; without it, the old log.txt is renamed.
+        and reconstructions of the run before it are removed with --overwrite, from --log_dir too; without it, the old
+        log.txt is renamed.
         """
         if self.folder is None or dist.rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        unwanted, log = ["checkpoint-*.tmp", "log.txt.tmp"], self.folder / "log.txt"
+        unwanted, log = ["checkpoint-*.tmp", ".log.*.txt"], self.folder / "log.txt"
         if not is_inside(source, self.folder):
             if self.args.get("overwrite"):
-                unwanted += ["checkpoint-*.pth", "log.txt", "events.out.tfevents.*", "reconstructions/epoch-*.png"]
+                unwanted += ["checkpoint-*.pth", "log.txt", EVENTS, "reconstructions/epoch-*.png"]
+                for file in Path(self.args.get("log_dir") or self.folder).glob(EVENTS):
+                    file.unlink()
             elif log.exists():
                 log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
         for pattern in unwanted:
@@ -146,17 +158,18 @@ class Checkpoints:
             if not digest.with_suffix("").exists():
                 digest.unlink()
 
-    def save(self, position: Position, whole_epoch: bool) -> None:
+    def save(self, position: Position, whole_epoch: bool, rng: dict | None = None) -> None:
         """Write checkpoint-last.pth, then remove the checkpoints that --keep does not retain.
 
         Args:
             position: The point that the run has reached.
             whole_epoch: Whether position.epoch is completed; then checkpoint-{epoch}.pth is written too.
+            rng: This rank's random streams at the position; None: as they are now.
 
         Raises:
             UserError: It cannot be written; on all ranks.
         """
-        rng = dist.gather(get_rng_state())
+        rng = dist.gather(get_rng_state() if rng is None else rng)
         if self.folder is None:
             return
         dist.gather_optimizer(self.optimizer)
@@ -384,6 +397,23 @@ def resolve_resume(source: str, output_dir: str, job: str, model: str) -> str:
     return dist.run_on_rank0(lambda: _newest_valid(Path(output_dir), job, model))
 
 
+def _peek(folder: Path) -> Iterator[tuple[Path, dict | UserError]]:
+    """Yield each checkpoint in a folder with its contents, whose tensors stay on the disk, or with its error."""
+    for path in folder.glob("checkpoint-*.pth"):
+        try:
+            yield path, load_checkpoint(str(path), peek=True)
+        except UserError as error:
+            yield path, error
+
+
+def _progress(checkpoint: dict) -> tuple[int, int, int]:
+    """Return how far a run had come: branch, epoch, images; not when, since clocks of machines differ."""
+    position = checkpoint.get("position")
+    position = position if isinstance(position, dict) else {}
+    values = position.get("branch", 0), checkpoint.get("epoch", -1), position.get("images", 0)
+    return tuple(value if isinstance(value, int) else -1 for value in values)
+
+
 def _newest_valid(folder: Path, job: str, model: str) -> str:
     """Return the newest undamaged checkpoint of this job and model in a folder; "" if it holds no checkpoint.
 
@@ -392,18 +422,16 @@ def _newest_valid(folder: Path, job: str, model: str) -> str:
     """
     # Look at every file without reading its tensors: does it open, and does it belong to this run?
     candidates, skipped = [], []
-    for path in folder.glob("checkpoint-*.pth"):
-        try:
-            head = load_checkpoint(str(path), peek=True)
-        except UserError as error:
-            skipped.append(str(error))
+    for path, head in _peek(folder):
+        if isinstance(head, UserError):
+            skipped.append(str(head))
             continue
         stored_job, stored_model = head.get("job", job), head.get("model_config", {}).get("model", model)
         if (stored_job, stored_model) != (job, model):
             skipped.append(f"{path} belongs to another run, of job {stored_job} and model {stored_model}")
             continue
-        # Of two written together, checkpoint-last.pth is preferred.
-        candidates.append((head.get("saved", path.stat().st_mtime), path.name == "checkpoint-last.pth", path))
+        # Of two with the same progress, which were written together, checkpoint-last.pth is preferred.
+        candidates.append((*_progress(head), path.name == "checkpoint-last.pth", path))
 
     # Read them whole from the newest on, until one is undamaged.
     for *_, path in sorted(candidates, reverse=True):

@@ -4,22 +4,25 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as td
 
 from util.distributed import dist
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# SIGHUP: the terminal was closed, or the connection to it was lost.
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 ECHO_S = 1.0  # under torchrun, a repetition of the signal within so many seconds is its echo
 
 
 class Requests:
     """Requests to stop, by signal, and to save, by the clock; a context in which one signal doesn't end the process.
 
-    Within it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are noted, and `poll` reports them. A second signal ends the process
-    at once. torchrun passes signals on that its processes have had from the terminal already, so under torchrun a
-    second signal within a second does not count. Outside the main thread, signals are not handled.
+    Within it SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP are noted, and `poll` reports them; SIGHUP stays ignored
+    where it is, as nohup has it. A second signal ends the process at once. torchrun passes signals on that its
+    processes have had from the terminal already, so under torchrun a second signal within a second does not count.
+    Outside the main thread, signals are not handled.
     """
 
     def __init__(self, save_minutes: float) -> None:
@@ -36,7 +39,9 @@ class Requests:
     def __enter__(self) -> "Requests":
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-            self.previous = {signum: signal.signal(signum, self._on_signal) for signum in HANDLED}
+            under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            noted = [signum for signum in HANDLED if signum != signal.SIGHUP or not under_nohup]
+            self.previous = {signum: signal.signal(signum, self._on_signal) for signum in noted}
         return self
 
     def __exit__(self, *_) -> None:
@@ -49,36 +54,40 @@ class Requests:
         if not self.signum:
             self.signum, self.signalled = signum, now
             if dist.rank() == 0:
-                # Not print: a signal may arrive while print holds its lock.
-                os.write(2, b"saving and stopping after this step; a second signal stops at once, without saving\n")
+                # Not print: a signal may arrive while print holds its lock. The console may be gone.
+                with suppress(OSError):
+                    os.write(2, b"saving and stopping after this step; a second signal stops at once, without saving\n")
             if not under_torchrun:
                 # For the second signal the system's own handling is the quickest.
-                for handled in HANDLED:
-                    signal.signal(handled, signal.SIG_DFL)
+                for noted in self.previous:
+                    signal.signal(noted, signal.SIG_DFL)
         elif now - self.signalled > ECHO_S:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
-    def poll(self) -> tuple[int, bool]:
-        """Return the signal to stop for (0: none) and whether to save now, the same on every rank.
+    def poll(self, failed: bool = False) -> tuple[int, bool, bool]:
+        """Return what the ranks ask for: the signal to stop for (0: none), whether to save now, whether one failed.
 
-        All ranks must call it equally often. With several ranks the answer is that to the call before, whose exchange
-        went on in the background meanwhile, so that no step waits for it.
+        All ranks must call it equally often, and get the same answer. With several ranks it is the answer to the call
+        before, whose exchange went on in the background meanwhile, so that no step waits for it.
+
+        Args:
+            failed: Whether this rank can't go on.
         """
         due = bool(self.save_seconds) and time.monotonic() - self.saved >= self.save_seconds
         if self.group is None:
-            return self.signum, due
+            return self.signum, due, failed
 
         # The answer to the call before.
-        signum, save = 0, 0
+        answer = [0, 0, 0]
         if self.exchange is not None:
             self.exchange.wait()
-            signum, save = self.flags.tolist()
+            answer = self.flags.tolist()
 
         # The question of this call. Its clock has not been set back yet where the answer is to save: don't ask twice.
-        self.flags = torch.tensor([self.signum, int(due and not save and dist.rank() == 0)])
+        self.flags = torch.tensor([self.signum, int(due and not answer[1] and dist.rank() == 0), int(failed)])
         self.exchange = td.all_reduce(self.flags, td.ReduceOp.MAX, group=self.group, async_op=True)
-        return signum, bool(save)
+        return answer[0], bool(answer[1]), bool(answer[2])
 
     def save_done(self) -> None:
         """Start the clock again, after a checkpoint was written."""

@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from util.checkpoint.output_dir import replace
+from util.checkpoint.output_dir import is_utf8, replace
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.misc import Checkpoints
@@ -31,7 +32,9 @@ class RunLog:
         """
         main = dist.rank() == 0
         self.file = Path(output_dir) / "log.txt" if main and output_dir else None
-        self.board = SummaryWriter(log_dir, purge_step=int((epoch + done) * 1000)) if main and log_dir else None
+        self.board = None
+        if main and log_dir:
+            self.board = SummaryWriter(_in_utf8(log_dir), purge_step=int((epoch + done) * 1000))
         self.n_parameters = 0
         self.flops_per_image = 0.0
         self.held: list[tuple[float, dict[str, float]]] = []
@@ -105,10 +108,15 @@ class RunLog:
             self.board.flush()
 
     def epoch(self, values: dict[str, float]) -> None:
-        """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush TensorBoard."""
+        """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush TensorBoard.
+
+        A value that is not finite becomes null.
+        """
         if self.file:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                # JSON has no NaN and no infinity.
+                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         if self.board:
             self.board.flush()
 
@@ -117,6 +125,18 @@ class RunLog:
         self.flush_held()
         if self.board:
             self.board.close()
+
+
+def _in_utf8(folder: str) -> str:
+    """Return a name of a folder, which is made if needed, that TensorBoard can use: it writes all names as UTF-8.
+
+    Where the folder's own name is not UTF-8, or the system's names are in another encoding, it is Linux's name for an
+    open folder, which is in ASCII.
+    """
+    if is_utf8(folder):
+        return folder
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_RDONLY)}"
 
 
 def _epoch_of(line: str) -> float:

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util import masking
 from util.amp import LossScaler
-from util.checkpoint.output_dir import raise_write_errors
+from util.checkpoint.output_dir import write_whole
 from util.data.loaders import DeviceLoader, lockstep
 from util.distributed import dist
 from util.masking import MaskSettings
@@ -147,7 +147,6 @@ class Monitor:
             caption.append(pictures.NORMALISED)
         sheet = pictures.grid(rows, caption)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
-        with raise_write_errors(file):
-            file.parent.mkdir(exist_ok=True)
-            sheet.save(file)
+        with write_whole(file) as unfinished:
+            sheet.save(unfinished)
         self.log.picture(epoch, "reconstructions", pil_to_tensor(sheet))
