@@ -6,6 +6,9 @@ The paper's ViT-L, on 8 nodes of 8 GPUs (effective batch 4096), on every node:
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 main_pretrain.py \
         --data_path DIR --batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --mask_ratio 0.75 \
         --epochs 800 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05
+Go on from released weights, encoder and decoder, on images of one's own:
+    python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --norm_pix_loss --epochs 50 \
+        --init mae_pretrain_vit_base_full.pth
 
 output_dir/
     checkpoint-{epoch}.pth      every --save_freq epochs and at the end (what is in it: util/misc.py)
@@ -22,6 +25,7 @@ import models_mae
 from engine_pretrain import train_one_epoch
 from util import errors, masking, misc, optim, options, speed
 from util.amp import LossScaler
+from util.checkpoint import weights
 from util.data import loaders
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist
@@ -53,6 +57,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling_help = "which patches are masked: random ones, blocks of them, or all but a grid"
     add("--mask_sampling", default="random", choices=masking.KINDS, help=sampling_help)
     add("--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance")
+    init_help = "start from this checkpoint's encoder, and its decoder if it has one; not where --resume finds a run"
+    add("--init", default="", metavar="FILE_OR_URL", help=init_help)
     add = parser.add_argument_group("decoder").add_argument
     add("--decoder_dim", type=int, metavar="WIDTH", help="width of the decoder; default: the model's")
     add("--decoder_depth", type=int, metavar="BLOCKS", help="number of decoder blocks; default: the model's")
@@ -79,7 +85,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model. A wrong --resume is found before anything heavy.
     source = misc.resolve_resume(args.resume, args.output_dir, "pretrain", args.model)
-    model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss).to(device)
+    model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss)
+    if args.init and not source:
+        weights.load_initial(args.init, model, vars(args))
+    model = model.to(device)
 
     # Optimizer.
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)

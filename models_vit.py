@@ -12,6 +12,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
+from util.checkpoint import weights
 from util.checkpoint.files import checkpoint_args
 from util.checkpoint.formats import TRUNK
 from util.distributed import dist
@@ -129,6 +130,33 @@ def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
     return model
 
 
+class BatchNormOverRanks(nn.BatchNorm1d):
+    """BatchNorm of features whose statistics, in training, are those of all ranks' images together.
+
+    So several ranks train as one process does with all their images. For a process that is alone, and in evaluation, it
+    is torch's BatchNorm1d. By hand since torch's SyncBatchNorm refuses tensors on the CPU.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Normalise the features [N, D] of this rank's images; in training, also update the running statistics."""
+        # On "meta" one rank alone counts operations: the others would not answer.
+        if not self.training or dist.world_size() == 1 or features.is_meta:
+            return super().forward(features)
+
+        # Mean and variance of all ranks' images. Every rank holds the same number: training has full batches only.
+        N = len(features) * dist.world_size()
+        x = features.float()  # as torch computes in mixed precision, too
+        mean = dist.differentiable_sum(x.sum(dim=0)) / N
+        variance = dist.differentiable_sum((x - mean).square().sum(dim=0)) / N
+
+        # The running variance is the unbiased one, as torch's.
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * N / (N - 1), self.momentum)
+            self.num_batches_tracked += 1
+        return ((x - mean) * (variance + self.eps).rsqrt()).to(features.dtype)
+
+
 def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool = False) -> VisionTransformer:
     """Freeze the encoder, in place, and put a BatchNorm without affine before the linear head (paper, appendix A.1).
 
@@ -152,7 +180,7 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
     nn.init.trunc_normal_(model.head.weight, std=0.01)
     model.head.requires_grad_(True)
     head = model.head if heads == 1 else ProbeHeads(model.head, heads)
-    model.head = nn.Sequential(nn.BatchNorm1d(model.embed_dim, affine=False, eps=1e-6), head)
+    model.head = nn.Sequential(BatchNormOverRanks(model.embed_dim, affine=False, eps=1e-6), head)
     model.config |= {"probe": "attentive" if attentive else "linear", "probe_heads": heads}
     return model
 
@@ -201,7 +229,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
             else the mean of the patch tokens, normalised by `fc_norm`.
 
     Raises:
-        UserError: The file holds no such model.
+        UserError: The file holds no such model, or with trunk_only an encoder with more than the models here have.
     """
     state, config = checkpoint["model"], dict(checkpoint.get("model_config") or {})
     if not trunk_only and not any(name.startswith("head.") for name in state):
@@ -212,10 +240,11 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
     if not config:
         config = config_of(state, source)
 
-    # An encoder takes from the file only the weights that it has itself: no decoder, no head.
+    # An encoder leaves decoder and head in the file, and nothing else.
     if trunk_only:
         config = {name: config[name] for name in TRUNK} | {"num_classes": 0, "global_pool": "norm.weight" not in state}
         encoder_names = from_config(config).state_dict().keys()
+        weights.refuse_foreign_parts(source, set(state) - set(encoder_names) - weights.other_norm(state))
         state = {name: value for name, value in state.items() if name in encoder_names}
 
     model = from_config(config)

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import re
+import ssl
 import urllib.error
 import zipfile
 from collections.abc import Iterator
@@ -13,18 +14,23 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlparse
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from util.checkpoint import formats
-from util.checkpoint.output_dir import fsync_dir
+from util.checkpoint import formats, wrappings
+from util.checkpoint.output_dir import fsync_dir, is_utf8
+from util.checkpoint.safe_types import SAFE_TYPES
+from util.data.listing import join_names
 from util.distributed import dist
 from util.errors import UserError
 
 FOLDER_BIT = 0x10  # in a zip entry's external attributes
 CHUNK = 1 << 24  # bytes
+# Flags by which images are prepared; other programs have them under the same names.
+PREPROCESSING = ("mean", "std", "crop_pct")
 
 
 def is_url(source: str) -> bool:
@@ -133,15 +139,16 @@ def find_damage(path: Path) -> str:
 def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
     """Read a checkpoint from a file, folder or http(s) address, on the CPU, without running any code that is in it.
 
-    A bare state dict, a .safetensors file, or a folder of Hugging Face's or timm's comes back in the form of a
-    checkpoint as well, with what its config.json tells as "model_config", "class_to_idx" and "args". Weights under
-    Hugging Face's names are renamed; "format" then names the library and the model, and "left_out" lists the weights
-    that have no place here.
+    A bare state dict, a .safetensors file, a folder of Hugging Face's or timm's, or another program's checkpoint comes
+    back in the form of a checkpoint as well: the weights under their native names, with what a config.json tells as
+    "model_config", "class_to_idx" and "args". "format" then names the library and the model where the names were
+    another library's, and "left_out" lists the weights that are no part of the encoder or have no place here. A notice
+    says where in the file the weights were.
 
     Args:
         source: File, folder or address; for an address all ranks must call, since rank 0 downloads first.
         peek: Leave tensors on the disk, and check no checksums; only for a file of torch.save, ignored for others.
-        ema: Return the EMA of the weights as "model".
+        ema: Return the EMA of the weights as "model"; without it, an EMA is taken only where there is nothing else.
 
     Returns:
         The checkpoint, whose "model" is a state dict.
@@ -150,18 +157,17 @@ def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
         UserError: The source, which the message names, is missing, damaged, unsafe to load, or not a checkpoint, or
             holds no EMA although `ema` asks for it.
     """
-    # The reference's checkpoints hold an argparse.Namespace: that one class is allowed.
-    with torch.serialization.safe_globals([argparse.Namespace]), _raise_read_errors(source):
+    with torch.serialization.safe_globals(SAFE_TYPES), _raise_read_errors(source):
         content = _read(source, peek)
-    checkpoint = _as_checkpoint(source, content)
-
+    checkpoint, left_out = _as_checkpoint(source, content, ema)
     recognised = formats.recognise(checkpoint["model"])
+    state = formats.add_class_position(recognised.state, checkpoint.get("model_config") or {})
+    if state is not recognised.state:
+        dist.print_rank0(f"notice: the class token of {source} has no position of its own, and gets one of zeros")
+    checkpoint["model"] = state
     if recognised.kind:
-        checkpoint |= {"model": recognised.state, "format": recognised.kind, "left_out": recognised.left_out}
-    if ema:
-        if "model_ema" not in checkpoint:
-            raise UserError(f"{source} holds no EMA of the weights: leave out --model_ema")
-        checkpoint["model"] = checkpoint["model_ema"]
+        checkpoint["format"] = recognised.kind
+    checkpoint["left_out"] = left_out + recognised.left_out
     return checkpoint
 
 
@@ -177,7 +183,7 @@ def _read(source: str, peek: bool) -> object:
     folder = Path(source).parent
     if Path(source) in formats.weights_in(folder):
         return _read_folder(folder, [Path(source)])
-    return load_file(source)
+    return _load_safetensors(Path(source))
 
 
 @contextmanager
@@ -188,10 +194,7 @@ def _raise_read_errors(source: str) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
-            raise UserError(
-                f"{source} is refused: it holds {forbidden[1]}, and loading it could run code. Nothing in it was run. "
-                "If you trust it, save its state dict alone, and pass that file"
-            ) from error
+            raise UserError(_refusal(source, forbidden[1])) from error
         raise UserError(
             f"{source} is not a checkpoint of plain types and tensors, and nothing in it was run: check that it was "
             "saved by torch.save and downloaded whole"
@@ -209,20 +212,60 @@ def _raise_read_errors(source: str) -> Iterator[None]:
         ) from error
 
 
-def _as_checkpoint(source: str, content: object) -> dict:
+def _refusal(source: str, name: str) -> str:
+    """Return the message for a file that holds a type which could run code, with the lines that save its weights."""
+    file = Path(urlparse(source).path if is_url(source) else source)
+    return (
+        f"{source} is refused: it holds {name}, and loading it could run code. Nothing in it was run. If you trust it, "
+        "save its weights alone, in Python, and pass that file:\n"
+        f"  import torch; c = torch.load({str(file)!r}, 'cpu', weights_only=False)\n"
+        f"  torch.save({{k: v for k, v in getattr(c, 'state_dict', lambda: c)().items() if torch.is_tensor(v) or k in "
+        f"{wrappings.KEYS}}}, {str(file.with_suffix('')) + '-weights.pth'!r})"
+    )
+
+
+def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[str]]:
     """Return the content of a file as a checkpoint, with its weights under "model".
 
+    Args:
+        source: Name of the file, for messages.
+        content: What was read from it.
+        ema: Take the EMA of the weights.
+
+    Returns:
+        The checkpoint, and the names of the weights that are no part of the Vision Transformer.
+
     Raises:
-        UserError: It holds no weights.
+        UserError: It holds no weights, or no EMA.
     """
-    if isinstance(content, dict) and "model" not in content and _is_state_dict(content):
-        return {"model": content}
-    if not isinstance(content, dict) or not _is_state_dict(content.get("model")):
-        raise UserError(
-            f"{source} is not a checkpoint: it has no 'model' with named tensors. Pass a checkpoint, a state dict, a "
-            ".safetensors file, or a folder of Hugging Face's or timm's"
-        )
-    return content
+    found = wrappings.unwrap(content, ema)
+    if found and not found.steps:
+        # A checkpoint of this project or the reference, or a state dict.
+        checkpoint = dict(content) if "model" in content else {}
+        return checkpoint | {"model": found.state}, found.outside
+    if found and ema and content.get("model_ema") is not None and "job" in content:
+        return content | {"model": found.state}, found.outside
+    if found:
+        # Another program's: of the rest only the preprocessing means the same here.
+        dist.print_rank0(f"notice: weights of {source}: {found.steps}")
+        args = {name: value for name, value in checkpoint_args(content).items() if name in PREPROCESSING and value}
+        return {"model": found.state, "args": args}, found.outside
+
+    if ema:
+        raise UserError(f"{source} holds no EMA of the weights: leave out --model_ema")
+    weights = content.get("model", content) if isinstance(content, dict) else content
+    if isinstance(weights, dict) and weights and all(isinstance(value, Tensor) for value in weights.values()):
+        return (content if "model" in content else {"model": weights}), []  # of another model, as messages will say
+    keys = f", but {join_names(map(str, content))}" if isinstance(content, dict) and content else ""
+    raise UserError(
+        f"{source} is not a checkpoint: it holds no weights of a Vision Transformer{keys}. Pass a checkpoint, a state "
+        "dict, a .safetensors file, or a folder of Hugging Face's or timm's"
+    )
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a .safetensors file; safetensors itself opens no file whose name is not UTF-8."""
+    return load_file(path) if is_utf8(path) else safetensors.torch.load(path.read_bytes())
 
 
 def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
@@ -232,7 +275,7 @@ def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
     """
     state = {}
     for file in weight_files:
-        state |= load_file(file) if file.suffix == ".safetensors" else _load_pickled(file, peek=False)
+        state |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickled(file, peek=False)
     config = formats.read_config(folder)
     checkpoint = {"model": state, "args": formats.preprocessing(folder, config)}
     if not str(config.get("model_type", "")).startswith("vit"):
@@ -248,7 +291,8 @@ def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
 def checkpoint_args(checkpoint: dict) -> dict:
     """Return the flags that a checkpoint was made with; the reference stores them as a Namespace."""
     args = checkpoint.get("args") or {}
-    return vars(args) if isinstance(args, argparse.Namespace) else args
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, dict) else {}
 
 
 def _load_pickled(path: Path, peek: bool) -> object:
@@ -259,11 +303,8 @@ def _load_pickled(path: Path, peek: bool) -> object:
     """
     if not peek and (problem := find_damage(path)):
         raise UserError(f"{problem}. Take an earlier checkpoint, or --resume auto")
-    return torch.load(path, "cpu", weights_only=True, mmap=True if peek else None)
-
-
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    # torch maps files by their names in UTF-8: any other is read whole.
+    return torch.load(path, "cpu", weights_only=True, mmap=True if peek and is_utf8(path) else None)
 
 
 def _download(url: str) -> object:
@@ -278,10 +319,8 @@ def _download(url: str) -> object:
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
 
     def load() -> object:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), progress=dist.rank() == 0)
-        return load_file(path) if path.suffix == ".safetensors" else _load_pickled(path, peek=False)
+        _fetch(url, path)
+        return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path, peek=False)
 
     # Rank 0 downloads, and the others then read its copy. They wait for it in gather, which rank 0 must therefore reach
     # even where the download fails; the others will fail in the same way.
@@ -290,3 +329,27 @@ def _download(url: str) -> object:
     finally:
         dist.gather(None)
     return load() if content is None else content
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Download the file at an address to a path, unless it is there already.
+
+    Raises:
+        UserError: The path's folder can't be created or written to.
+        OSError: The address can't be reached or read.
+    """
+    problem = ""
+    if str(path).startswith("~"):  # as it stays where neither HOME nor the system's list of users tells the folder
+        problem = "there is no home folder"
+    try:
+        if not problem and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=dist.rank() == 0)
+    except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError):
+        raise  # the network's, all of which are OSErrors, too
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise UserError(
+            f"cannot keep the download in {path.parent}: {problem}. Set TORCH_HOME to a folder that can be written to"
+        )

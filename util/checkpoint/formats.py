@@ -7,6 +7,7 @@ Names of Hugging Face's ViTMAE and ViT, in three generations:
     vit.encoder.layer.N.attention.attention.query    as released
     vit.layers.N.attention.q_proj                    in memory since transformers 5
     decoder.decoder_encoder.layer.N                  decoders as transformers 5 writes them
+Names of mmpretrain's VisionTransformer: MMPRETRAIN below.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 
 # Hugging Face's older names as patterns, and the newer names that replace them, in this order.
@@ -57,6 +59,19 @@ RELEASED = {
     "mlp.fc2": "output.dense",
 }
 QKV = ("query", "key", "value")
+# Weights of Hugging Face's models that do not change what the encoder computes of a whole image: the pooler, the mask
+# token and decoder of masked image modelling, heads.
+NO_ENCODER = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$|decoder\.0\.)|\w*classifier\.")
+# mmpretrain's names as patterns, and the native names that replace them, in this order.
+MMPRETRAIN = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^layers\.(\d+)\.", r"blocks.\1."),
+    (r"^(blocks\.\d+)\.ln([12])\.", r"\1.norm\2."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    (r"^ln1\.", "norm."),
+    (r"^ln2\.", "fc_norm."),
+)
 # The arguments that define an encoder.
 TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -66,8 +81,9 @@ class Recognised(NamedTuple):
 
     Attributes:
         kind: The library and its model, for messages; "" where the names are native or unknown.
-        state: The weights under the native names; as they were where `kind` is "".
-        left_out: Names of the weights that have no place in the models here.
+        state: The weights under the native names; as they were where `kind` is "". A weight of the encoder that has no
+            native name keeps its own, so that whoever builds a model from them finds that it does not fit.
+        left_out: Names of the weights that have no place in the models here, and do not belong to the encoder.
     """
 
     kind: str
@@ -76,11 +92,32 @@ class Recognised(NamedTuple):
 
 
 def recognise(state: dict[str, Tensor]) -> Recognised:
-    """Convert a state dict of Hugging Face's ViTMAE or ViT to the native names; return others as they are."""
-    if not any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):
-        return Recognised("", state, [])
+    """Convert a state dict of Hugging Face's ViTMAE or ViT, or of mmpretrain, to the native names; return others."""
+    if "patch_embed.projection.weight" in state:
+        return Recognised("mmpretrain's VisionTransformer", _from_mmpretrain(state), [])
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):
+        native, left_out = _from_hugging_face(state)
+        return Recognised(f"Hugging Face's {'ViTMAE' if 'mask_token' in native else 'ViT'}", native, left_out)
+    return Recognised("", state, [])
+
+
+def _from_mmpretrain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    native = {}
+    for name, value in state.items():
+        for pattern, replacement in MMPRETRAIN:
+            name = re.sub(pattern, replacement, name)
+        native[name] = value
+    return native
+
+
+def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights under their native names, and the names of those that are left out."""
     native, left_out, projections = {}, [], {}
     for name, value in state.items():
+        if NO_ENCODER.match(name) and not name.startswith("classifier."):
+            left_out.append(name)
+            continue
+
         # Bring every generation of names to the newest one.
         newest = name
         for pattern, replacement in GENERATIONS:
@@ -88,27 +125,46 @@ def recognise(state: dict[str, Tensor]) -> Recognised:
 
         # Then look it up. Queries, keys and values, three matrices there and one here, are gathered first.
         block = re.fullmatch(r"(decoder\.decoder_)?layers\.(\d+)\.(.+)\.(weight|bias)", newest)
+        inside = block[3] if block else ""
+        prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}." if block else ""
         stem, _, kind = newest.rpartition(".")
-        if block:
-            prefix, inside = f"{'decoder_' if block[1] else ''}blocks.{block[2]}.", block[3]
-            if inside in IN_BLOCKS:
-                native[f"{prefix}{IN_BLOCKS[inside]}.{block[4]}"] = value
-            elif inside.startswith("attention.") and inside.endswith("_proj"):
-                letter = inside.removeprefix("attention.")[0]
-                projections.setdefault(f"{prefix}attn.qkv.{block[4]}", {})[letter] = value
-            else:
-                left_out.append(name)
+        if inside in IN_BLOCKS:
+            native[f"{prefix}{IN_BLOCKS[inside]}.{block[4]}"] = value
+        elif re.fullmatch(r"attention\.[qkv]_proj", inside):
+            projections.setdefault(f"{prefix}attn.qkv.{block[4]}", {})[inside.removeprefix("attention.")[0]] = value
         elif newest in NAMES:
             native[NAMES[newest]] = value
         elif stem in NAMES:
             native[f"{NAMES[stem]}.{kind}"] = value
         else:
-            left_out.append(name)
+            native[name] = value  # unknown, and perhaps a part of the encoder
 
     for name, matrices in projections.items():
         if len(matrices) == 3:
             native[name] = torch.cat([matrices[letter] for letter in "qkv"])
-    return Recognised(f"Hugging Face's {'ViTMAE' if 'mask_token' in native else 'ViT'}", native, left_out)
+    return native, left_out
+
+
+def add_class_position(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+    """Return weights whose positions have a row for the class token.
+
+    Where they have none, as with timm's no_embed_class, the class token gets no position: a row of zeros.
+
+    Args:
+        state: The weights; those without a class token, or with another form of positions, are returned as they are.
+        config: The model's sizes, where known; without them the grid is taken as square.
+    """
+    positions = state.get("pos_embed")
+    if "cls_token" not in state or positions is None or positions.ndim != 3:
+        return state
+    rows = positions.shape[1]
+    patches = round(rows**0.5) ** 2  # of a square grid without class token
+    if "img_size" in config:
+        height, width = to_2tuple(config["img_size"])
+        patches = (height // config["patch_size"]) * (width // config["patch_size"])
+    if rows != patches or rows == 1:
+        return state
+    return state | {"pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
 
 
 def describe(checkpoint: dict) -> str:
@@ -226,12 +282,10 @@ def from_hugging_face_config(config: dict) -> dict:
     if not any("Classification" in kind for kind in config.get("architectures") or []):
         return {"model_config": arguments}
 
-    # A classifier. transformers names the classes LABEL_0, LABEL_1, ... where none are given.
+    # A classifier.
     labels = config.get("id2label") or {}
     entries = {"model_config": arguments | {"num_classes": len(labels), "global_pool": False}}
-    if not all(name == f"LABEL_{number}" for number, name in labels.items()):
-        entries["class_to_idx"] = {name: int(number) for number, name in labels.items()}
-    return entries
+    return entries | _named_classes({int(number): name for number, name in labels.items()})
 
 
 def from_export_config(config: dict) -> dict:
@@ -246,10 +300,17 @@ def from_export_config(config: dict) -> dict:
     model_config = {name: arguments[name] for name in TRUNK}
     model_config["num_classes"] = config.get("num_classes", 0)
     model_config["global_pool"] = arguments.get("global_pool") in (True, "avg")
-    entries = {"model_config": model_config}
-    if labels := config.get("label_names"):
-        entries["class_to_idx"] = {name: number for number, name in enumerate(labels)}
-    return entries
+    return {"model_config": model_config} | _named_classes(dict(enumerate(config.get("label_names") or [])))
+
+
+def _named_classes(names: dict[int, str]) -> dict[str, dict[str, int]]:
+    """Return the checkpoint entry "class_to_idx" of classes by number; {} where they have made-up names.
+
+    transformers calls them LABEL_0, LABEL_1, ... where none are given.
+    """
+    if all(name == f"LABEL_{number}" for number, name in names.items()):
+        return {}
+    return {"class_to_idx": {name: number for number, name in names.items()}}
 
 
 def preprocessing(folder: Path, config: dict) -> dict:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from util.errors import UserError
 
 try:
@@ -15,6 +17,14 @@ except ImportError:  # Windows
     fcntl = None
 
 _held: dict[str, int] = {}  # path of the folder -> descriptor of its lock file
+
+
+def is_utf8(path: str | Path) -> bool:
+    """Return whether a path's bytes on the disk are its UTF-8, as libraries suppose that encode names themselves."""
+    try:
+        return str(Path(path).absolute()).encode() == os.fsencode(Path(path).absolute())
+    except UnicodeEncodeError:
+        return False
 
 
 def unwritable(folder: str) -> str:
@@ -71,14 +81,15 @@ def lock_output_dir(folder: str) -> str:
 
 @contextmanager
 def raise_write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of code that writes a file into a UserError, in this process only.
+    """Turn an OSError of code that writes a file, or safetensors' own error, into a UserError, in this process only.
 
     Within dist.run_on_rank0 it thereby reaches every rank.
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Make room, or choose another path") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}. Make room, or choose another path") from error
 
 
 def fsync_dir(folder: Path) -> None:
@@ -90,11 +101,38 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Return a context that gives a path to write to; at its end the file takes the place of `path`, whole.
+
+    After an error or a crash `path` is as it was before. What is no regular file, such as /dev/stdout, is written to
+    directly.
+
+    Args:
+        path: The file; its folder is made if needed. A link stays a link, to the new file.
+
+    Raises:
+        UserError: It can't be written.
+    """
+    with raise_write_errors(path):
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():
+            yield path
+            return
+        unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")  # libraries look at the suffix
+        try:
+            yield unfinished
+            descriptor = os.open(unfinished, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            os.replace(unfinished, target)
+            fsync_dir(target.parent)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
 def replace(path: Path, text: str) -> None:
     """Write a small text file, so that after a crash it holds either its old text or the new one, whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with write_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

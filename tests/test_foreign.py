@@ -1,0 +1,300 @@
+"""Checkpoints of other programs: wrapped weights, types beside tensors, encoders of other architectures."""
+
+import argparse
+import builtins
+import collections
+import datetime
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from packaging.version import Version
+
+import main_export
+import main_features
+import models_mae
+import models_vit
+from util.checkpoint import weights
+from util.checkpoint.files import load_checkpoint
+from util.errors import UserError
+
+SIZES = {"embed_dim": 128, "depth": 6, "num_heads": 4, "patch_size": 4, "img_size": 8}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """Weights of an encoder of the demo's size for 8 x 8 pixels, without head."""
+    torch.manual_seed(0)
+    state = models_vit.VisionTransformer(**SIZES, num_classes=0, global_pool=False).state_dict()
+    return {name: torch.randn_like(value) for name, value in state.items()}
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def renamed(state, *patterns):
+    """Return the weights with parts of their names replaced."""
+    for pattern, replacement in patterns:
+        state = {re.sub(pattern, replacement, name): value for name, value in state.items()}
+    return state
+
+
+def other(state):
+    """Return other weights of the same names."""
+    return {name: value + 1 for name, value in state.items()}
+
+
+MMPRETRAIN = (
+    (r"^patch_embed\.proj", "patch_embed.projection"),
+    (r"^norm\.", "ln1."),
+    (r"^blocks\.(\d+)\.norm", r"layers.\1.ln"),
+    (r"^blocks\.", "layers."),
+    (r"mlp\.fc1", "ffn.layers.0.0"),
+    (r"mlp\.fc2", "ffn.layers.1"),
+)
+
+WRAPPINGS = {
+    "timm's training": lambda s: {"arch": "vit", "state_dict": s, "state_dict_ema": other(s), "optimizer": {}},
+    "Lightning": lambda s: {"state_dict": prefixed("model.backbone.", s), "hyper_parameters": {"lr": 1.0}, "loops": {}},
+    "DDP and compile": lambda s: {"model": prefixed("module._orig_mod.", s)},
+    "compile in DDP": lambda s: {"net": prefixed("_orig_mod.module.", s)},
+    "compiled blocks": lambda s: {"model": renamed(s, (r"blocks\.(\d+)\.", r"blocks.\1._orig_mod."))},
+    "FSDP": lambda s: {"model_state": renamed(s, (r"blocks\.(\d+)\.", r"blocks.\1._fsdp_wrapped_module."))},
+    "DINO": lambda s: {"student": prefixed("module.backbone.", other(s)), "teacher": prefixed("backbone.", s)},
+    "DINO in one": lambda s: {"state_dict": prefixed("student.backbone.", other(s)) | prefixed("teacher.backbone.", s)},
+    "MoCo": lambda s: {
+        "state_dict": prefixed("module.momentum_encoder.", other(s)) | prefixed("module.base_encoder.", s)
+    },
+    "DeepSpeed": lambda s: {"module": s, "ds_version": "0.14", "optimizer": None},
+    "open_clip": lambda s: {"state_dict": prefixed("visual.trunk.", s) | {"logit_scale": torch.ones(())}},
+    "bare with prefix": lambda s: prefixed("encoder.", s) | {"fc.weight": torch.ones(2)},
+    "nested": lambda s: {"checkpoint": {"weights": {"net": prefixed("backbone.", s)}}, "epoch": 3},
+    "mmpretrain": lambda s: {
+        "meta": {},
+        "state_dict": prefixed("backbone.", renamed(s, *MMPRETRAIN)) | {"head.fc.weight": torch.ones(2)},
+    },
+    "only an average": lambda s: {"model_ema": s},
+    "unfamiliar keys": lambda s: {"online": {"vit_body": prefixed("x.y.", s)}},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPINGS)
+def test_weights_are_found_in_any_wrapping_and_it_is_said(kind, encoder, tmp_path, capsys):
+    torch.save(WRAPPINGS[kind](encoder), tmp_path / "file.pth")
+    checkpoint = load_checkpoint(str(tmp_path / "file.pth"))
+    assert checkpoint["model"].keys() == encoder.keys()
+    assert all(torch.equal(checkpoint["model"][name], value) for name, value in encoder.items())
+    assert "notice: weights of" in capsys.readouterr().out
+    fresh = models_vit.VisionTransformer(**SIZES, num_classes=2)
+    missing, _ = weights.load_pretrained(str(tmp_path / "file.pth"), fresh)
+    assert missing == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+
+
+def test_an_average_is_taken_only_where_it_is_asked_for(encoder, tmp_path):
+    file = str(tmp_path / "timm.pth")
+    torch.save(WRAPPINGS["timm's training"](encoder), file)
+    assert torch.equal(load_checkpoint(file, ema=True)["model"]["cls_token"], encoder["cls_token"] + 1)
+    torch.save(WRAPPINGS["DINO"](encoder), file)
+    with pytest.raises(UserError, match="holds no EMA"):
+        load_checkpoint(file, ema=True)
+
+
+def test_a_hugging_face_encoder_in_a_training_programs_file(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, image_size=8, patch_size=4
+    )
+    theirs = transformers.ViTForImageClassification(config)
+    torch.save({"state_dict": prefixed("model.", theirs.state_dict())}, tmp_path / "file.pth")
+    fresh = models_vit.VisionTransformer(**SIZES, num_classes=2, global_pool=False)
+    weights.load_pretrained(str(tmp_path / "file.pth"), fresh)
+    assert torch.equal(fresh.cls_token, theirs.vit.embeddings.cls_token)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"epoch": 3, "hyper": {"a": 1}}, "but epoch, hyper"),
+        ({"state_dict": {"conv1.weight": torch.ones(2)}, "arch": "resnet"}, "but state_dict, arch"),
+    ],
+)
+def test_a_file_without_a_vision_transformer_names_what_it_holds(content, named, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=f"no weights of a Vision Transformer, {named}"):
+        load_checkpoint(str(tmp_path / "file.pth"))
+
+
+# Types.
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float64(81.2),
+        np.int64(3),
+        np.arange(4.0),
+        np.array(["a", "b"]),
+        np.random.RandomState(0).get_state(),
+        pathlib.PurePosixPath("/x"),
+        pathlib.Path("/x"),
+        datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC),
+        datetime.timedelta(seconds=3),
+        Version("2.1"),
+        torch.__version__,
+        collections.defaultdict(list, a=[1]),
+        collections.OrderedDict(a=1),
+        frozenset({1}),
+        argparse.Namespace(output_dir=pathlib.Path("/x"), lr=np.float32(1)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_plain_types_beside_the_weights_are_loaded(value, encoder, tmp_path):
+    torch.save({"model": encoder, "extra": value}, tmp_path / "file.pth")
+    loaded = load_checkpoint(str(tmp_path / "file.pth"))
+    assert torch.equal(loaded["model"]["cls_token"], encoder["cls_token"]) and "extra" in loaded
+
+
+class Custom:
+    """A type of the user's own program."""
+
+
+class Marked:
+    """Object that creates a file when it is unpickled in the ordinary way, by some function."""
+
+    def __init__(self, function, *arguments):
+        self.parts = function, arguments
+
+    def __reduce__(self):
+        return self.parts
+
+
+@pytest.mark.parametrize("function", ["eval", "exec", "getattr", "open"])
+def test_nothing_that_could_run_code_is_loaded(function, encoder, tmp_path):
+    marker = tmp_path / "marker"
+    arguments = {
+        "eval": (f"open({str(marker)!r}, 'w')",),
+        "exec": (f"open({str(marker)!r}, 'w')",),
+        "getattr": (pathlib.Path(marker), "touch"),
+        "open": (str(marker), "w"),
+    }[function]
+    torch.save({"model": encoder, "x": Marked(getattr(builtins, function), *arguments)}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=rf"refused: it holds \S*{function}, and"):
+        load_checkpoint(str(tmp_path / "file.pth"))
+    assert not marker.exists()
+
+
+def test_arrays_of_objects_are_refused(encoder, tmp_path):
+    torch.save({"model": encoder, "x": np.array([Custom()], dtype=object)}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="file.pth is (refused|not a checkpoint)"):
+        load_checkpoint(str(tmp_path / "file.pth"))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"model": s, "extra": Custom()},
+        lambda s: s | {"extra": Custom()},
+        lambda s: {"state_dict": prefixed("model.", s), "callbacks": {"a": Custom()}},
+    ],
+)
+def test_the_lines_that_a_refusal_names_save_the_weights(wrap, encoder, tmp_path):
+    """Follow the message to its end: run its two lines, and pass the file that they write."""
+    file = tmp_path / "refused.pth"
+    torch.save(wrap(encoder), file)
+    with pytest.raises(UserError, match="refused: it holds test_foreign.Custom") as refusal:
+        load_checkpoint(str(file))
+    lines = "\n".join(line.strip() for line in str(refusal.value).splitlines()[1:])
+    here = str(pathlib.Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r})\n{lines}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pathlib.Path(__file__).parent.parent)
+    loaded = load_checkpoint(str(tmp_path / "refused-weights.pth"))
+    assert all(torch.equal(loaded["model"][name], value) for name, value in encoder.items())
+
+
+# Other architectures.
+
+
+def foreign(model, **more):
+    """Return the weights of a timm ViT of the demo's size with a part that the models here lack."""
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("embed_dim", "depth", "num_heads", "patch_size", "img_size")}
+    return timm.models.VisionTransformer(**sizes, num_classes=0, **(model | more)).state_dict()
+
+
+FOREIGN = {
+    "LayerScale": (lambda: foreign({"init_values": 0.1}), "LayerScale .blocks.0.ls1.gamma"),
+    "norms of queries": (lambda: foreign({"qk_norm": True}), "norms of queries and keys .blocks.0.attn.k_norm"),
+    "registers": (lambda: foreign({"reg_tokens": 4, "no_embed_class": True}), "register tokens .reg_token"),
+    "pre-norm": (lambda: foreign({"pre_norm": True}), "a norm before the blocks .norm_pre"),
+    "gated MLP": (lambda: foreign({"mlp_layer": timm.layers.SwiGLU}), "gated MLPs|holds no Vision Transformer"),
+    "distillation": (
+        lambda: timm.models.deit.VisionTransformerDistilled(**SIZES, num_classes=0).state_dict(),
+        "a distillation token",
+    ),
+    "BEiT": (
+        lambda: timm.models.beit.Beit(**SIZES, num_classes=0, use_rel_pos_bias=True).state_dict(),
+        "does not fit|holds no Vision Transformer",
+    ),
+    "no class token": (lambda: foreign({"class_token": False, "global_pool": "avg"}), "no class token|cls_token"),
+    "extra block weight": (lambda: foreign({}) | {"blocks.0.adapter.weight": torch.ones(1)}, "blocks.0.adapter.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("use", ["finetune", "init", "features", "export"])
+def test_an_encoder_with_more_than_the_models_here_is_refused_by_name(kind, use, tmp_path):
+    make, named = FOREIGN[kind]
+    file = str(tmp_path / "foreign.pth")
+    torch.save(make(), file)
+    with pytest.raises(UserError, match=named):
+        if use == "finetune":
+            weights.load_pretrained(file, models_vit.VisionTransformer(**SIZES, num_classes=2))
+        elif use == "init":
+            weights.load_initial(file, models_mae.mae_vit_demo_patch4(img_size=8), {})
+        elif use == "features":
+            (tmp_path / "a.png").write_bytes(b"")
+            main_features.main(
+                ["--resume", file, "--data_path", str(tmp_path), "--output", str(tmp_path / "x.npz"), "--device", "cpu"]
+            )
+        else:
+            main_export.main(["--resume", file, "--to", "encoder", "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "x.npz").exists() and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["decoder.0.weight", "head.mlp.0.weight", "projector.0.weight", "prototypes.weight", "mask_token", "fc.bias"],
+)
+def test_heads_and_decoders_of_other_methods_are_left_in_the_file(extra, encoder, tmp_path, capsys):
+    file = str(tmp_path / "file.pth")
+    torch.save(encoder | {extra: torch.ones(1)}, file)
+    trunk = models_vit.from_checkpoint(load_checkpoint(file), file, trunk_only=True)
+    assert torch.equal(trunk.blocks[5].mlp.fc2.weight, encoder["blocks.5.mlp.fc2.weight"])
+    weights.load_pretrained(file, models_vit.VisionTransformer(**SIZES, num_classes=2))
+    assert extra.split(".")[0] in capsys.readouterr().out.split("not used:")[1]
+
+
+def test_positions_without_a_row_for_the_class_token_compute_the_same_as_in_timm(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("embed_dim", "depth", "num_heads", "patch_size", "img_size")}
+    theirs = timm.models.VisionTransformer(**sizes, num_classes=0, no_embed_class=True, norm_layer=None).eval()
+    torch.nn.init.normal_(theirs.pos_embed)
+    file = str(tmp_path / "file.pth")
+    torch.save(theirs.state_dict(), file)
+    trunk = models_vit.from_checkpoint(load_checkpoint(file), file, trunk_only=True).eval()
+    imgs = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(trunk.forward_features(imgs), theirs.forward_features(imgs), atol=1e-5)
+    assert "has no position of its own" in capsys.readouterr().out
+
+
+def test_two_rows_before_the_patches_are_named(encoder, tmp_path):
+    positions = encoder["pos_embed"]
+    torch.save(encoder | {"pos_embed": torch.cat([positions[:, :1], positions], dim=1)}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="rows of positions: 6 in the file, 5 here"):
+        weights.load_pretrained(str(tmp_path / "file.pth"), models_vit.VisionTransformer(**SIZES, num_classes=2))
