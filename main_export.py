@@ -16,7 +16,12 @@ With --model_ema the EMA of the weights is exported.
 import argparse
 import importlib.util
 import json
+import os
+import shutil
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +35,7 @@ import models_vit
 from util import errors
 from util.checkpoint import formats
 from util.checkpoint.files import checkpoint_args, load_checkpoint
-from util.checkpoint.output_dir import unwritable
+from util.checkpoint.output_dir import raise_write_errors, unwritable
 from util.data.images import Pixels
 from util.data.transforms import default_crop_pct
 from util.errors import UserError
@@ -274,11 +279,16 @@ def to_onnx(folder: Path, source: Source) -> None:
     program.save(folder / "model.onnx")
 
 
+# Files that tell a library that a folder holds a model for it.
+EXPORTED = (
+    *("model.safetensors", "encoder.safetensors", "model.onnx", "model.onnx.data"),
+    *("config.json", "preprocessor_config.json"),
+)
 EXPORTERS = {"timm": to_timm, "hf": to_hf, "encoder": to_encoder, "onnx": to_onnx}
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
-    """Write weights and config.json, after removing the .safetensors and preprocessor files of an earlier export.
+    """Write weights and config.json.
 
     Args:
         folder: Existing folder.
@@ -286,10 +296,34 @@ def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "mode
         config: Content of config.json.
         name: File name of the weights.
     """
-    for earlier in ("model.safetensors", "encoder.safetensors", "preprocessor_config.json"):
-        (folder / earlier).unlink(missing_ok=True)
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
     write_json(folder / "config.json", config)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / name)  # safetensors lets the owner alone read its files
+
+
+@contextmanager
+def replace_export(folder: Path) -> Iterator[Path]:
+    """Return a context that gives an empty folder to write an export to; at its end the files move into `folder`.
+
+    Files of an earlier export that the new one does not have are removed then. After an error the earlier export is as
+    it was.
+
+    Args:
+        folder: Folder of the export; it is made if needed.
+
+    Raises:
+        UserError: It can't be written.
+    """
+    with raise_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+            unfinished = Path(name)
+            yield unfinished
+            files = [path.name for path in unfinished.iterdir()]
+            for file in files:
+                os.replace(unfinished / file, folder / file)
+            for earlier in set(EXPORTED) - set(files):
+                (folder / earlier).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -324,15 +358,25 @@ def card(source: Source, args: argparse.Namespace) -> str:
 
     # Facts and figures of the training; a released file knows hardly any.
     facts = training_facts(source) | exported_figures(source.checkpoint, args.model_ema)
-    lines += [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
+    lines += [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
     lines.append("")
 
     # The flags to train such a model again.
     flags = source.flags.items()
-    recipe = " ".join(f"--{name} {value}" for name, value in flags if name in RECIPE and value is not None)
+    recipe = " ".join(f"--{name} {flag_value(value)}" for name, value in flags if name in RECIPE and value is not None)
     if recipe:
         lines += [f"Recipe: `{recipe}`", ""]
     return "\n".join(lines)
+
+
+def table_cell(value: object) -> str:
+    """Return a value as text for a cell of a Markdown table, in one line and with `|` escaped."""
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|")
+
+
+def flag_value(value: object) -> str:
+    """Return a flag's value, or its values, as they are typed on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def usage_example(to: str, classes: list[str] | None) -> str:
@@ -361,7 +405,7 @@ def training_facts(source: Source) -> dict[str, object]:
         "epochs": checkpoint["epoch"] + 1 if isinstance(checkpoint.get("epoch"), int) else None,
         "mask ratio": flags.get("mask_ratio"),
         "targets normalised": flags.get("norm_pix_loss"),
-        "started from": Path(flags["finetune"]).name if flags.get("finetune") else None,
+        "started from": Path(flags.get("finetune") or flags.get("init") or "").name or None,
         "effective batch": effective_batch(flags),
         "classes": len(source.classes) if source.classes else None,
         "date": time.strftime("%Y-%m-%d", time.gmtime(checkpoint["saved"])) if "saved" in checkpoint else None,
@@ -405,9 +449,11 @@ def main(argv: list[str] | None = None) -> None:
             "encoder alone"
         )
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    EXPORTERS[args.to](args.output, source)
-    (args.output / "README.md").write_text(card(source, args), encoding="utf-8")
+    # Names that are not UTF-8 appear in the card with their bytes as escapes.
+    with replace_export(args.output) as unfinished:
+        EXPORTERS[args.to](unfinished, source)
+        text = card(source, args).encode("utf-8", errors="backslashreplace")
+        (unfinished / "README.md").write_bytes(text)
     print(f"{args.resume} as {args.to} in {args.output}")
 
 

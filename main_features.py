@@ -17,6 +17,7 @@ from torch import Tensor
 import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
+from util.checkpoint.output_dir import write_whole
 from util.errors import UserError
 from util.report import knn
 
@@ -39,29 +40,27 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def encode(
-    model: models_vit.VisionTransformer, files: list[Path], preprocessing: inference.Preprocessing, kind: str
-) -> Tensor:
-    """Encode image files and return one feature per image, or all its tokens.
+def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind: str) -> tuple[Tensor, list[Path]]:
+    """Encode images and return one feature per readable image, or all its tokens, and the files of these images.
 
     Args:
         model: The encoder.
-        files: M image files.
-        preprocessing: How files become batches.
+        batches: The images.
         kind: "class": the class token; "pooled": the mean of the patch tokens; "all": all tokens.
 
     Returns:
-        Features [M, D], or with kind "all" tokens [M, 1+L, D], as float32 on the CPU.
+        Features [M, D], or with kind "all" tokens [M, 1+L, D], as float32 on the CPU; and M files.
 
     Raises:
-        UserError: An image can't be read.
+        UserError: No image can be read.
     """
-    parts = []
-    for _, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
+    parts, readable = [], []
+    for files, imgs in batches:
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
         part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[kind]
         parts.append(part.float().cpu())
-    return torch.cat(parts)
+        readable += files
+    return torch.cat(parts), readable
 
 
 def labels_of(files: list[Path], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
@@ -112,28 +111,35 @@ def main(argv: list[str] | None = None) -> None:
             "--neighbours needs class folders in --data_path, and one feature per image: --tokens class or pooled"
         )
 
-    # Encode the images.
+    # Encode the images; unreadable ones have no feature, and so no label.
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
-    features = encode(model, files, preprocessing, args.tokens)
+    batches, others = (
+        inference.Batches(paths, model.patch_embed.img_size, preprocessing) for paths in (files, neighbours)
+    )
+    features, files = encode(model, batches, args.tokens)
     relative = [str(path.relative_to(args.data_path)) for path in files]
     arrays = {"features": features.numpy(), "files": np.array(relative)}
 
     # With classes, tell how well nearest neighbours separate them.
     if labels is not None:
+        labels, _ = labels_of(files, args.data_path, classes)
         arrays |= {"labels": labels.numpy(), "classes": np.array(classes)}
         if neighbours:
-            neighbour_features = encode(model, neighbours, preprocessing, args.tokens)
+            neighbour_features, neighbours = encode(model, others, args.tokens)
+            neighbour_labels, _ = labels_of(neighbours, args.neighbours, classes)
             accuracy = knn.accuracy(neighbour_features, neighbour_labels, features, labels)
             print(f"k-NN among {len(neighbours)} images of {args.neighbours.name}: {accuracy:.2f} %")
         elif features.ndim == 2 and len(files) > 1:
             accuracy = knn.accuracy(features, labels, features, labels, same=True)
             print(f"k-NN, each image named after the others: {accuracy:.2f} %")
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.output, **arrays)
+    with write_whole(args.output) as unfinished:
+        np.savez(unfinished, **arrays)
     print(f"{tuple(features.shape)} features of {len(files)} images in {args.output}")
+    batches.check_complete(args.output)
+    others.check_complete(args.output)
 
 
 if __name__ == "__main__":

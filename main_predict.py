@@ -2,9 +2,9 @@
 
     python main_predict.py --resume output/finetune/checkpoint-99.pth --images DIR --output predictions.csv
 
-The CSV has a line per image: file, most probable class and its probability, then the five most probable classes with
-their probabilities. The names of the classes are those that the checkpoint stores (class_to_idx). Of a learning-rate
-sweep the best head predicts.
+The CSV has a line per readable image: file, most probable class and its probability, then the five most probable
+classes with their probabilities. The names of the classes are those that the checkpoint stores (class_to_idx). Of a
+learning-rate sweep the best head predicts.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import torch
 import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
+from util.checkpoint.output_dir import write_whole
 from util.errors import UserError
 
 TOP = 5  # classes per image, or all where there are fewer
@@ -34,20 +35,21 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def predict(
-    model: models_vit.VisionTransformer, files: list[Path], preprocessing: inference.Preprocessing, k: int
+    model: models_vit.VisionTransformer, batches: inference.Batches, k: int
 ) -> Iterator[tuple[Path, list[float], list[int]]]:
-    """Yield for each image its file, and the probabilities and numbers of its k most probable classes, best first.
+    """Yield for each readable image its file, and the probabilities and numbers of its k most probable classes.
+
+    The best class comes first.
 
     Args:
         model: The classifier.
-        files: Image files.
-        preprocessing: How files become batches.
+        batches: The images.
         k: Classes per image, at most the model's number of classes.
 
     Raises:
-        UserError: An image can't be read.
+        UserError: No image can be read.
     """
-    for paths, imgs in inference.batches(files, model.patch_embed.img_size, preprocessing):
+    for paths, imgs in batches:
         top = model(imgs).float().softmax(dim=1).topk(k)
         yield from zip(paths, top.values.tolist(), top.indices.tolist(), strict=True)
 
@@ -69,18 +71,23 @@ def main(argv: list[str] | None = None) -> None:
     classes = sorted(class_to_idx, key=class_to_idx.get)
 
     # Write a line per image as soon as it is classified. The best class stands twice: by itself, and as the first of k.
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="", encoding="utf-8") as file:
+    # Names that are not UTF-8 are written with the bytes that they have on the disk.
+    batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
+    with (
+        write_whole(args.output) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         k = min(TOP, len(classes))
         ranks = [f"{column}{rank}" for rank in range(1, k + 1) for column in ("top", "p")]
         writer.writerow(["file", "class", "probability", *ranks])
-        for path, probabilities, numbers in predict(model, files, preprocessing, k):
+        for path, probabilities, numbers in predict(model, batches, k):
             cells = []
             for number, probability in zip(numbers, probabilities, strict=True):
                 cells += [classes[number], f"{probability:.4f}"]
             writer.writerow([path, *cells[:2], *cells])
-    print(f"{len(files)} images named in {args.output}")
+    print(f"{len(files) - batches.bad} images named in {args.output}")
+    batches.check_complete(args.output)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 import models_mae
 from util import errors, inference, masking
 from util.checkpoint.files import load_checkpoint
-from util.data import loaders
+from util.checkpoint.output_dir import write_whole
 from util.errors import UserError
 from util.report import pictures
 
@@ -57,12 +57,12 @@ def save_panels(folder: Path, files: list[Path], rows: Tensor) -> None:
         rows: Their panels, [N, 4, C, H, W].
     """
     # Images of several folders may share a name: a number keeps their files apart.
-    folder.mkdir(parents=True, exist_ok=True)
     has_duplicates = len({path.stem for path in files}) < len(files)
     for number, (path, row) in enumerate(zip(files, rows, strict=True)):
         stem = f"{number:04d}-{path.stem}" if has_duplicates else path.stem
         for title, panel in zip(pictures.COLUMNS, row, strict=True):
-            pictures.to_picture(panel).save(folder / f"{stem}-{title.replace(' ', '_')}.png")
+            with write_whole(folder / f"{stem}-{title.replace(' ', '_')}.png") as unfinished:
+                pictures.to_picture(panel).save(unfinished)
 
 
 @torch.no_grad()
@@ -86,11 +86,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches")
 
     # Load the images, remove patches, and reconstruct. The masks are the same in every call.
-    preprocessing = inference.preprocessing_as_trained(checkpoint, model.in_chans, args)
-    imgs = torch.cat([imgs for _, imgs in inference.batches(files, size, preprocessing)])
-    noise = masking.fixed_noise(args.mask_sampling, [path.name for path in files], args.seed, grid, imgs.device)
-    normalise = loaders.Normalise(preprocessing.pixels, imgs.device)
-    rows = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
+    batches = inference.Batches(files, size, inference.preprocessing_as_trained(checkpoint, model.in_chans, args))
+    files, parts, normalise = [], [], batches.normalise
+    for paths, imgs in batches:
+        noise = masking.fixed_noise(args.mask_sampling, [path.name for path in paths], args.seed, grid, imgs.device)
+        panels = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
+        parts.append(panels.cpu())
+        files += paths
+    rows = torch.cat(parts)
 
     # Write the panels under a caption that tells where they come from.
     epoch = checkpoint.get("epoch")
@@ -101,9 +104,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.separate:
         save_panels(args.output, files, rows)
     else:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        pictures.grid(rows, caption).save(args.output)
+        with write_whole(args.output) as unfinished:
+            pictures.grid(rows, caption).save(unfinished)
     print(f"{', '.join(caption)}: {len(files)} images in {args.output}")
+    batches.check_complete(args.output)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,92 @@
     python scripts/mean_std.py DIR/train --in_chans 13
 
 All pixels of all images count (with --num N those of N images, evenly spread). The values are in the units that
-training sees: 0 to 1 for files of 8 and 16 bits, else as they stand in the file.
+training sees: 0 to 1 for files of 8 and 16 bits, else as they stand in the file. An image that can't be read is named
+and left out; the exit code is then 1.
 """
 
 import argparse
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors, inference
-from util.data.images import BadImage, load_array
+from util.data.datasets import TRIES
+from util.data.images import BadImage, Pixels, load_array
 from util.errors import UserError
 
+SIDE = 1024  # largest side in pixels of the blocks that are converted to double precision at a time
 
-def statistics(files: list[Path], channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation per channel, [C] each, over all pixels of the files, with bytes as 0 to 1.
+
+class Statistics:
+    """Mean and standard deviation per channel of all pixels so far, in double precision, with bytes as 0 to 1.
+
+    Attributes:
+        count: Number of pixels.
+        mean: Mean of each channel [C].
+        squares: Sum of each channel's squared distances to its mean [C].
+        low: Smallest value of each channel [C].
+        high: Largest value of each channel [C].
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count, self.mean, self.squares = 0, np.zeros(channels), np.zeros(channels)
+        self.low, self.high = np.full(channels, np.inf), np.full(channels, -np.inf)
+
+    def add(self, pixels: np.ndarray) -> None:
+        """Add the pixels [H, W, C] of an image, of 8 bits or float32."""
+        for block in _blocks(pixels):
+            values = block.reshape(-1, block.shape[2]).astype(np.float64)
+            values /= 255 if pixels.dtype == np.uint8 else 1
+            self.low, self.high = np.minimum(self.low, values.min(0)), np.maximum(self.high, values.max(0))
+
+            # Squares are taken of distances to the block's mean, and then moved to the mean of all: the difference of
+            # two large sums would lose digits.
+            mean, count = values.mean(0), self.count + len(values)
+            distance = mean - self.mean
+            self.squares += np.square(values - mean).sum(0) + np.square(distance) * (self.count * len(values) / count)
+            self.mean += distance * (len(values) / count)
+            self.count = count
+
+    def std(self) -> np.ndarray:
+        """Return the standard deviation of each channel [C]; exactly 0 for channels that never change."""
+        return np.where(self.low == self.high, 0, np.sqrt(self.squares / self.count))
+
+
+def _blocks(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield an image [H, W, C] in blocks of at most SIDE x SIDE pixels."""
+    for top in range(0, pixels.shape[0], SIDE):
+        for left in range(0, pixels.shape[1], SIDE):
+            yield pixels[top : top + SIDE, left : left + SIDE]
+
+
+def statistics(files: list[Path], pixels: Pixels) -> tuple[Statistics, int]:
+    """Read images; return their statistics, and how many of them could not be read, which stderr names.
 
     Raises:
-        UserError: A file cannot be read, or has another number of channels.
+        UserError: No image can be read, or none of the first TRIES.
     """
-    count, total, squares = 0, np.zeros(channels), np.zeros(channels)
+    result, unreadable, named = Statistics(pixels.channels), [], 0
     for path in files:
         try:
-            pixels = load_array(str(path), channels=channels)
+            result.add(load_array(str(path), pixels))
         except BadImage as error:
-            raise UserError(f"{error}; fix or remove the file, or pass its number of channels (--in_chans)") from error
+            unreadable.append(str(error))
+            if not result.count and len(unreadable) >= min(TRIES, len(files)):
+                raise UserError(
+                    f"none of the first {len(unreadable)} images can be read, the last one being {error}. Fix or "
+                    "remove the files, or pass their number of channels (--in_chans)"
+                ) from error
 
-        # Bytes become 0 to 1, as in training. Double precision, since the variance is a difference of large sums.
-        values = pixels.reshape(-1, channels).astype(np.float64) / (255 if pixels.dtype == np.uint8 else 1)
-        count += len(values)
-        total += values.sum(0)
-        squares += np.square(values).sum(0)
-
-    # Rounding can leave the variance of a constant channel slightly below 0.
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+        # Name them one by one as soon as an image was read; otherwise one message is enough.
+        for message in unreadable[named:] if result.count else []:
+            print(f"unreadable image, left out: {message}", file=sys.stderr, flush=True)
+            named += 1
+    return result, len(unreadable)
 
 
 def format_values(values: np.ndarray) -> str:
@@ -47,19 +96,46 @@ def format_values(values: np.ndarray) -> str:
     return " ".join(np.format_float_positional(x, 6, fractional=False, trim="-") for x in values)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print --mean and --std with their values (argv defaults to the command line's)."""
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags (argv defaults to the command line's).
+
+    Raises:
+        UserError: A number is out of range.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="+", help="folders of images, or image files")
-    parser.add_argument("--in_chans", default=3, type=int, help="channels of the images")
-    parser.add_argument("--num", type=int, help="number of images to use, evenly spread; default: all")
+    add = parser.add_argument
+    add("folder", type=Path, nargs="+", help="folders of images, or image files")
+    add("--in_chans", default=3, type=int, help="channels of the images")
+    add("--num", type=int, help="number of images to use, evenly spread; default: all")
+    pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
+    add("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
     args = parser.parse_args(argv)
     if args.in_chans < 1 or (args.num is not None and args.num < 1):
         raise UserError("--in_chans and --num must be at least 1")
+    if args.max_megapixels is not None and not 0 < args.max_megapixels < math.inf:
+        raise UserError(f"--max_megapixels {args.max_megapixels} must be greater than 0 and finite")
+    return args
 
+
+def main(argv: list[str] | None = None) -> None:
+    """Print --mean and --std with their values (argv defaults to the command line's)."""
+    args = get_args(argv)
     files = inference.find(args.folder, args.num)
-    mean, std = statistics(files, args.in_chans)
-    print(f"# {len(files)} images\n--mean {format_values(mean)} --std {format_values(std)}")
+    result, unreadable = statistics(files, Pixels(args.in_chans, max_megapixels=args.max_megapixels))
+
+    # Training divides by the standard deviation, so that of a constant channel can't be passed on as it is.
+    std = result.std()
+    constant = [str(number) for number in np.flatnonzero(std == 0) + 1]
+    print(f"# {len(files) - unreadable} images")
+    if constant:
+        channels = f"channel {constant[0]} never changes" if len(constant) == 1 else "channels never change: "
+        channels += ", ".join(constant) if len(constant) > 1 else ""
+        print(f"# {channels}; instead of a standard deviation of 0, which training refuses, 1 is given")
+    print(f"--mean {format_values(result.mean)} --std {format_values(np.where(std == 0, 1, std))}", flush=True)
+    if unreadable:
+        raise errors.Incomplete(
+            f"{unreadable} of {len(files)} images could not be read (named above) and are left out of the figures"
+        )
 
 
 if __name__ == "__main__":

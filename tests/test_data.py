@@ -51,8 +51,12 @@ BAD_FOLDERS = [
     ("pretrain", lambda data: shutil.rmtree(data / "train"), "no folder .*train: --data_path must hold train/<class>/"),
     ("finetune", lambda data: shutil.rmtree(data / "val"), "no folder .*val: --data_path must hold val/<class>/"),
     ("pretrain", lambda data: [shutil.rmtree(p) for p in (data / "train").iterdir()], "train has no class folders"),
-    ("pretrain", lambda data: (data / "train" / "empty").mkdir(), "no images in .*train/empty: add some or remove"),
-    ("linprobe", lambda data: (data / "val" / "empty").mkdir(), "no images in .*val/empty"),
+    ("pretrain", lambda data: (data / "train" / "empty").mkdir(), "no images in .*train/empty: add some, or remove"),
+    (
+        "linprobe",
+        lambda data: (data / "val" / "empty").mkdir(),
+        "classes of train and val differ. only in .*val: empty",
+    ),
     ("finetune", rename_class, r"classes of train and val differ. only in .*train: \w+.*; only in .*val: zebra"),
     (
         "linprobe",
@@ -238,17 +242,17 @@ def test_cmyk_and_animations(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_array(str(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
-    assert load_array(str(tmp_path / "a.gif"), channels=4)[0, 0].tolist() == [255, 0, 0, 255]
+    assert load_array(str(tmp_path / "a.gif"), Pixels(4))[0, 0].tolist() == [255, 0, 0, 255]
 
 
 def test_files_of_one_kind_have_one_scale(tmp_path):
     """Whether integers have 16 bits follows from the file format, not from the values in a file."""
     for low, high in ((0, 60000), (0, 99956)):
         Image.fromarray(np.array([[low, high]], np.int32)).save(tmp_path / "i.tif")
-        assert load_array(str(tmp_path / "i.tif"), channels=1).ravel().tolist() == [low, high]
+        assert load_array(str(tmp_path / "i.tif"), Pixels(1)).ravel().tolist() == [low, high]
     Image.fromarray(np.array([[0, 13107]], np.uint16)).save(tmp_path / "16.png")
-    assert load_array(str(tmp_path / "16.png"), channels=1).ravel() == pytest.approx([0, 0.2])
-    rgba = load_array(str(tmp_path / "16.png"), channels=4)
+    assert load_array(str(tmp_path / "16.png"), Pixels(1)).ravel() == pytest.approx([0, 0.2])
+    rgba = load_array(str(tmp_path / "16.png"), Pixels(4))
     assert rgba[0].tolist() == [[0, 0, 0, 255], [51, 51, 51, 255]]
     np.save(tmp_path / "a.npy", np.ones((2, 2, 3), np.uint8))
     (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
@@ -265,7 +269,7 @@ def test_orientation_is_applied_only_when_asked_for(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     img.save(tmp_path / "turned.jpg", exif=exif)
     assert load_array(str(tmp_path / "turned.jpg")).shape == (4, 8, 3)
-    assert load_array(str(tmp_path / "turned.jpg"), exif=True).shape == (8, 4, 3)
+    assert load_array(str(tmp_path / "turned.jpg"), Pixels(exif=True)).shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image", None])

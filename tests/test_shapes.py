@@ -127,25 +127,23 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path):
 def test_files_become_the_channels_that_are_asked_for(tmp_path):
     values = np.random.default_rng(0).integers(0, 65536, (5, 6)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "16.png")
-    assert np.array_equal(load_array(str(tmp_path / "16.png"), channels=1)[..., 0], (values / 65535).astype(np.float32))
+    assert np.array_equal(load_array(str(tmp_path / "16.png"), Pixels(1))[..., 0], (values / 65535).astype(np.float32))
     rgba = random_pixels(5, 6, 4)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    assert np.array_equal(load_array(str(tmp_path / "rgba.png"), channels=4), rgba)
-    assert load_array(str(tmp_path / "rgba.png"), channels=1).shape == (5, 6, 1)
+    assert np.array_equal(load_array(str(tmp_path / "rgba.png"), Pixels(4)), rgba)
+    assert load_array(str(tmp_path / "rgba.png"), Pixels(1)).shape == (5, 6, 1)
     pages = [Image.fromarray(page) for page in np.random.default_rng(1).integers(0, 65536, (7, 5, 6)).astype(np.uint16)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
-    stacked = load_array(str(tmp_path / "pages.tif"), channels=7)
+    stacked = load_array(str(tmp_path / "pages.tif"), Pixels(7))
     assert np.array_equal(stacked[..., 3], (np.asarray(pages[3]) / 65535).astype(np.float32))
     np.save(tmp_path / "whole.npy", np.arange(90).reshape(5, 6, 3).astype(np.int32))
-    assert (
-        load_array(str(tmp_path / "whole.npy"), channels=3).max() == 89
-    )  # values are not scaled, whatever their range
+    assert load_array(str(tmp_path / "whole.npy"), Pixels(3)).max() == 89  # values are not scaled, whatever their range
     np.save(tmp_path / "float.npy", np.full((3, 5, 6), 7.5))
-    assert (load_array(str(tmp_path / "float.npy"), channels=3) == 7.5).all()
+    assert (load_array(str(tmp_path / "float.npy"), Pixels(3)) == 7.5).all()
     with pytest.raises(WrongChannels, match=r"--in_chans 5, but this file has 7 page\(s\) of 1 channel"):
-        load_array(str(tmp_path / "pages.tif"), channels=5)
+        load_array(str(tmp_path / "pages.tif"), Pixels(5))
     with pytest.raises(WrongChannels, match=r"--in_chans 2, but this array is \[3, 5, 6\]"):
-        load_array(str(tmp_path / "float.npy"), channels=2)
+        load_array(str(tmp_path / "float.npy"), Pixels(2))
 
 
 def test_wrong_channels_end_a_run_before_it_begins(tmp_path):

@@ -4,6 +4,8 @@ main_predict.py, main_features.py and main_reconstruct.py see images as the eval
 """
 
 import argparse
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from util.data import datasets, listing, loaders
 from util.data.images import BadImage, Pixels, load_array
 from util.data.transforms import CentreCrop
 from util.distributed import dist
-from util.errors import UserError
+from util.errors import Incomplete, UserError
 from util.options import device_problems
 
 
@@ -30,6 +32,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--exif",
         action="store_true",
         help="rotate photographs as their EXIF orientation says; default: as in the checkpoint's evaluation",
+    )
+    add(
+        "--max_megapixels",
+        type=float,
+        metavar="MEGAPIXELS",
+        help="largest image that is decoded; default: Pillow's limit, 179",
     )
     add("--device", default=dist.default_device(), help="cuda, mps or cpu; default: the best one that is available")
 
@@ -48,6 +56,8 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--batch_size {args.batch_size} must be at least 1")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         problems.append(f"--crop_pct {args.crop_pct} must be greater than 0, and at most 1")
+    if args.max_megapixels is not None and not 0 < args.max_megapixels < math.inf:
+        problems.append(f"--max_megapixels {args.max_megapixels} must be greater than 0 and finite")
 
     # With --separate the output is a folder, else a file.
     separate = getattr(args, "separate", False)
@@ -73,18 +83,21 @@ def find(paths: list[Path], num: int | None = None) -> list[Path]:
     if missing:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
 
-    files = []
+    files, left_out = [], listing.LeftOut()
     for path in paths:
         if path.is_file():
             files.append(path)
             continue
-        for folder, names in listing.walk(str(path)):
-            files += [path / folder / name for name in names if datasets.is_image(name)]
+        for folder, names in listing.walk(str(path), left_out):
+            files += [path / folder / name for name in left_out.sort_out(names, datasets.is_image)]
     if not files:
+        there = f" The files there: {left_out}." if str(left_out) else ""
         raise UserError(
-            f"no images in {', '.join(map(str, paths))}: images end in {', '.join(datasets.EXTENSIONS)}. Name a folder "
-            "that holds some, or the files themselves"
+            f"no images in {', '.join(map(str, paths))}: name a folder that holds some, or the files "
+            f"themselves.{there} {datasets.ENDINGS}"
         )
+    if str(left_out):
+        print(f"notice: left out: {left_out}", file=sys.stderr)
     return [files[number] for number in loaders.spread(len(files), num or len(files))]
 
 
@@ -112,37 +125,55 @@ def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Nam
         checkpoint: The loaded checkpoint.
         channels: Channels of the model's images.
         args: The flags of `add_flags`; --crop_pct and --exif, if given, take precedence over the checkpoint.
+            --max_megapixels is a matter of trust in the files at hand: the checkpoint's does not count.
     """
     flags = checkpoint_args(checkpoint)
-    pixels = Pixels.from_args(flags, channels)._replace(exif=args.exif or bool(flags.get("exif")))
+    pixels = Pixels.from_args(flags, channels)
+    pixels = pixels._replace(exif=args.exif or bool(flags.get("exif")), max_megapixels=args.max_megapixels)
     crop_pct = args.crop_pct or flags.get("crop_pct")
     return Preprocessing(pixels, crop_pct, args.batch_size, torch.device(args.device))
 
 
-def batches(
-    files: list[Path], size: tuple[int, int], preprocessing: Preprocessing
-) -> Iterator[tuple[list[Path], Tensor]]:
-    """Load image files in batches.
+class Batches:
+    """Batches of image files for a trained model; unreadable files are named on stderr, left out, and counted."""
 
-    Args:
-        files: The image files.
-        size: Height and width of the model's images in pixels.
-        preprocessing: Settings for loading, cropping and normalising.
+    def __init__(self, files: list[Path], size: tuple[int, int], preprocessing: Preprocessing) -> None:
+        """Set up the batches.
 
-    Yields:
-        The batch's files, and its images [N, C, H, W], normalised and on the device.
+        Args:
+            files: The image files.
+            size: Height and width of the model's images in pixels.
+            preprocessing: Settings for loading, cropping and normalising.
+        """
+        self.files, self.preprocessing, self.bad = files, preprocessing, 0
+        self.crop = CentreCrop(size, preprocessing.crop_pct)
+        self.normalise = loaders.Normalise(preprocessing.pixels, preprocessing.device)
 
-    Raises:
-        UserError: An image can't be read.
-    """
-    pixels = preprocessing.pixels
-    crop = CentreCrop(size, preprocessing.crop_pct)
-    normalise = loaders.Normalise(pixels, preprocessing.device)
-    for start in range(0, len(files), preprocessing.batch_size):
-        part = files[start : start + preprocessing.batch_size]
-        try:
-            samples = [(crop(load_array(str(path), pixels.exif, pixels.channels)), 0) for path in part]
-        except BadImage as error:
-            raise UserError(f"{error}; fix or remove the file") from error
-        imgs, _ = loaders.collate(samples)
-        yield part, normalise(imgs)
+    def __iter__(self) -> Iterator[tuple[list[Path], Tensor]]:
+        """Yield each batch's files, and its images [N, C, H, W], normalised and on the device.
+
+        Raises:
+            UserError: At the end, if no file at all was readable.
+        """
+        self.bad = 0
+        for start in range(0, len(self.files), self.preprocessing.batch_size):
+            paths, samples = [], []
+            for path in self.files[start : start + self.preprocessing.batch_size]:
+                try:
+                    samples.append((self.crop(load_array(str(path), self.preprocessing.pixels)), 0))
+                    paths.append(path)
+                except BadImage as error:
+                    self.bad += 1
+                    print(f"unreadable image, left out: {error}", file=sys.stderr, flush=True)
+            if samples:
+                imgs, _ = loaders.collate(samples)
+                yield paths, self.normalise(imgs)
+        if self.bad == len(self.files):
+            raise UserError(f"none of {self.bad} images can be read (named above): fix them, or name others")
+
+    def check_complete(self, output: Path) -> None:
+        """Raise Incomplete if some files were left out of an output, which is written already."""
+        if self.bad:
+            raise Incomplete(
+                f"{self.bad} of {len(self.files)} images cannot be read (named above); {output} holds the others"
+            )

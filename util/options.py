@@ -144,6 +144,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     std_help = "standard deviation of each channel (scripts/mean_std.py computes both); default: ImageNet's"
     add("--std", type=float, nargs="+", metavar="S", help=std_help)
     add("--exif", action="store_true", help="rotate images as their EXIF orientation says")
+    pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
+    add("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
     add(
         "--max_bad_images",
         default=0.01,
@@ -285,7 +287,7 @@ def model_size(args: argparse.Namespace) -> dict[str, int | tuple[int, int]]:
 
 def pixels(args: argparse.Namespace) -> Pixels:
     """Return how image files become the model's input."""
-    return Pixels(args.in_chans, tuple(args.mean), tuple(args.std), args.exif)
+    return Pixels(args.in_chans, tuple(args.mean), tuple(args.std), args.exif, args.max_megapixels)
 
 
 def loading(args: argparse.Namespace, device: torch.device) -> Loading:
@@ -328,7 +330,7 @@ FLAGS_BY_RANGE = [
     (AT_LEAST_1, "input_size patch_size in_chans decoder_dim decoder_depth decoder_heads recount"),
     (NOT_NEGATIVE, "warmup_epochs num_workers start_epoch weight_decay min_lr save_minutes monitor_freq"),
     (NOT_NEGATIVE, "mixup cutmix color_jitter lr blr"),
-    (POSITIVE, "clip_grad layer_decay dist_timeout"),
+    (POSITIVE, "clip_grad layer_decay dist_timeout max_megapixels"),
     (POSITIVE_SHARE, "crop_pct"),
     (SEED, "seed"),
     (SHARE, "train_fraction max_bad_images reprob mixup_prob mixup_switch_prob"),
@@ -458,6 +460,8 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
     blocks = getattr(args, "trainable_blocks", None)
     if blocks is not None and (blocks < 0 or blocks % 0.5):
         problems.append(f"--trainable_blocks {blocks:g} must be a multiple of 0.5, not negative")
+    if hasattr(args, "probe") and args.batch_size == 1 and not args.eval:
+        problems.append("--batch_size 1: the probe's BatchNorm needs at least 2 images: raise it")
     if getattr(args, "eval", False) and not args.resume:
         problems.append("--eval needs --resume FILE, the checkpoint to evaluate")
     return problems
@@ -527,13 +531,27 @@ def _cuda_problems(name: str, device: torch.device) -> list[str]:
     return []
 
 
+def _open_file_problems(args: argparse.Namespace) -> list[str]:
+    """Raise the limit of open files where it is too low for the run; return a message if it can't be raised enough."""
+    workers = min(args.num_workers, launchers.cores())
+    needed = launchers.open_files_needed(workers)
+    allowed = launchers.allow_open_files(needed)
+    if allowed >= needed:
+        return []
+    remedy = "raise the limit, or lower --num_workers" if workers else "raise the limit"
+    return [
+        f"'ulimit -n' allows {allowed} open files, and this run needs about {needed} with --num_workers {workers}: "
+        f"{remedy}"
+    ]
+
+
 def _environment_problems(args: argparse.Namespace) -> list[str]:
     """Return the problems that the flags have on this machine: device, files, folders."""
-    # Device and input files.
-    problems = device_problems(args.device)
+    # Device, open files, and input files.
+    problems = device_problems(args.device) + _open_file_problems(args)
     if args.data_path and not Path(args.data_path).is_dir():
         problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
-    for name in ("resume", "finetune"):
+    for name in ("resume", "finetune", "init"):
         source = getattr(args, name, "")
         known = not source or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
         if not known and not weights_in(Path(source)):
@@ -558,9 +576,10 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
             problems.append(f"--{name} {path} can't be written to: {reason}")
 
     # Would --overwrite remove the checkpoint from which to start?
-    source = Path(getattr(args, "finetune", ""))
-    if args.overwrite and fnmatch(source.name, "checkpoint-*.pth") and is_inside(str(source), args.output_dir):
-        problems.append(f"--overwrite would remove --finetune {args.finetune} itself: choose another --output_dir")
+    for name in ("finetune", "init"):
+        source = Path(getattr(args, name, ""))
+        if args.overwrite and fnmatch(source.name, "checkpoint-*.pth") and is_inside(str(source), args.output_dir):
+            problems.append(f"--overwrite would remove --{name} {source} itself: choose another --output_dir")
 
     # Does output_dir hold a run that a fresh start would spoil?
     if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):

@@ -18,15 +18,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import listing
-from util.data.images import BadImage, Pixels, WrongChannels, load_array
+from util.data.images import EXTENSIONS, BadImage, Pixels, WrongChannels, load_array
+from util.data.listing import join_names
 from util.distributed import dist
 from util.errors import LocalError, UserError
 from util.rng import seed_all
 
-EXTENSIONS = (*IMG_EXTENSIONS, ".npy")
+# Names that folders beside a missing one often have instead.
+OTHER_NAMES = {"train": ("training", "train2017"), "val": ("valid", "validation", "test", "testing", "eval", "dev")}
+ENDINGS = (
+    f"Image files end in .jpg, .png, .tif, .webp, .npy or one of {len(EXTENSIONS) - 5} other endings"  # for messages
+)
 TRIES = 100  # unreadable images in a row before the disk is suspected
 Sample = tuple[Tensor, int]  # an image and the number of its class
 
@@ -37,7 +41,13 @@ def is_image(name: str) -> bool:
 
 
 class Images(ImageFolder):
-    """Images of one split: (image, class number) by index, without hidden files and folders."""
+    """Images of one split: (image, class number) by index, without hidden files and folders.
+
+    `mixed` tells whether images lie both in the split's folder itself and in folders there, and all count as one class.
+    """
+
+    needs_every_class = True  # a class without images is an error
+    announce = True  # what is unusable is named; not where other images of the same files do so already
 
     def __init__(self, root: Path, transform: Callable | None, pixels: Pixels, flat: bool = False) -> None:
         """List the images of a folder.
@@ -52,7 +62,7 @@ class Images(ImageFolder):
             UserError: There are no class folders.
         """
         self.pixels, self.flat = pixels, flat
-        super().__init__(root, transform, loader=partial(load_array, exif=pixels.exif, channels=pixels.channels))
+        super().__init__(root, transform, loader=partial(load_array, pixels=pixels))
         self.targets = self.samples.targets
 
     @staticmethod
@@ -76,13 +86,9 @@ class Images(ImageFolder):
         Raises:
             UserError: There are no class folders.
         """
-        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+        names = sorted(name for name, _ in listing.read_folder(str(directory))[0])
+        self.mixed = bool(names) and self.flat and _has_images(directory)
         if self.flat and _has_images(directory):
-            if names:
-                dist.print_rank0(
-                    f"notice: {directory} holds images beside its folders: the images in the folders are used as well, "
-                    "and all of them without classes"
-                )
             names = [""]  # one class, which is the directory itself
         if not names:
             raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
@@ -91,11 +97,13 @@ class Images(ImageFolder):
 
 def _has_images(folder: str | Path) -> bool:
     """Return whether the folder itself holds an image; its subfolders are not searched."""
-    return any(is_image(entry.name) and entry.is_file() for entry in os.scandir(folder))
+    return any(map(is_image, listing.read_folder(str(folder))[1]))
 
 
 class EvalImages(Images):
-    """Split for evaluation, which counts every image: an unreadable image is an error."""
+    """Split for evaluation, which counts every image: an unreadable image is an error, a class may have none."""
+
+    needs_every_class = False
 
     def __getitem__(self, index: int) -> Sample:
         try:
@@ -107,15 +115,25 @@ class EvalImages(Images):
 class MonitorImages(Images):
     """Images of one split, for monitoring pre-training; an unreadable image is replaced by the next readable one.
 
-    After TRIES unreadable images in a row, indexing raises a LocalError.
+    stderr names the unreadable one. After TRIES in a row, indexing raises a LocalError. A class may have no images.
     """
+
+    needs_every_class = False
+
+    def __init__(self, root: Path, transform: Callable, pixels: Pixels, flat: bool = False) -> None:
+        """List the images of a folder, as Images does."""
+        super().__init__(root, transform, pixels, flat)
+        self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, index: int) -> Sample:
         candidates = (number % len(self) for number in range(index, index + TRIES))
         try:
-            return _first_readable(super().__getitem__, candidates)
+            return _first_readable(super().__getitem__, candidates, self._report if self.announce else None)
         except LocalError as error:
             raise LocalError(f"{error}. Fix the images, or turn monitoring off with --monitor_freq 0") from error
+
+    def _report(self, index: int, error: BadImage) -> None:
+        _report_bad(self.bad, index, error)
 
 
 def _first_readable(
@@ -145,6 +163,19 @@ def _first_readable(
     raise LocalError(f"{TRIES} images in a row cannot be read, the last one being {last_error}. Check the disk")
 
 
+def _report_bad(bad: Tensor, index: int, error: BadImage) -> None:
+    """Name an unreadable image on stderr, once.
+
+    Args:
+        bad: Marks of the images that were named [images], which the loader's processes share.
+        index: Number of the image.
+        error: Names it, and the reason.
+    """
+    if not bad[index]:
+        bad[index] = 1
+        print(f"unreadable image, replaced by another one: {error}", file=sys.stderr, flush=True)
+
+
 class TrainImages(Dataset):
     """Split for training: (image, class number) by (epoch, index).
 
@@ -171,7 +202,7 @@ class TrainImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         seed_all(self.seed, epoch, index)
-        return _first_readable(self._load, self._candidates(index), self._mark_bad)
+        return _first_readable(self._load, self._candidates(index), partial(_report_bad, self.bad))
 
     def _load(self, index: int) -> Sample:
         return self.images[index if self.chosen is None else int(self.chosen[index])]
@@ -181,11 +212,6 @@ class TrainImages(Dataset):
         while True:
             yield index
             index = int(torch.randint(len(self), ()))
-
-    def _mark_bad(self, index: int, error: BadImage) -> None:
-        if not self.bad[index]:
-            self.bad[index] = 1
-            print(f"unreadable image, replaced by another one: {error}", file=sys.stderr, flush=True)
 
 
 def _choose_per_class(images: Images, seed: int, fraction: float) -> np.ndarray:
@@ -204,44 +230,58 @@ def _choose_per_class(images: Images, seed: int, fraction: float) -> np.ndarray:
 
 
 def open_split(
-    kind: type[Images], data_path: str, split: str, transform: Callable, pixels: Pixels, flat: bool = False
+    kind: type[Images],
+    data_path: str,
+    split: str,
+    transform: Callable,
+    pixels: Pixels,
+    *,
+    flat: bool = False,
+    announce: bool = True,
 ) -> Images:
-    """Open data_path/split and check that every class has images and that the first, if readable, fits the model.
+    """Open data_path/split and check that there are images, and that the first, if readable, fits the model.
 
     Args:
-        kind: Class of the dataset.
+        kind: Class of the dataset; it tells whether a class may have no images.
         data_path: Folder that holds the splits.
         split: Name of the split's folder, train or val.
         transform: From an array [H, W, C] to a tensor [C, H, W].
         pixels: How files become the model's input.
         flat: Also take images without class folders, and data_path itself if it holds images and has no such split.
+        announce: Name what is unusable: what is in the folders and not in the list, unreadable images of a monitor.
 
     Returns:
         The dataset.
 
     Raises:
-        UserError: The split's folder is missing or has no class folders, a class has no images, or the first image
-            can't be converted to the model's channels.
+        UserError: The split's folder is missing or has no class folders, a class has no images though it needs some, or
+            the first image can't be converted to the model's channels.
     """
     # Find the folder.
     folder = Path(data_path) / split
     if not folder.is_dir():
         if not (flat and _has_images(data_path)):
-            raise UserError(f"no folder {folder}: --data_path must hold {split}/<class>/<images>")
+            raise UserError(
+                f"no folder {folder}: --data_path must hold {split}/<class>/<images>{similar(data_path, split)}"
+            )
         folder = Path(data_path)
 
-    # List the images. A class without any is more likely an unfinished copy than intended.
+    # List the images.
     dataset = kind(folder, transform, pixels, flat)
-    empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
-    if empty:
-        raise UserError(
-            f"no images in {join_names(str(folder / name) for name in empty)}: add some or remove the folder. Image "
-            f"files end in {', '.join(EXTENSIONS)}"
+    dataset.announce = announce
+    left_out = dataset.samples.left_out
+    _check_not_empty(dataset, left_out)
+    if announce and str(left_out):
+        dist.print_rank0(f"notice: left out in {folder}: {left_out}")
+    if announce and dataset.mixed:
+        dist.print_rank0(
+            f"notice: {folder} holds images beside its folders: the images in the folders are used as well, and all of "
+            "them without classes"
         )
 
     # Decode one image: if its channels do not fit, neither will those of the others.
     try:
-        load_array(dataset.samples[0][0], pixels.exif, pixels.channels)
+        load_array(dataset.samples[0][0], pixels)
     except WrongChannels as error:
         raise UserError(str(error)) from error
     except BadImage:
@@ -249,10 +289,25 @@ def open_split(
     return dataset
 
 
-def join_names(names: Iterable[str], shown: int = 10) -> str:
-    """Join names with commas for a message; only count those beyond the first few."""
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _check_not_empty(dataset: Images, left_out: listing.LeftOut) -> None:
+    """Raise a UserError where a class has no images and needs some, or no class has any; else print a notice."""
+    empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
+    if not empty:
+        return
+    folders = join_names(str(Path(dataset.root) / name) for name in empty)
+    if len(dataset) and not dataset.needs_every_class:
+        dist.print_rank0(f"notice: {len(empty)} of {len(dataset.classes)} classes have no images: {folders}")
+        return
+
+    # A training class without any is more likely an unfinished copy than intended.
+    there = f" The files there: {left_out}." if str(left_out) else ""
+    raise UserError(f"no images in {folders}: add some, or remove the folder from every split.{there} {ENDINGS}")
+
+
+def similar(data_path: str, split: str) -> str:
+    """Return a phrase on the folders that may be meant where a split's folder is missing; "" if there are none."""
+    names = [name for name, _ in listing.read_folder(data_path)[0] if name.lower() in (split, *OTHER_NAMES[split])]
+    return f" (there is {join_names(sorted(names))}: rename it, or link {split} to it)" if names else ""
 
 
 def class_differences(first: list[str], second: list[str], first_name: str, second_name: str) -> str:
@@ -275,20 +330,23 @@ def class_differences(first: list[str], second: list[str], first_name: str, seco
     return "; ".join(parts)
 
 
-def check_classes(train: Images | None, val: Images, nb_classes: int) -> None:
+def check_classes(train: Images, val: Images, nb_classes: int) -> None:
     """Check that both splits have the same classes, as many as the head.
 
     Args:
-        train: Training split; None: only val is checked.
+        train: Training split.
         val: Validation split.
         nb_classes: Number of outputs of the head.
 
     Raises:
         UserError: The classes differ, or their number does.
     """
-    if train and train.classes != val.classes:
+    if train.classes != val.classes:
         differing = class_differences(train.classes, val.classes, str(train.root), str(val.root))
-        raise UserError(f"the classes of train and val differ. {differing}. Both must hold the same class folders")
+        raise UserError(
+            f"the classes of train and val differ. {differing}. Both must hold the same class folders; in val those of "
+            "classes without validation images may be empty"
+        )
     if len(val.classes) != nb_classes:
         raise UserError(
             f"{val.root} has {len(val.classes)} classes and --nb_classes is {nb_classes}: "

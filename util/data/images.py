@@ -7,41 +7,53 @@ Three channels (--in_chans) are 8-bit RGB:
     alpha              laid over white
     palette, 1-bit, grey, CMYK and others    Pillow's conversion to RGB
     animated           the first frame
-    EXIF orientation   applied on request (--exif); published results were obtained without
+    EXIF orientation   applied on request (--exif); published results were obtained without. Pillow itself applies that
+                       of a TIFF, and pillow-heif that of a HEIC, always
 One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; the values of float files and of TIFFs of
 32-bit whole numbers are kept, as float32.
 Four channels are 8-bit RGBA, or a file's own CMYK. Any number of channels can be read from
     .npy               [H, W, C], [C, H, W] or, of one channel, [H, W]; 8 bits, float32 from 0 to 1 where the file has
                        16 unsigned bits, else the file's values as float32
     TIFF               with as many pages of one channel each; values as from .npy
+    TIFF               with as many samples per pixel, or of a type that Pillow can't read: as from .npy, if the package
+                       tifffile is installed
+
+What may be opened: the formats that Pillow decodes by itself (FORMATS), by a file's content, whatever its name; never
+those that start another program, such as EPS. HEIC needs the package pillow-heif. Images above a number of pixels
+(--max_megapixels) are refused: a small file may claim to be a huge image.
+
+Metadata is of no account: where Pillow refuses a file because of it, the pixels are decoded alone, and an orientation
+that is unknown or unreadable means the picture as it is stored. Damaged or missing pixels make a bad image.
 """
 
 import io
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.ExifTags import Base
+from PIL import Image, UnidentifiedImageError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from util.data import pillow, tiff
+from util.data.channels import (
+    BadImage,
+    WrongChannels,
+    check_shape,
+    from_array,
+    load_npy,
+    stack_pages,
+    to_channels,
+)
+from util.data.metadata import without_metadata
+from util.data.pillow import EXTENSIONS, FORMATS
 
 try:
     import simplejpeg
 except ImportError:  # there is no wheel for the platform: Pillow decodes everything
     simplejpeg = None
 
-# Between one and two times its limit of pixels Pillow warns for every image; beyond, it refuses, and the image is bad.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class BadImage(Exception):
-    """A file that is no readable image; the message names the file and the reason."""
-
-
-class WrongChannels(BadImage):
-    """A file that can't be converted to the model's number of channels."""
+__all__ = ["EXTENSIONS", "FORMATS", "BadImage", "Pixels", "WrongChannels", "decode", "load_array"]
 
 
 class Pixels(NamedTuple):
@@ -52,12 +64,14 @@ class Pixels(NamedTuple):
         mean: Mean of every channel: of pixels scaled to 0 to 1, or of a file's own values where these are kept.
         std: Standard deviation of every channel, likewise.
         exif: Whether to apply the EXIF orientation.
+        max_megapixels: Largest image that is decoded, in millions of pixels; None: Pillow's limit, 179.
     """
 
     channels: int = 3
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     exif: bool = False
+    max_megapixels: float | None = None
 
     @staticmethod
     def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -68,9 +82,10 @@ class Pixels(NamedTuple):
 
     @classmethod
     def from_args(cls, args: dict, channels: int) -> "Pixels":
-        """Return the channels, mean and std that a checkpoint was trained with, from its args; exif stays False.
+        """Return the channels, mean and std that a checkpoint was trained with, from its args.
 
-        Unless both mean and std are set, both are default_mean_std's, or 0 and 1 where it has none.
+        The other fields keep their defaults. Unless both mean and std are set, both are default_mean_std's, or 0 and 1
+        where it has none.
         """
         mean, std = args.get("mean"), args.get("std")
         if not mean or not std:
@@ -78,77 +93,80 @@ class Pixels(NamedTuple):
         return cls(channels, tuple(mean), tuple(std))
 
 
-def load_array(path: str, exif: bool = False, channels: int = 3) -> np.ndarray:
+def load_array(path: str, pixels: Pixels = Pixels()) -> np.ndarray:  # noqa: B008 (it never changes)
     """Read and decode an image file.
 
     Args:
         path: The file.
-        exif: Whether to apply the EXIF orientation.
-        channels: Number of channels to return.
+        pixels: Channels, EXIF orientation and largest size; its mean and std are not applied.
 
     Returns:
         The pixels [H, W, C], of 8 bits or float32.
 
     Raises:
-        BadImage: The file can't be read, is empty, cut off, no image, or absurdly large.
+        BadImage: The file can't be read, is empty, cut off, no image, or too large.
         WrongChannels: The file can't give this number of channels.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise BadImage(f"{path}: {error.strerror}") from error
-    return decode(path, data, exif, channels)
+    return decode(path, data, pixels)
 
 
-def decode(path: str, data: bytes, exif: bool, channels: int = 3) -> np.ndarray:
+def decode(path: str, data: bytes, pixels: Pixels) -> np.ndarray:
     """Decode the bytes of an image file, by the rules at the top of this module.
 
     Args:
         path: The file, for its extension and for error messages.
         data: The file's content.
-        exif: Whether to apply the EXIF orientation.
-        channels: Number of channels to return.
+        pixels: Channels, EXIF orientation and largest size; its mean and std are not applied.
 
     Returns:
         The pixels [H, W, C], of 8 bits or float32.
 
     Raises:
-        BadImage: The file is empty, cut off, no image, or absurdly large.
+        BadImage: The file is empty, cut off, no image, or too large.
         WrongChannels: The file can't give this number of channels.
     """
-    try:
-        if path.lower().endswith(".npy"):
-            return _from_numpy(np.load(io.BytesIO(data), allow_pickle=False), channels)
-        return _decode_image(data, exif, channels)
-    except MemoryError:
-        raise
-    except BadImage as error:
-        raise type(error)(f"{path}: {error}") from error
-    except UnidentifiedImageError as error:
-        raise BadImage(f"{path}: not an image, or empty") from error
-    except Exception as error:  # on a broken header Pillow's decoders raise exceptions of any kind
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        raise BadImage(f"{path}: {reason}") from error
+    with pillow.limit_pixels(pixels.max_megapixels):
+        try:
+            if path.lower().endswith(".npy"):
+                return from_array(load_npy(data), pixels.channels)
+            return _decode_image(data, pixels)
+        except MemoryError:
+            raise
+        except BadImage as error:
+            raise type(error)(f"{path}: {error}") from error
+        except UnidentifiedImageError as error:
+            raise BadImage(f"{path}: not an image, or empty") from error
+        except Image.DecompressionBombError as error:
+            raise BadImage(f"{path}: {pillow.describe_bomb(error)}") from error
+        except Exception as error:  # on a broken header Pillow's decoders raise exceptions of any kind
+            reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+            raise BadImage(f"{path}: {reason}") from error
 
 
-def _decode_image(data: bytes, exif: bool, channels: int) -> np.ndarray:
+def _decode_image(data: bytes, pixels: Pixels) -> np.ndarray:
     """Decode plain JPEGs to RGB with simplejpeg; decode everything else, and what it refuses, with Pillow."""
     # Plain JPEGs: simplejpeg is a third faster than Pillow and bit-equal to it (both are libjpeg-turbo). What it
     # refuses is left to Pillow, which is more forgiving.
-    if channels == 3 and _is_plain_jpeg(data, exif):
+    if pixels.channels == 3 and _is_plain_jpeg(data, pixels.exif):
         with suppress(ValueError):
             return simplejpeg.decode_jpeg(data, "RGB")
 
-    with Image.open(io.BytesIO(data)) as img:
-        if img.format == "TIFF" and img.n_frames == channels > 1 and len(img.getbands()) == 1:
-            return _stack_pages(img, channels)
-        img.load()
-        tiff_pages = img.n_frames if img.format == "TIFF" else 0
-        return _to_channels(ImageOps.exif_transpose(img) if exif else img, channels, tiff_pages)
+    try:
+        return _decode_with_pillow(data, pixels)
+    except (MemoryError, Image.DecompressionBombError):
+        raise
+    except WrongChannels as error:
+        return _decode_other_channels(data, pixels, error)
+    except Exception as error:  # on a broken file Pillow raises exceptions of any kind
+        return _decode_refused(data, pixels, error)
 
 
 def _is_plain_jpeg(data: bytes, exif: bool) -> bool:
-    """Return whether simplejpeg is to decode a file: a JPEG in YCbCr or grey, within Pillow's limit of pixels.
+    """Return whether simplejpeg is to decode a file: a JPEG in YCbCr or grey, within the limit of pixels.
 
     With exif it must need no turning, either. Pillow decodes all others, and everything where simplejpeg is missing.
     """
@@ -158,137 +176,102 @@ def _is_plain_jpeg(data: bytes, exif: bool) -> bool:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return False
-    if colorspace not in ("YCbCr", "Gray") or height * width > Image.MAX_IMAGE_PIXELS:
+    if colorspace not in ("YCbCr", "Gray") or height * width > pillow.max_pixels():
         return False
     if not exif:
         return True
     try:
-        return Image.open(io.BytesIO(data)).getexif().get(Base.Orientation, 1) == 1
+        return pillow.orientation(Image.open(io.BytesIO(data), formats=("JPEG",))) == 1
     except Exception:  # Pillow raises exceptions of any kind on a broken header
         return False
 
 
-def _to_channels(img: Image.Image, channels: int, tiff_pages: int) -> np.ndarray:
-    """Convert Pillow's image to an array of 1, 3 or 4 channels.
+def _decode_with_pillow(data: bytes, pixels: Pixels) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as img:
+        tiff_pages = 0
+        if img.format == "TIFF":
+            bands = len(img.getbands())
+            tiff_pages = _count_pages(data, needed=bands == 1 and pixels.channels > 1)
+            if tiff_pages == pixels.channels > 1 and bands == 1:
+                return stack_pages(img, pixels.channels)
+            # Of some samples, such as infrared beside RGB, Pillow keeps but the first ones.
+            if bands < pixels.channels == tiff.samples(data):
+                with suppress(WrongChannels):
+                    return _decode_with_tifffile(data, pixels)
+        img.load()
+        return to_channels(pillow.turn_upright(img) if pixels.exif else img, pixels.channels, tiff_pages)
+
+
+def _count_pages(data: bytes, needed: bool) -> int:
+    """Return the number of pages of a TIFF.
+
+    Opens the file anew, since a failed count leaves Pillow's image between two pages.
 
     Args:
-        img: The loaded image.
-        channels: Number of channels to return.
-        tiff_pages: Number of pages of a TIFF file; 0: the file has another format.
+        data: The file's content.
+        needed: Whether further pages may be channels. If not, and they are broken or cut off, 1 is returned.
 
     Raises:
-        WrongChannels: Another number of channels is asked for, or four of a TIFF of several pages.
-        ValueError: Some pixels are not finite.
+        Exception: A page that is needed is broken; Pillow raises exceptions of any kind.
     """
-    if channels == 3:
-        return np.array(to_rgb(img))
-    if channels == 1:
-        return _to_grey(img, is_tiff=tiff_pages > 0)
-    if channels == 4 and tiff_pages < 2:
-        return _to_four_channels(img)
-    raise WrongChannels(
-        f"--in_chans {channels}, but this file has {tiff_pages or 1} page(s) of {len(img.getbands())} channel(s): "
-        "change --in_chans, or store the image as .npy or as a TIFF with a page per channel"
-    )
+    with Image.open(io.BytesIO(data), formats=("TIFF",)) as img:
+        try:
+            return img.n_frames
+        except Exception:
+            if needed:
+                raise
+            return 1
 
 
-def _to_grey(img: Image.Image, is_tiff: bool) -> np.ndarray:
-    if _is_deep(img):
-        # Of other formats than TIFF, Pillow gives 16 bits as 32-bit whole numbers; a TIFF's are 32 bits in the file.
-        return _scale(np.asarray(img)[..., None], int32_is_16_bits=not is_tiff)
-    if img.has_transparency_data:
-        img = to_rgb(img)
-    return np.array(img.convert("L"))[..., None]
-
-
-def _to_four_channels(img: Image.Image) -> np.ndarray:
-    if img.mode == "CMYK":
-        return np.array(img)
-    if _is_deep(img):
-        img = to_rgb(img)
-    return np.array(img.convert("RGBA"))
-
-
-def _is_deep(img: Image.Image) -> bool:
-    """Return whether the image has more than 8 bits: one channel of floats or of 16- or 32-bit whole numbers."""
-    return img.mode == "F" or img.mode.startswith("I")
-
-
-def _stack_pages(img: Image.Image, channels: int) -> np.ndarray:
-    """Return the pages of a TIFF, of one channel each, as the channels of an array."""
-    pages = []
-    for number in range(channels):
-        img.seek(number)
-        pages.append(np.array(img))
-    return _scale(np.stack(pages, axis=2))
-
-
-def _from_numpy(values: np.ndarray, channels: int) -> np.ndarray:
-    """Bring the array of a .npy file to [H, W, channels], its values as `_scale` returns them.
+def _decode_other_channels(data: bytes, pixels: Pixels, error: WrongChannels) -> np.ndarray:
+    """Decode a TIFF of which Pillow sees another number of channels, if tifffile can give the one that is asked for.
 
     Raises:
-        WrongChannels: It has another number of channels.
+        WrongChannels: It can't, or is not installed; or the file is no TIFF.
+        Exception: The file is cut off or damaged; tifffile raises exceptions of any kind.
     """
-    if values.ndim == 2 and channels == 1:
-        values = values[..., None]
-    if values.ndim == 3 and values.shape[2] != channels and values.shape[0] == channels:
-        values = values.transpose(1, 2, 0)
-    if values.ndim != 3 or values.shape[2] != channels:
-        raise WrongChannels(
-            f"--in_chans {channels}, but this array is {list(values.shape)}: change --in_chans, or store the image as "
-            f"[H, W, {channels}] or [{channels}, H, W]"
-        )
-    return _scale(values)
+    if samples := tiff.is_tiff(data) and tiff.samples(data):
+        try:
+            return _decode_with_tifffile(data, pixels)
+        except WrongChannels as other:
+            if samples == pixels.channels:  # it says which package is missing
+                raise other from error
+    raise error
 
 
-def _scale(values: np.ndarray, int32_is_16_bits: bool = False) -> np.ndarray:
-    """Return uint8 as it is, bool as 0 or 255 in uint8, uint16 as float32 from 0 to 1, other values as float32.
+def _decode_refused(data: bytes, pixels: Pixels, error: Exception) -> np.ndarray:
+    """Decode a file that Pillow refuses: without its metadata, or with tifffile.
 
     Args:
-        values: The array, of any type.
-        int32_is_16_bits: Treat 32-bit whole numbers as unsigned 16-bit ones.
-
-    Raises:
-        ValueError: The array is empty or complex, or some pixels are not finite.
+        data: The file's content.
+        pixels: How it is to be decoded.
+        error: What Pillow said, which is raised again if nothing helps.
     """
-    if not values.size or np.iscomplexobj(values):
-        raise ValueError(f"pixels of type {values.dtype} and shape {list(values.shape)} cannot be used")
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == bool:
-        return values.astype(np.uint8) * 255
-    is_16_bits = values.dtype.newbyteorder("=") == np.uint16 or (int32_is_16_bits and values.dtype == np.int32)
-    scaled = values.astype(np.float32) / (65535 if is_16_bits else 1)
-    if not np.isfinite(scaled).all():
-        raise ValueError("some pixels are not finite")
-    return scaled
+    if bare := without_metadata(data):
+        try:
+            return _decode_with_pillow(bare, pixels)
+        except (MemoryError, BadImage, Image.DecompressionBombError):
+            raise
+        except Exception:  # on a broken file Pillow raises exceptions of any kind
+            pass
+
+    # Where Pillow opens a TIFF and then fails, pixels are damaged. tifffile is for those that Pillow can't open.
+    if tiff.is_tiff(data) and tiff.samples(data) and not _opens(bare or data):
+        return _decode_with_tifffile(data, pixels)
+    raise error
 
 
-def to_rgb(img: Image.Image) -> Image.Image:
-    """Convert an image of any of Pillow's modes to 8-bit RGB, by the rules at the top of this module.
-
-    Raises:
-        ValueError: Some pixels are not finite.
-    """
-    if img.mode == "RGB" and not img.has_transparency_data:
-        return img.copy()
-    if _is_deep(img):
-        return Image.fromarray(_to_8_bits(np.asarray(img), img.mode)).convert("RGB")
-    if img.has_transparency_data:
-        img = img.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
-    return img.convert("RGB")
+def _opens(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data), formats=FORMATS).close()
+    except Exception:  # Pillow raises exceptions of any kind on a broken header
+        return False
+    return True
 
 
-def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    values = values.astype(np.float64)
-    low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("some pixels are not finite")
-    if mode.startswith("I") and low >= 0 and high <= 65535:
-        values = values / 257
-    elif low >= 0 and high <= 1:
-        values = values * 255
-    else:
-        values = (values - low) * (255 / max(high - low, 1e-300))  # a constant image becomes black
-    return np.rint(values).astype(np.uint8)
+def _decode_with_tifffile(data: bytes, pixels: Pixels) -> np.ndarray:
+    try:
+        values = tiff.read(data, lambda shape: check_shape(shape, pixels.channels))
+    except tiff.PackageMissing as error:
+        raise WrongChannels(str(error)) from error
+    return from_array(values, pixels.channels)

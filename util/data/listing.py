@@ -4,11 +4,70 @@ The list is held as arrays rather than a list of a million strings: loader proce
 references to strings copies them page by page.
 """
 
+import errno
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+
+from util.errors import UserError
+
+
+def join_names(names: Iterable[str], shown: int = 10) -> str:
+    """Join names with commas for a message; only count those beyond the first few."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+@dataclass
+class LeftOut:
+    """What a listing leaves out, apart from hidden files and folders.
+
+    Attributes:
+        endings: Number of files of other kinds, by their endings.
+        beside: Images beside the class folders.
+        broken: Links that lead nowhere, and what is neither a file nor a folder.
+        repeated: Links to folders that are listed already, or that contain the link.
+    """
+
+    endings: Counter = field(default_factory=Counter)
+    beside: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+    def sort_out(self, files: list[str], is_wanted: Callable[[str], bool]) -> list[str]:
+        """Return the wanted ones of some files, by their names, and count the others."""
+        wanted = [file for file in files if is_wanted(file)]
+        if len(wanted) < len(files):
+            others = set(files).difference(wanted)
+            self.endings.update(os.path.splitext(file)[1].lower() for file in others)
+        return wanted
+
+    def __str__(self) -> str:
+        """Return a phrase that counts everything; "" where nothing was left out."""
+        parts = []
+        if self.endings:
+            parts.append(f"{_count(self.endings.total(), 'file')} of other kinds ({list_endings(self.endings)})")
+        for names, what in (
+            (self.beside, "image{} beside the class folders"),
+            (self.broken, "link{} that lead nowhere, or special files"),
+            (self.repeated, "link{} to folders that are in the list already"),
+        ):
+            if names:
+                parts.append(f"{len(names)} {what.format('s' * (len(names) > 1))} ({join_names(names, 3)})")
+        return "; ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"
+
+
+def list_endings(endings: Counter) -> str:
+    """Return endings of file names with their numbers, for a message, the most frequent first."""
+    return join_names(f"{ending or 'without ending'} {number}" for ending, number in endings.most_common())
 
 
 @dataclass
@@ -20,12 +79,14 @@ class Listing:
         names: The paths, one after the other, as bytes.
         ends: Where in `names` each path ends [files].
         targets: Class numbers [files].
+        left_out: What is in the folders, and not in the list.
     """
 
     root: str
     names: np.ndarray
     ends: np.ndarray
     targets: np.ndarray
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -53,26 +114,109 @@ def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str
 
     Returns:
         The files in order of class, folder and name.
+
+    Raises:
+        UserError: A folder can't be read.
     """
-    root = os.path.abspath(root)
+    root, left_out = os.path.abspath(root), LeftOut()
     paths, targets = [], []
     for class_name, target in class_to_idx.items():
-        for subfolder, files in walk(os.path.join(root, class_name)):
+        for subfolder, files in walk(os.path.join(root, class_name), left_out):
             folder = os.path.join(class_name, subfolder) if subfolder else class_name
-            wanted_paths = [os.fsencode(os.path.join(folder, file)) for file in files if is_wanted(file)]
-            paths += wanted_paths
-            targets += [target] * len(wanted_paths)
+            wanted = left_out.sort_out(files, is_wanted)
+            paths += [os.fsencode(os.path.join(folder, file)) for file in wanted]
+            targets += [target] * len(wanted)
+
+    # What lies beside the class folders belongs to no class.
+    if "" not in class_to_idx:
+        _, files = read_folder(root, left_out=left_out)
+        left_out.beside += left_out.sort_out(files, is_wanted)
     ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-    return Listing(root, np.frombuffer(b"".join(paths), dtype=np.uint8), ends, np.array(targets, np.int32))
+    return Listing(root, np.frombuffer(b"".join(paths), dtype=np.uint8), ends, np.array(targets, np.int32), left_out)
 
 
-def walk(root: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below a root, relative to it, with the names of its files, both in sorted order.
+def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str]]]:
+    """Return each folder below a root, relative to it, with the sorted names of its files, in order of their paths.
 
-    The root itself comes first, as "". Symbolic links are followed, hidden folders are left out.
+    The root itself comes first, as "". Symbolic links are followed, but every folder is listed once, and none that
+    contains the root. Hidden files and folders are left out.
+
+    Args:
+        root: Folder to search.
+        left_out: Takes what is left out, but for hidden files.
+
+    Raises:
+        UserError: A folder can't be read.
     """
-    for folder, _, files in sorted(os.walk(root, followlinks=True)):
-        relative = os.path.relpath(folder, root)
-        relative = "" if relative == "." else relative
-        if f"{os.sep}." not in f"{os.sep}{relative}":
-            yield relative, sorted(files)
+    left_out = LeftOut() if left_out is None else left_out
+    # A link to a folder around the root would lead back to the root; by the root's own path and by its links' targets.
+    around = {*Path(os.path.abspath(root)).parents, *Path(os.path.realpath(root)).parents}
+    seen = {_identity(str(folder)) for folder in around}
+
+    # Links wait until all folders in their own places are listed, so that those stand under their own names.
+    found, folders, links = [], [""], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        path = os.path.join(root, folder) if folder else root
+        identity = _identity(path)
+        if identity in seen:
+            left_out.repeated.append(path)
+            continue
+        seen.add(identity)
+        subfolders, files = read_folder(path, folder, left_out)
+        folders += [name for name, is_link in subfolders if not is_link]
+        links = sorted(links + [name for name, is_link in subfolders if is_link])
+        found.append((folder, files))
+    return sorted(found, key=lambda entry: os.path.join(root, entry[0]))
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """Return the numbers of a folder's device and inode, the same by whichever path it is reached."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}. Check its permissions") from error
+    return status.st_dev, status.st_ino
+
+
+def read_folder(path: str, name: str = "", left_out: LeftOut | None = None) -> tuple[list[tuple[str, bool]], list[str]]:
+    """Return the folders in a folder, as (path, whether it is a link), and the sorted names of its files.
+
+    Args:
+        path: The folder.
+        name: What the paths begin with.
+        left_out: Takes what is neither a file nor a folder.
+
+    Raises:
+        UserError: It can't be read.
+    """
+    subfolders, files = [], []
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name[0] == ".":
+                    continue
+                kind = _kind(entry)
+                if kind == "folder":
+                    subfolders.append((os.path.join(name, entry.name), entry.is_symlink()))
+                elif kind == "file":
+                    files.append(entry.name)
+                elif left_out is not None:
+                    left_out.broken.append(entry.path)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename or path}: {error.strerror}. Check its permissions, or remove it"
+        ) from error
+    return subfolders, sorted(files)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Return "folder" or "file", of a link its target's kind, and "" for a broken link, a pipe, a device."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() else ""
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR):  # a link to itself, or through a file
+            return ""
+        raise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
+from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split, similar
 from util.data.images import Pixels
 from util.distributed import dist, launchers
 from util.distributed.signals import shield_worker
@@ -110,6 +110,7 @@ class DeviceLoader:
             normalised: The loader's batches are normalised already.
         """
         self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
+        self.problem = ""  # why a rank of a training can't load any more
         self.device, self.normalised, self.normalise = device, normalised, Normalise(pixels, device)
 
     def __len__(self) -> int:
@@ -133,6 +134,27 @@ class DeviceLoader:
         chosen = spread(len(self.dataset), count)
         imgs, _ = collate([self.dataset[index] for index in chosen])
         return self._to_device(imgs), [self.dataset.name(index) for index in chosen]
+
+
+class TrainLoader(DeviceLoader):
+    """Loader of training batches, of which every rank gives as many, whatever happens to its images.
+
+    A rank that can't load any more, which the others would wait for, notes the `problem` and gives its last batch again
+    until all ranks stop together. Before the first batch, and in a process that is alone, it raises the error.
+    """
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        last, left = None, len(self) - self.sampler.first_step
+        try:
+            for batch in super().__iter__():
+                last, left = batch, left - 1
+                yield batch
+        except LocalError as error:
+            if last is None or dist.world_size() == 1:
+                raise
+            self.problem = str(error)
+        if self.problem:
+            yield from [last] * left
 
 
 def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -228,17 +250,21 @@ def train_loader(
     Raises:
         UserError: The folder does not hold images as it should, or too few to fill one batch on every rank.
     """
-    images = open_split(Images, data_path, "train", transform, pixels, flat)
+    images = open_split(Images, data_path, "train", transform, pixels, flat=flat)
     dataset = TrainImages(images, loading.seed, fraction)
     sampler = EpochSampler(len(dataset), loading.batch_size, loading.seed)
     if not sampler.steps:
-        ranks = dist.world_size()
+        count, ranks = len(dataset), dist.world_size()
+        if count < ranks:
+            raise UserError(
+                f"{count} training images can't be shared by {ranks} processes: start at most {count}, or add images"
+            )
         raise UserError(
-            f"{len(dataset)} training images on {ranks} processes don't fill one batch of {loading.batch_size}: lower "
-            f"--batch_size to {len(dataset) // ranks} or less"
+            f"{count} training images on {ranks} processes don't fill one batch of {loading.batch_size}: lower "
+            f"--batch_size to {count // ranks} or less"
         )
     loader = _data_loader(dataset, loading, sampler)
-    return DeviceLoader(loader, loading.device, pixels, getattr(transform, "normalised", False))
+    return TrainLoader(loader, loading.device, pixels, getattr(transform, "normalised", False))
 
 
 def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceLoader:
@@ -275,14 +301,21 @@ def monitor_loaders(
     """
 
     def open_loader(split: str, count: int) -> DeviceLoader:
-        images = open_split(MonitorImages, data_path, split, transform, pixels, flat=True)
+        # Of train/ the training has said already what is to be said.
+        announce = split == "val"
+        images = open_split(MonitorImages, data_path, split, transform, pixels, flat=True, announce=announce)
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
         # Monitoring is rare: its processes end with it, so that training has their memory.
         loader = _data_loader(images, loading, share, persistent=False)
         return DeviceLoader(loader, loading.device, pixels)
 
     try:
-        val = open_loader("val", 5000) if (Path(data_path) / "val").is_dir() else None
+        val = None
+        if (Path(data_path) / "val").is_dir():
+            val = open_loader("val", 5000)
+        else:
+            hint = similar(data_path, "val")
+            dist.print_rank0(f"notice: no val/ in {data_path}, so there will be no test_loss and no test_knn{hint}")
     except UserError as error:
         dist.print_rank0(f"warning: val/ is not used for monitoring: {error}")
         val = None
@@ -304,7 +337,7 @@ def classifier_loaders(
 
     Args:
         data_path: Holds train/<class>/<images> and val/<class>/<images>.
-        nb_classes: Number of outputs of the head, which must be the number of classes.
+        nb_classes: Number of outputs of the head, which must be the number of classes in training.
         train_transform: Transform of training images; None: train/ is not opened.
         eval_transform: Transform of validation images.
         pixels: How files become the model's input.
@@ -322,5 +355,6 @@ def classifier_loaders(
     if train_transform:
         train = train_loader(data_path, train_transform, pixels, loading, fraction=fraction)
     val_set = open_split(EvalImages, data_path, "val", eval_transform, pixels)
-    check_classes(train.dataset.images if train else None, val_set, nb_classes)
+    if train:
+        check_classes(train.dataset.images, val_set, nb_classes)
     return train, eval_loader(val_set, loading, distributed_eval)

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import center_crop
 
 from util.data.images import Pixels
 
+LONG = 16  # above this aspect ratio an image is a strip, of which evaluation resizes the middle only
 LOG_ASPECT = math.log(4 / 3)  # random crops have an aspect ratio of 3/4 to 4/3
 
 
@@ -115,6 +116,41 @@ def default_crop_pct(size: int | tuple[int, int]) -> float:
     return 224 / 256 if max(to_2tuple(size)) <= 224 else 1.0
 
 
+def resize_part(pixels: np.ndarray, resized: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Cut a part out of a resized image, of which only this part and a little around it is computed.
+
+    Its pixels are those of to_size up to rounding: by one level of 8 bits, in white noise sometimes two.
+
+    Args:
+        pixels: Image [H, W, C], of 8 bits or float32.
+        resized: Height and width of the resized image in pixels.
+        corner: Top and left of the part, in pixels of the resized image.
+        size: Height and width of the part in pixels.
+
+    Returns:
+        The part [C, *size], of the image's type.
+    """
+    boxes, skipped, scales = [], [], []
+    for length, total, first, count in zip(pixels.shape[:2], resized, corner, size, strict=True):
+        # A resized pixel depends on the original within two pixels of the coarser of both.
+        step = length / total
+        margin = 2 * max(1, step) + 1
+        before, end = max(0, int(first * step - margin)), math.ceil((first + count) * step + margin)
+
+        # Begin where a pixel of the original and one of the resized image begin together, as nearly as possible.
+        starts = np.arange(before, max(-1, before - math.ceil(LONG * count * step)), -1)
+        offsets = starts / step
+        nearest = np.argmin(np.maximum(abs(offsets - np.rint(offsets)), 1e-3))
+        boxes.append(slice(int(starts[nearest]), end))
+        skipped.append(first - round(offsets[nearest]))
+        scales.append((1 + 1e-9) / step)  # the length is rounded down
+
+    img = torch.from_numpy(pixels[tuple(boxes)]).permute(2, 0, 1)
+    img = F.interpolate(img[None], scale_factor=scales, mode="bicubic", antialias=True)[0]
+    top, left = skipped
+    return img[:, top : top + size[0], left : left + size[1]]
+
+
 class CentreCrop:
     """Resize and centre crop, the transform of evaluation.
 
@@ -139,7 +175,12 @@ class CentreCrop:
         # One side gets the length that is to be covered; the other keeps the aspect ratio, and is at least as long.
         fits_height = h * width >= w * height
         size = (h, width * h // height) if fits_height else (height * w // width, w)
-        return center_crop(to_size(pixels, size), self.size)
+        if max(height, width) <= LONG * min(height, width) or max(size[0] / h, size[1] / w) <= LONG:
+            return center_crop(to_size(pixels, size), self.size)
+
+        # A long strip: whole, it would become gigabytes. The middle lies where center_crop finds it.
+        corner = round((size[0] - self.size[0]) / 2), round((size[1] - self.size[1]) / 2)
+        return resize_part(pixels, size, corner, tuple(self.size))
 
 
 class FinetuneTransform:

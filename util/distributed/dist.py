@@ -6,9 +6,11 @@ A process that is alone has no group. Every function works there, too, as rank 0
 import os
 import random
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -23,6 +25,8 @@ from tqdm import tqdm
 from util.distributed import launchers
 
 _timeout = timedelta(minutes=30)  # the longest wait for another rank
+JOIN_GRACE_S = 5.0  # how much longer joining may take: torch's own errors, which say more, come after the timeout
+_connecting: threading.Thread | None = None  # the thread that joins the group
 
 
 class RendezvousError(RuntimeError):
@@ -62,32 +66,79 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
         torch.cuda.set_device(own_device)
         torch.backends.cudnn.benchmark = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        backend = "nccl" if own_device.type == "cuda" else "gloo"
-        _join_process_group(backend, dist_url, timedelta(minutes=timeout_minutes))
+        _join_process_group(own_device, dist_url, timedelta(minutes=timeout_minutes))
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):
         set_seed(seed + rank())
     return own_device
 
 
-def _join_process_group(backend: str, dist_url: str, timeout: timedelta) -> None:
-    global _timeout
+def _join_process_group(device: torch.device, dist_url: str, timeout: timedelta) -> None:
+    """Join the process group within the timeout, whatever it is that answers at the address.
+
+    Args:
+        device: This rank's; "cuda" talks by NCCL, any other by gloo.
+        dist_url: Rendezvous address; "env://": MASTER_ADDR and MASTER_PORT.
+        timeout: Longest wait for another rank, now and later.
+
+    Raises:
+        RendezvousError: The group could not be set up.
+    """
+    global _timeout, _connecting
     _timeout = timeout
     own_rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = dist_url if dist_url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+
+    # Torch keeps to the timeout only where the other side speaks its protocol: any other server, which accepts the
+    # connection and then says nothing, would hold it for ever. So a thread of its own connects, and this one waits,
+    # open to signals. It is no ThreadPoolExecutor's thread, since the process could not exit before that one returns.
+    joined = Future()
+
+    def join() -> None:
+        try:
+            joined.set_result(_connect(device, dist_url, own_rank, world, timeout))
+        except BaseException as error:
+            joined.set_exception(error)
+
+    _connecting = threading.Thread(target=join, daemon=True)
+    _connecting.start()
     try:
-        store, own_rank, world = next(td.rendezvous(dist_url, own_rank, world, timeout=timeout))
-        store.set_timeout(timeout)
-        # Under torchrun the store may hold the keys of processes that have died: use a fresh part of it.
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            store = td.PrefixStore(_agree_on_prefix(store, own_rank, world, timeout), store)
-        td.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=timeout)
+        joined.result(min(timeout.total_seconds() + JOIN_GRACE_S, threading.TIMEOUT_MAX))
     except (TimeoutError, RuntimeError, ValueError) as error:
+        reason = (str(error) or "what listens there, if anything, does not answer as rank 0 would").splitlines()[0]
         raise RendezvousError(
             f"rank {own_rank} of {world} could not join the process group at {address} within "
-            f"{timeout.total_seconds():g} s (--dist_timeout): {str(error).splitlines()[0]}. Check that all processes "
-            "were started, that this is the first node's address, that the port is free and open, and that "
-            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface"
+            f"{timeout.total_seconds():g} s (--dist_timeout): {reason}. Check that all processes were started, that "
+            "this is the first node's address, that the port is free and open, and that GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME names the network interface"
         ) from error
+
+
+def _connect(device: torch.device, dist_url: str, own_rank: int, world: int, timeout: timedelta) -> None:
+    """Meet the other ranks at the address, and set up torch's process group with them.
+
+    Raises:
+        TimeoutError, RuntimeError, ValueError: Ranks that did not come, a port in use, a bad address.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # each thread has a current device of its own
+    store, own_rank, world = next(td.rendezvous(dist_url, own_rank, world, timeout=timeout))
+    store.set_timeout(timeout)
+    # Under torchrun the store may hold the keys of processes that have died: use a fresh part of it.
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store = td.PrefixStore(_agree_on_prefix(store, own_rank, world, timeout), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    td.init_process_group(backend, store=store, rank=own_rank, world_size=world, timeout=timeout)
+
+
+def exit_if_connecting(code: int) -> None:
+    """End the process at once with this exit code if the thread that joins the group is still held; else do nothing.
+
+    Were that thread let go while Python is shutting down, it would abort the process: exit code 134.
+    """
+    if _connecting is not None and _connecting.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _agree_on_prefix(store: td.Store, own_rank: int, world: int, timeout: timedelta) -> str:
@@ -171,6 +222,33 @@ def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     values = values.to(device, copy=True)
     td.all_reduce(values, td.ReduceOp.MAX)
     return values.cpu()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, through which gradients flow.
+
+    By hand since torch.distributed.nn.functional.all_reduce is deprecated, and the function that replaces it private.
+    """
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        td.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        # Each rank's loss depends on each rank's values: a value's gradient is the sum over the ranks' losses.
+        return _SumOverRanks.apply(grad)
+
+
+def differentiable_sum(values: Tensor) -> Tensor:
+    """Return the elementwise sum over all ranks, as part of the graph: its gradient is that of all ranks' losses.
+
+    So DDP's mean of the ranks' gradients is the gradient of the mean of their losses, as without this exchange. Where a
+    backward pass follows, all ranks must run it.
+    """
+    return _SumOverRanks.apply(values) if td.is_initialized() else values
 
 
 def gather(value: object) -> list:

@@ -1,0 +1,736 @@
+"""Odd image files: long strips, broken metadata, TIFFs that Pillow can't read, size limits, hostile files."""
+
+import io
+import os
+import random
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms.functional import center_crop
+
+from scripts import mean_std
+from util import errors, inference, options
+from util.data import datasets, pillow, tiff, transforms
+from util.data.images import EXTENSIONS, FORMATS, BadImage, Pixels, WrongChannels, decode
+from util.errors import UserError
+
+# Outside of pytest, which brings filters of its own, what Pillow warns of single files is silenced by util.data.pillow.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "RuntimeWarning")]
+
+RANDOM = np.random.default_rng(0)
+PICTURE = np.kron(RANDOM.integers(0, 256, (5, 7, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 40 x 56, in squares
+H, W = PICTURE.shape[:2]
+
+
+def encode(form, picture=PICTURE, **options):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, form, **options)
+    return file.getvalue()
+
+
+def noise(*shape, dtype=np.uint8):
+    return RANDOM.integers(0, 256, shape).astype(dtype)
+
+
+# Long strips.
+
+
+def whole_then_cut(crop, pixels):
+    (height, width), (h, w) = pixels.shape[:2], crop.cover
+    size = (h, width * h // height) if h * width >= w * height else (height * w // width, w)
+    return center_crop(transforms.to_size(pixels, size), crop.size)
+
+
+@pytest.mark.parametrize("shape", [(33, 1320), (1480, 37), (1, 41), (60, 2), (90, 1800)])
+@pytest.mark.parametrize(("size", "channels", "dtype"), [(32, 3, np.uint8), ((27, 48), 1, np.float32), (64, 13, "f4")])
+def test_the_middle_of_a_strip_is_that_of_the_whole_strip(shape, size, channels, dtype):
+    pixels, crop = noise(*shape, channels, dtype=dtype), transforms.CentreCrop(size)
+    ours, whole = crop(pixels), whole_then_cut(crop, pixels)
+    assert ours.shape == whole.shape and ours.dtype == whole.dtype
+    assert (ours.double() - whole.double()).abs().max() <= (1 if ours.dtype == torch.uint8 else 0.1)
+
+
+@pytest.mark.parametrize("height", [47, 49, 98, 103])
+def test_a_strip_fills_the_picture_without_a_margin_too(height):
+    """Of some heights, times what they are resized by, rounding makes a pixel less."""
+    pixels, crop = noise(height, height * 20, 3), transforms.CentreCrop(32, 1.0)
+    assert (crop(pixels).int() - whole_then_cut(crop, pixels).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(37, 591), (10, 160), (160, 10), (100, 70), (3, 48)])
+@pytest.mark.parametrize("size", [32, (16, 64), (64, 16)])
+def test_pictures_up_to_sixteen_to_one_keep_their_pixels(shape, size):
+    pixels, crop = noise(*shape, 3), transforms.CentreCrop(size)
+    assert torch.equal(crop(pixels), whole_then_cut(crop, pixels))
+
+
+@pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1), (2, 65_000)])
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint8), (3, np.uint8), (3, np.float32), (13, np.float32)])
+def test_a_strip_takes_little_memory_in_every_transform(shape, channels, dtype, monkeypatch):
+    sizes = []
+
+    def interpolate(*args, **more):
+        sizes.append(result := original(*args, **more))
+        return result
+
+    original = F.interpolate
+    monkeypatch.setattr(F, "interpolate", interpolate)
+    pixels, ones = noise(*shape, channels, dtype=dtype), (1.0,) * channels
+    finetune = transforms.FinetuneTransform(
+        64, (0.08, 1), None, "rand-m9-mstd0.5-inc1", 0.25, "pixel", 1, Pixels(channels, ones, ones)
+    )
+    crops = [transforms.Crop(64, (0.2, 1)), transforms.Crop(64, (0.2, 1), one_draw=True), finetune]
+    for seed in range(3):
+        random.seed(seed)
+        for transform in (transforms.CentreCrop(64), *crops):
+            assert transform(pixels).shape == (channels, 64, 64)
+    assert max(out.numel() for out in sizes) <= channels * (2 * transforms.LONG) * 74 * 74
+
+
+# Statistics of a folder.
+
+
+def save_all(folder, arrays):
+    for number, array in enumerate(arrays):
+        np.save(folder / f"{number}.npy", array)
+
+
+def printed_figures(capsys, channels):
+    words = capsys.readouterr().out.split()
+    return [np.array(words[words.index(f"--{name}") + 1 :][:channels], float) for name in ("mean", "std")]
+
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_figures_do_not_depend_on_blocks_and_keep_their_digits(offset, tmp_path, capsys, monkeypatch):
+    arrays = [RANDOM.normal(offset, 2, (h, w, 2)).astype(np.float32) for h, w in ((9, 31), (1, 50), (40, 3))]
+    save_all(tmp_path, arrays)
+    monkeypatch.setattr(mean_std, "SIDE", 8)
+    assert max(max(block.shape[:2]) for array in arrays for block in mean_std._blocks(array)) == 8
+    mean_std.main([str(tmp_path), "--in_chans", "2"])
+    values = np.concatenate([array.reshape(-1, 2) for array in arrays]).astype(np.float64)
+    mean, std = printed_figures(capsys, 2)
+    assert mean == pytest.approx(values.mean(0), rel=1e-5) and std == pytest.approx(values.std(0), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, 77, 255, 0.1, 1e7])
+def test_channels_that_never_change_are_said_and_get_a_deviation_that_can_be_passed_on(value, tmp_path, capsys):
+    dtype = np.float32 if value in (0.1, 1e7) else np.uint8
+    arrays = [noise(9, 7 + number, 3, dtype=dtype) for number in range(3)]
+    for array in arrays:
+        array[..., 1] = value
+    save_all(tmp_path, arrays)
+    mean_std.main([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "# channel 2 never changes" in out
+    std = out.split("--std ")[1].split()
+    assert std[1] == "1" and std[0] != "1" != std[2]
+
+
+def test_an_unreadable_image_is_left_out_of_the_figures_and_named(tmp_path, capsys):
+    save_all(tmp_path, [noise(5, 5, 3) for _ in range(4)])
+    (tmp_path / "0.npy").write_bytes(b"junk")
+    (tmp_path / "3.npy").write_bytes((tmp_path / "2.npy").read_bytes()[:-9])
+    with pytest.raises(errors.Incomplete, match="2 of 4 images could not be read"):
+        mean_std.main([str(tmp_path)])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("# 2 images\n--mean") and "0.npy" in printed.err and "3.npy" in printed.err
+
+
+@pytest.mark.parametrize(("count", "tried"), [(2, 2), (200, datasets.TRIES)])
+def test_where_no_image_can_be_read_statistics_end_soon(count, tried, tmp_path, refusal):
+    save_all(tmp_path, [np.zeros((2, 2, 5), np.uint8)] * count)
+    said = refusal(lambda: mean_std.main([str(tmp_path)]))
+    assert (
+        said.startswith(f"error: none of the first {tried} images") and "--in_chans" in said and said.count("\n") == 1
+    )
+
+
+# Broken metadata.
+
+
+def png_chunk(name, content, crc_is_right=True):
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content) ^ (not crc_is_right))
+    )
+
+
+def png_with(chunk, behind_pixels=False, png=None):
+    png = png or encode("PNG")
+    at = png.index(b"IEND") - 4 if behind_pixels else 33
+    return png[:at] + chunk + png[at:]
+
+
+LONG_TEXT = zlib.compress(b"a" * (3 << 20))
+PNG_CHUNKS = {
+    **{f"{name.decode()} checksum": png_chunk(name, b"k\0\0abcdefgh", False) for name in (b"tEXt", b"zTXt", b"eXIf")},
+    "tIME checksum": png_chunk(b"tIME", b"1234567", False),
+    "two broken": png_chunk(b"tEXt", b"a\0b", False) + png_chunk(b"iCCP", b"a\0\0b", False),
+    "iTXt too long": png_chunk(b"iTXt", b"k\0\1\0\0\0" + LONG_TEXT),
+    "zTXt too long": png_chunk(b"zTXt", b"k\0\0" + LONG_TEXT),
+    "iCCP too long": png_chunk(b"iCCP", b"k\0\0" + LONG_TEXT),
+    "many texts": b"".join(
+        png_chunk(b"zTXt", b"k%d\0\0" % number + zlib.compress(b"a" * 1_000_000)) for number in range(70)
+    ),
+    "pHYs short": png_chunk(b"pHYs", b"12"),
+    "cHRM short": png_chunk(b"cHRM", b"1"),
+    "unknown method": png_chunk(b"zTXt", b"k\0\7abc"),
+    "APNG out of order": png_chunk(b"fcTL", struct.pack(">I", 7) + bytes(22)),
+    "length too large": struct.pack(">I", 30) + b"tEXta\0b" + bytes(4),
+    "length too small": struct.pack(">I", 2) + b"tEXta\0bcdefgh" + bytes(4),
+    "length absurd": struct.pack(">I", 2**31) + b"iTXta\0b" + bytes(4),
+    "key transparency": png_chunk(b"tEXt", b"transparency\0no"),
+    "key bbox": png_chunk(b"tEXt", b"bbox\0no"),
+    "another picture inside": png_chunk(b"tEXt", b"thumbnail\0" + encode("PNG", noise(H, W, 3)), False),
+}
+
+
+@pytest.mark.parametrize("exif", [False, True])
+@pytest.mark.parametrize("behind_pixels", [False, True])
+@pytest.mark.parametrize("kind", PNG_CHUNKS)
+def test_broken_chunks_of_a_png_do_not_matter(kind, behind_pixels, exif):
+    data = png_with(PNG_CHUNKS[kind], behind_pixels)
+    assert np.array_equal(decode("a.png", data, Pixels(exif=exif)), PICTURE)
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "1", "I;16", "RGBA"])
+def test_what_pixels_need_survives_broken_chunks(mode):
+    picture = Image.fromarray(PICTURE).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 200)
+    whole = io.BytesIO()
+    picture.save(whole, "PNG", **({"transparency": 3} if mode == "P" else {}))
+    for chunk in (PNG_CHUNKS["pHYs short"], PNG_CHUNKS["iCCP too long"]):
+        for channels in (1, 3, 4):
+            data = png_with(chunk, png=whole.getvalue())
+            expected = decode("a.png", whole.getvalue(), Pixels(channels))
+            assert np.array_equal(decode("a.png", data, Pixels(channels)), expected)
+
+
+def damaged_pngs():
+    png = encode("PNG", noise(60, 60, 3))
+    start = png.index(b"IDAT")
+    checksum = bytearray(png)
+    checksum[-16] ^= 255
+    flipped = bytearray(png)
+    flipped[start + 40] ^= 255
+    broken = PNG_CHUNKS["pHYs short"]
+    return {
+        "cut off": png_with(broken, png=png)[: start + 400],
+        "checksum": png_with(broken, png=bytes(checksum)),
+        "flipped": png_with(broken, png=bytes(flipped)),
+        "palette lost": png_with(broken, png=encode("PNG", noise(9, 9)).replace(b"IDAT", b"IDAX")),
+        "header broken": png_with(broken, png=png[:20] + b"\xff" + png[21:]),
+        "cut off, text whole": png[: start + 400],
+        "pixels in the text": png[:33] + struct.pack(">I", 9) + b"tEXt" + png[33 : start + 300],
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_pngs())
+def test_a_png_with_damaged_pixels_stays_bad(kind):
+    with pytest.raises(BadImage, match="a.png"):
+        decode("a.png", damaged_pngs()[kind], Pixels())
+
+
+def exif_with(entry, more=b"", count=1):
+    """EXIF with an entry for the orientation: type, number of values, value."""
+    return b"Exif\0\0II*\0" + struct.pack("<IHHHI", 8, count, 274, *entry[:2]) + entry[2] + more + bytes(4)
+
+
+TURNED = exif_with((3, 1, b"\6\0\0\0"))
+EXIF = {
+    "junk": b"Exif\0\0garbagegarbage",
+    "empty": b"Exif\0\0",
+    "cut off": TURNED[:19],
+    "0": exif_with((3, 1, b"\0\0\0\0")),
+    "9": exif_with((3, 1, b"\x09\0\0\0")),
+    "a string": exif_with((2, 4, b"6\0\0\0")),
+    "a fraction": exif_with((11, 1, struct.pack("<f", 2.5))),
+    "division by zero": exif_with((5, 1, struct.pack("<I", 26)), struct.pack("<II", 1, 0)),
+    "unknown type": exif_with((77, 1, b"\6\0\0\0")),
+    "offset too far": b"Exif\0\0II*\0" + struct.pack("<I", 2**32 - 1),
+    "60,000 entries": exif_with((3, 1, b"\1\0\0\0"), count=60_000),
+}
+
+
+def webp(*chunks, flags=8):
+    parts = encode("WEBP", lossless=True)
+    name, (size,) = parts[12:16], struct.unpack("<I", parts[16:20])
+    canvas = struct.pack("<I", W - 1)[:3] + struct.pack("<I", H - 1)[:3]
+    before = [chunk for chunk in chunks if chunk[0] == b"ICCP"]
+    behind = [chunk for chunk in chunks if chunk[0] != b"ICCP"]
+    body = b"WEBP"
+    for kind, content, *length in [
+        (b"VP8X", bytes([flags, 0, 0, 0]) + canvas),
+        *before,
+        (name, parts[20 : 20 + size]),
+        *behind,
+    ]:
+        body += kind + struct.pack("<I", *(length or [len(content)])) + content + bytes(len(content) % 2)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def jpeg_with(*segments):
+    data = encode("JPEG", quality=95)
+    return data[:2] + b"".join(b"\xff" + bytes([m]) + struct.pack(">H", len(s) + 2) + s for m, s in segments) + data[2:]
+
+
+def avif_with(exif):
+    room = b"Exif\0\0II*\0" + struct.pack("<IHHHI4s", 8, 1, 305, 2, 4, b"abc\0") + bytes(200)
+    data, content = encode("AVIF", exif=room, quality=100, subsampling="4:4:4"), room[6:]
+    at = data.index(content)
+    return data[:at] + exif[6:].ljust(len(content), b"\0")[: len(content)] + data[at + len(content) :]
+
+
+CARRIERS = {
+    "png": lambda exif: png_with(png_chunk(b"eXIf", exif[6:])),
+    "jpg": lambda exif: jpeg_with((0xE1, exif)),
+    "webp": lambda exif: webp((b"EXIF", exif)),
+    "avif": avif_with,
+}
+
+
+def assert_is_the_picture(data, form, **more):
+    for exif in (False, True):
+        rgb = decode(f"a.{form}", data, Pixels(exif=exif, **more))
+        assert rgb.shape == (H, W, 3)
+        assert np.abs(rgb.astype(int) - PICTURE).mean() <= (0 if form in ("png", "webp", "tif") else 8)
+        assert decode(f"a.{form}", data, Pixels(1, exif=exif)).shape == (H, W, 1)
+
+
+@pytest.mark.parametrize("form", CARRIERS)
+@pytest.mark.parametrize("kind", EXIF)
+def test_an_orientation_that_is_unknown_means_the_picture_as_it_is(kind, form):
+    assert_is_the_picture(CARRIERS[form](EXIF[kind]), form)
+
+
+@pytest.mark.parametrize("form", CARRIERS)
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_known_orientations_are_applied_as_pillow_does(number, form, monkeypatch):
+    from PIL import ImageOps
+
+    data = CARRIERS[form](exif_with((3, 1, bytes([number, 0, 0, 0]))))
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    for library in ("with simplejpeg", None):
+        if library is None:
+            monkeypatch.setattr("util.data.images.simplejpeg", None)
+        assert np.array_equal(decode(f"a.{form}", data, Pixels(exif=True)), turned)
+
+
+@pytest.mark.parametrize("value", ["6", b"6", [6], (6, 1), 6.0, None, 0, 9, -1])
+def test_orientations_of_another_type_are_unknown(value):
+    class Img:
+        def getexif(self):
+            return {0x0112: value}
+
+        def transpose(self, method):
+            raise AssertionError(method)
+
+    img = Img()
+    assert pillow.turn_upright(img) is img
+
+
+def test_a_whole_orientation_counts_beside_other_metadata_that_is_broken():
+    for form, data in {
+        "png": png_with(png_chunk(b"eXIf", TURNED[6:]) + PNG_CHUNKS["pHYs short"]),
+        "jpg": jpeg_with((0xE1, TURNED), (0xE2, b"ICC_PROFILE\0")),
+        "webp": webp((b"EXIF", TURNED), (b"XMP ", b"abcd", 400)),
+    }.items():
+        assert decode(f"a.{form}", data, Pixels(1, exif=True)).shape == (W, H, 1), form
+        assert decode(f"a.{form}", data, Pixels(1)).shape == (H, W, 1), form
+
+
+MPF = b"MPF\0II*\0" + struct.pack("<IH", 8, 2)
+SEGMENTS = {
+    "ICC short": (0xE2, b"ICC_PROFILE\0\1"),
+    "ICC count": (0xE2, b"ICC_PROFILE\0\1\7junk"),
+    "JFIF short": (0xE0, b"JFIF\0"),
+    "Adobe short": (0xEE, b"Adobe\0"),
+    "Photoshop short": (0xED, b"Photoshop 3.0\x008BIM\x03\xed"),
+    "Photoshop size": (0xED, b"Photoshop 3.0\x008BIM\x03\xee\0\0\xff\xff\xff\xff"),
+    "XMP junk": (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff\xfe"),
+    "MPF cut off": (0xE2, MPF),
+    "MPF string": (0xE2, MPF + struct.pack("<HHI4sI", 0xB001, 2, 4, b"abc\0", 0)),
+    "FlashPix": (0xE2, b"FPXR\0"),
+}
+
+
+@pytest.mark.parametrize("kind", SEGMENTS)
+def test_broken_segments_of_a_jpeg_do_not_matter(kind, monkeypatch):
+    data = jpeg_with(SEGMENTS[kind])
+    assert_is_the_picture(data, "jpg")
+    monkeypatch.setattr("util.data.images.simplejpeg", None)
+    assert_is_the_picture(data, "jpg")
+
+
+WEBP = {
+    "ICC junk": webp((b"ICCP", b"junk"), flags=32),
+    "ICC too long": webp((b"ICCP", b"junk", 400), flags=32),
+    "ICC too short": webp((b"ICCP", b"junkjunk", 4), flags=32),
+    "XMP absurd": webp((b"XMP ", b"junk", 2**32 - 1), flags=4),
+    "EXIF absurd": webp((b"EXIF", b"junk", 2**32 - 2)),
+    "EXIF twice": webp((b"EXIF", b"junk"), (b"EXIF", b"more")),
+    "EXIF missing": webp(),
+    "file longer than it is": (lambda data: data[:4] + struct.pack("<I", len(data) + 500) + data[8:])(webp()),
+}
+
+
+@pytest.mark.parametrize("kind", WEBP)
+def test_broken_chunks_of_a_webp_do_not_matter(kind):
+    assert_is_the_picture(WEBP[kind], "webp")
+
+
+def test_a_webp_with_damaged_pixels_stays_bad():
+    data = webp((b"EXIF", b"junk", 400))
+    at = data.index(b"VP8L") + 30
+    lossy = encode("WEBP", noise(99, 99, 3), exif=TURNED)
+    for damaged in (data[:at], data[:at] + data[at + 7 :], lossy[:600], lossy[:600] + lossy[607:]):
+        with pytest.raises(BadImage):
+            decode("a.webp", damaged, Pixels())
+
+
+@pytest.mark.parametrize(
+    "block",
+    [b"!\xf9\1\1\0", b"!\xf9\0", b"!\xf9\2\1\0\0", b"!\xff\0", b"!\x77\0", b"!\xff\x0bNETSCAPE2.0\0", b"!\xfe\1a\0"],
+)
+def test_odd_extensions_of_a_gif_do_not_matter(block):
+    form = io.BytesIO()
+    Image.fromarray(PICTURE).quantize(64).save(form, "GIF")
+    data = form.getvalue()
+    at = 13 + (3 << ((data[10] & 7) + 1))
+    assert_is_the_picture(data[:at] + block + data[at:], "gif")
+
+
+def tiff_with(tags, next_page=0):
+    """An uncompressed TIFF of the picture, with further tags: {tag: (type, number of values, value of 4 bytes)}."""
+    short, long = (lambda value: (3, 1, struct.pack("<HH", value, 0))), (lambda value: (4, 1, struct.pack("<I", value)))
+    tags = {
+        256: short(W),
+        257: short(H),
+        258: short(8),
+        259: short(1),
+        262: short(2),
+        277: short(3),
+        278: short(H),
+    } | tags
+    end = 10 + 12 * (len(tags) + 2) + 4
+    tags |= {279: long(PICTURE.size), 273: long(end)}
+    entries = b"".join(struct.pack("<HHI", tag, *tags[tag][:2]) + tags[tag][2] for tag in sorted(tags))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", next_page) + PICTURE.tobytes()
+
+
+TIFF_TAGS = {
+    "EXIF too far": {34665: (4, 1, b"\xff\xff\xff\xff")},
+    "EXIF before the file": {34853: (9, 1, struct.pack("<i", -5))},
+    "GPS string": {34853: (2, 4, b"abc\0")},
+    "XMP numbers": {700: (3, 2, b"abcd")},
+    "XMP string": {700: (2, 4, b"abc\0")},
+    "resolution string": {282: (2, 4, b"abc\0"), 296: (3, 1, b"\3\0\0\0")},
+    "profile": {34675: (3, 2, b"junk")},
+    "orientation 0": {274: (3, 1, b"\0\0\0\0")},
+    "orientation 99": {274: (3, 1, b"\x63\0\0\0")},
+    "orientation string": {274: (2, 2, b"6\0\0\0")},
+}
+
+
+@pytest.mark.parametrize("kind", TIFF_TAGS)
+def test_odd_tags_of_a_tiff_do_not_matter(kind):
+    assert_is_the_picture(tiff_with(TIFF_TAGS[kind]), "tif")
+
+
+@pytest.mark.parametrize("offset", [2**31, 60, 8])
+def test_a_page_behind_the_picture_that_is_broken_does_not_matter(offset):
+    assert_is_the_picture(tiff_with({}, next_page=offset), "tif")
+
+
+# TIFFs that Pillow can't read.
+
+
+def tiff_of(array, **more):
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, array, **{"photometric": "minisblack"} | more)
+    return file.getvalue()
+
+
+ARRAYS = {
+    "13 x uint16": RANDOM.integers(0, 3000, (9, 11, 13)).astype(np.uint16),
+    "3 x float32": RANDOM.normal(size=(9, 11, 3)).astype(np.float32),
+    "5 x uint8": noise(9, 11, 5),
+    "2 x uint8": noise(9, 11, 2),
+    "7 x int16": RANDOM.integers(-99, 99, (9, 11, 7)).astype(np.int16),
+    "6 x float64": RANDOM.normal(size=(9, 11, 6)),
+    "4 x uint16": RANDOM.integers(0, 65536, (9, 11, 4)).astype(np.uint16),
+}
+LAYOUTS = {
+    "contiguous": lambda array: tiff_of(array, planarconfig="contig"),
+    "planar": lambda array: tiff_of(array.transpose(2, 0, 1).copy(), planarconfig="separate"),
+    "BigTIFF": lambda array: tiff_of(array, planarconfig="contig", bigtiff=True),
+    "big-endian": lambda array: tiff_of(array, planarconfig="contig", byteorder=">", metadata=None),
+    "deflate": lambda array: tiff_of(array, planarconfig="contig", compression="zlib"),
+    "tiles": lambda array: tiff_of(array, planarconfig="contig", tile=(16, 16)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_samples_of_a_tiff_become_what_a_npy_file_gives(kind, layout, capfd):
+    array, npy = ARRAYS[kind], io.BytesIO()
+    np.save(npy, array)
+    channels = Pixels(array.shape[2])
+    got, expected = (decode(*file, channels) for file in (("a.tif", LAYOUTS[layout](array)), ("a.npy", npy.getvalue())))
+    assert got.dtype == expected.dtype and np.array_equal(got, expected)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["13 x uint16", "5 x uint8", "6 x float64"])
+def test_a_stack_behind_the_tags_of_one_page_is_read_whole(kind):
+    array = ARRAYS[kind]
+    data, pixels = tiff_of(array.transpose(2, 0, 1).copy(), truncate=True), Pixels(array.shape[2])
+    scale = 65535 if array.dtype == np.uint16 else 1
+    assert np.array_equal(decode("a.tif", data, pixels), (array / scale).astype(np.float32))
+    with pytest.raises(BadImage, match="cut off"):
+        decode("a.tif", data[:-9], pixels)
+    with pytest.raises(WrongChannels, match=r"1 page\(s\) of 1 channel\(s\)|this array is"):
+        decode("a.tif", data, Pixels(9))
+
+
+def test_infrared_beside_rgb_is_not_lost():
+    array = noise(9, 11, 4)
+    data = tiff_of(array, photometric="rgb", extrasamples=["unspecified"])
+    assert np.array_equal(decode("a.tif", data, Pixels(4)), array)
+    assert np.array_equal(decode("a.tif", data, Pixels(3)), array[..., :3])
+
+
+def test_another_number_of_channels_than_a_tiff_has_is_said():
+    data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
+    with pytest.raises(WrongChannels, match=r"a.tif: --in_chans 4, but this array is \[9, 11, 13\]"):
+        decode("a.tif", data, Pixels(4))
+    with pytest.raises(WrongChannels, match=r"--in_chans 5, but this file has 1 page\(s\) of 3 channel"):
+        decode("a.tif", encode("TIFF"), Pixels(5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["13 x uint16", "6 x float64"])
+def test_a_tiff_that_is_cut_off_stays_bad(kind, layout):
+    array = ARRAYS[kind]
+    data = LAYOUTS[layout](array)
+    for length in (len(data) - 20, len(data) - 200, 30):
+        with pytest.raises(BadImage) as caught:
+            decode("a.tif", data[:length], Pixels(array.shape[2]))
+        assert type(caught.value) is BadImage and ("cut off" in str(caught.value) or length == 30)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: tiff_of(ARRAYS["13 x uint16"], planarconfig="contig"), "13 samples per pixel, uint16"),
+        (lambda: tiff_of(ARRAYS["3 x float32"], planarconfig="contig"), "3 samples per pixel, float32"),
+        (lambda: LAYOUTS["planar"](ARRAYS["7 x int16"]), "7 samples per pixel, int16"),
+        (lambda: LAYOUTS["planar"](ARRAYS["13 x uint16"]), "13 samples per pixel, uint16"),
+        (lambda: tiff_of(noise(9, 11, 5), photometric="rgb", extrasamples=[0, 0]), "5 samples per pixel, uint8"),
+        (lambda: tiff_of(noise(9, 11).astype(np.float16)), "1 sample per pixel, float16"),
+    ],
+)
+def test_without_tifffile_the_first_file_says_what_to_install(make, said, tmp_path, monkeypatch):
+    data, channels = make(), int(said.split()[0])
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "0.tif").write_bytes(data)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    message = f"0.tif: a TIFF of {said}, which Pillow can't read: pip install tifffile, or store the image as .npy"
+    pixels = Pixels(channels, (0.0,) * channels, (1.0,) * channels)
+    with pytest.raises(UserError, match=message):
+        datasets.open_split(datasets.Images, str(tmp_path), "train", None, pixels)
+
+
+def test_a_compression_that_needs_another_package_is_said(monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+
+    def refuse(self, **more):
+        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+
+    data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
+    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", refuse)
+    with pytest.raises(WrongChannels, match="13 samples per pixel, uint16, .*: pip install imagecodecs, or store"):
+        decode("a.tif", data, Pixels(13))
+
+
+def test_a_tiff_names_no_other_files(monkeypatch):
+    """OME-TIFFs may refer to other files, which are not followed."""
+    tifffile = pytest.importorskip("tifffile")
+    asked = {}
+    monkeypatch.setattr(tifffile, "TiffFile", lambda file, **more: asked.update(more) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiff.read(b"", None)
+    assert asked == {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
+
+
+def test_nothing_but_the_message_is_said(tmp_path, script):
+    files = {
+        "mpo.jpg": jpeg_with(SEGMENTS["MPF string"]),
+        "exif.webp": webp((b"EXIF", EXIF["60,000 entries"])),
+        "tags.tif": tiff_with(TIFF_TAGS["profile"]),
+        "page.tif": tiff_with({}, next_page=60),
+        "samples.tif": tiff_of(ARRAYS["13 x uint16"], planarconfig="contig"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    words = (
+        "import sys, tifffile\nfrom util.data.pillow import *\n"
+        "for name in sys.argv[1:]:\n"
+        "    for look in (Image.Image.load, orientation, lambda img: img.n_frames):\n"
+        "        try: look(Image.open(name, formats=FORMATS))\n"
+        "        except Exception: pass\n"
+        "    try: tifffile.imread(name)\n"
+        "    except Exception: pass\n"
+    )
+    done = script("-c", words, *(tmp_path / name for name in files))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# Limits of size.
+
+
+def large_files():
+    grey = noise(300, 500)
+    pages = io.BytesIO()
+    Image.fromarray(grey[:9, :9]).save(pages, "TIFF", save_all=True, append_images=[Image.fromarray(grey)])
+    return {
+        "a.png": (encode("PNG", grey), 3),
+        "a.jpg": (encode("JPEG", grey), 3),
+        "a.webp": (encode("WEBP", np.dstack([grey] * 3)), 3),
+        "a.ico": (encode("ICO", np.dstack([grey[:250, :250]] * 3), sizes=[(250, 250)]), 3),
+        "pages.tif": (pages.getvalue(), 2),
+        "samples.tif": (tiff_of(noise(300, 500, 13), planarconfig="contig"), 13),
+    }
+
+
+def test_pages_are_checked_whatever_pillow_does(monkeypatch):
+    monkeypatch.setattr(Image, "_decompression_bomb_check", lambda *args, **more: None)
+    with pytest.raises(BadImage, match="pages.tif: 0.15 megapixels, above the limit of 0.05"):
+        decode("pages.tif", large_files()["pages.tif"][0], Pixels(2, max_megapixels=0.05))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.ico", "pages.tif", "samples.tif"])
+@pytest.mark.parametrize("simplejpeg", [True, False])
+def test_a_limit_counts_for_every_way_to_decode(name, simplejpeg, monkeypatch):
+    data, channels = large_files()[name]
+    if not simplejpeg:
+        monkeypatch.setattr("util.data.images.simplejpeg", None)
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(BadImage, match=f"{name}: 0.[01]\\d megapixels, above the limit of 0.05: raise it with --max_"):
+        decode(name, data, Pixels(channels, max_megapixels=0.05))
+    if name != "pages.tif":  # its pages differ in size
+        assert decode(name, data, Pixels(channels, max_megapixels=0.16)).shape[2] == channels
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF"])
+def test_the_flag_that_the_message_names_is_enough(form, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # a stand-in for Pillow's 89 million
+    data = encode(form, noise(401, 503))
+    with pytest.raises(BadImage, match="above the limit of 0.1: ") as caught:
+        decode("a", data, Pixels())
+    enough = float(str(caught.value).split("--max_megapixels ")[1].split()[0])
+    assert 0.2 < enough < 0.22 and decode("a", data, Pixels(max_megapixels=enough)).shape == (401, 503, 3)
+
+
+def test_the_message_for_200_megapixels():
+    data = b"P5 20000 10000 255\n"
+    said = (
+        "a.pgm: 200 megapixels, above the limit of 179: raise it with --max_megapixels 200 if the file is to be trusted"
+    )
+    with pytest.raises(BadImage, match=said):
+        decode("a.pgm", data, Pixels())
+    with pytest.raises(BadImage, match="truncated"):  # it is looked at
+        decode("a.pgm", data, Pixels(max_megapixels=200))
+
+
+def test_every_script_hands_the_limit_on(tmp_path):
+    import main_predict
+    import main_pretrain
+
+    words = ["--max_megapixels", "300"]
+    assert options.pixels(main_pretrain.get_args(words)).max_megapixels == 300
+    args = main_predict.get_args([*words, "--resume", "a", "--images", "b", "--output", str(tmp_path / "c.csv")])
+    assert inference.preprocessing_as_trained({"args": {"max_megapixels": 5}}, 3, args).pixels.max_megapixels == 300
+    args.max_megapixels = -1
+    with pytest.raises(UserError, match="--max_megapixels -1 must be greater than 0"):
+        inference.check(args)
+    (tmp_path / "a.png").write_bytes(encode("PNG"))
+    with pytest.raises(UserError, match="--max_megapixels 0.01"):
+        mean_std.main([str(tmp_path), "--max_megapixels", "0.001"])
+
+
+# Hostile files.
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def iptc(picture):
+    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\x0a"), (3, 30, b"\0\x0a"), (3, 120, b"\0\5"), (8, 10, picture)]
+    return b"".join(bytes([0x1C, *tag]) + struct.pack(">H", len(content)) + content for *tag, content in fields)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.eps", "a.jpg"])
+@pytest.mark.parametrize(
+    "data", [EPS, iptc(EPS), b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, len(EPS)).ljust(28, b"\0") + EPS]
+)
+def test_a_program_named_as_a_picture_starts_nothing(name, data, tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+
+    def popen(*args, **more):
+        raise AssertionError(f"started {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(BadImage, match=f"{name}: not an image"):
+        decode(name, data, Pixels())
+    assert not (tmp_path / "started").exists()
+
+
+def test_only_pictures_that_pillow_decodes_by_itself_are_opened():
+    assert {"JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"} <= set(FORMATS)
+    assert not set(FORMATS) & {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
+    assert {".npy", ".jpg", ".jfif", ".mpo", ".tif", ".webp", ".gif", ".jp2"} <= set(EXTENSIONS)
+    assert not set(EXTENSIONS) & {".eps", ".ps", ".pdf", ".wmf", ".emf", ".h5", ".mpg"}
+    assert list(EXTENSIONS) == sorted(set(EXTENSIONS)) and all(ending == ending.lower() for ending in EXTENSIONS)
+
+
+def test_heic_is_read_where_its_package_is_installed():
+    pytest.importorskip("pillow_heif")
+    assert ".heic" in EXTENSIONS and pillow.pillow_heif
+    assert_is_the_picture(encode("HEIF", quality=95), "heic")
+
+
+def npy(array, **more):
+    file = io.BytesIO()
+    np.save(file, array, **more)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (npy(np.array([{}, 1], object), allow_pickle=True), "Object arrays cannot be loaded"),
+        (npy(np.zeros((9, 9, 3)))[:-8], "the file is cut off: it has 1936 bytes of pixels instead of 1944"),
+        (npy(np.zeros((9, 9, 3), np.uint8)).replace(b"(9, 9, 3)", b"(9999999999999, 9, 3)"), "cut off|header"),
+        (b"PK\3\4" + bytes(90), "magic string"),
+        (b"", "a.npy"),
+    ],
+)
+def test_hostile_arrays_are_bad_images(data, said):
+    with pytest.raises(BadImage, match=said):
+        decode("a.npy", data, Pixels())

@@ -1,0 +1,113 @@
+"""Which of Pillow's file formats may be opened, how large an image may be, and which way up a photograph is.
+
+Importing this module registers Pillow's formats, and silences what Pillow and tifffile say about single files: decoding
+raises an exception that names the file instead.
+"""
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image
+from PIL.ExifTags import Base
+
+try:
+    import pillow_heif
+except ImportError:  # an optional package
+    pillow_heif = None
+
+# Formats that are not opened: EPS and PDF are programs, which Pillow hands to Ghostscript; IPTC holds a file of any
+# format, EPS included; WMF is drawn by the operating system; for the others Pillow has no decoder of its own.
+REFUSED = {"EPS", "PDF", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+
+# HEIC and HEIF come with pillow-heif; AVIF, too, where Pillow was built without it.
+Image.init()
+if pillow_heif:
+    pillow_heif.register_heif_opener()
+    if "AVIF" not in Image.OPEN and hasattr(pillow_heif, "register_avif_opener"):  # versions before 1.0
+        pillow_heif.register_avif_opener()
+
+FORMATS = tuple(name for name in Image.ID if name in Image.OPEN and name not in REFUSED)  # in Pillow's own order
+# Pillow reads MPO, a JPEG with further pictures behind it, as JPEG.
+EXTENSIONS = tuple(
+    sorted({".npy", *(ending for ending, name in Image.EXTENSION.items() if name in FORMATS or name == "MPO")})
+)
+
+# Between one and two times MAX_IMAGE_PIXELS Pillow warns for every image (beyond, it refuses), and so it does about
+# metadata that it can't make sense of.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+for library in ("PIL", "tifffile"):
+    logging.getLogger(library).setLevel(logging.CRITICAL)
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def max_pixels() -> float:
+    """Return the number of pixels above which Pillow refuses an image: twice its MAX_IMAGE_PIXELS."""
+    return math.inf if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
+@contextmanager
+def limit_pixels(max_megapixels: float | None) -> Iterator[None]:
+    """Make Pillow refuse images of more pixels than this, nested ones too; None: its own limit stays in force."""
+    if max_megapixels is None:
+        yield
+        return
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_megapixels * 1e6 / 2
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def check_size(width: int, height: int) -> None:
+    """Refuse an image that Pillow does not check by itself, such as a further page of a TIFF.
+
+    Raises:
+        DecompressionBombError: It has more than `max_pixels`.
+    """
+    if width * height > max_pixels():
+        raise Image.DecompressionBombError(f"Image size ({width * height} pixels) exceeds the limit")
+
+
+def describe_bomb(error: Image.DecompressionBombError) -> str:
+    """Say how large the refused image is, and which flag raises the limit that is in force now."""
+    limit = f"{max_pixels() / 1e6:.4g}"
+    pixels = re.search(r"(\d+) pixels", str(error))
+    if not pixels:
+        return f"above the limit of {limit} megapixels: raise it with --max_megapixels if the file is to be trusted"
+    size = f"{math.ceil(int(pixels[1]) / 1e4) / 100:.12g}"  # rounded up, so that it is enough as a limit
+    return (
+        f"{size} megapixels, above the limit of {limit}: raise it with --max_megapixels {size} if the file is to be "
+        "trusted"
+    )
+
+
+def orientation(img: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing, unknown or unreadable."""
+    try:
+        value = img.getexif().get(Base.Orientation, 1)
+    except Exception:  # on broken metadata Pillow raises exceptions of any kind
+        return 1
+    return value if isinstance(value, int) and value in TURNS else 1
+
+
+def turn_upright(img: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of a loaded image; one that needs no turning is returned as it is.
+
+    By hand since ImageOps.exif_transpose also writes all EXIF anew, and fails on what it can't read.
+    """
+    turn = TURNS.get(orientation(img))
+    return img if turn is None else img.transpose(turn)
