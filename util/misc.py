@@ -28,9 +28,10 @@ import torch
 from torch import nn
 
 from util.amp import LossScaler
+from util.checkpoint.comparison import comparable
 from util.checkpoint.files import checkpoint_args, digest_file, find_damage, is_url, load_checkpoint, write
 from util.checkpoint.formats import describe
-from util.checkpoint.weights import comparable, load_model
+from util.checkpoint.weights import load_model
 from util.distributed import dist
 from util.errors import UserError
 from util.rng import get_rng_state

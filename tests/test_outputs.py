@@ -1,0 +1,204 @@
+"""What the scripts write: whole or not at all, without the inputs that are bad, and readable by others."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import stat
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import job_argv
+
+import main_export
+import main_features
+import main_finetune
+import main_predict
+import main_pretrain
+import main_reconstruct
+from util import errors
+from util.checkpoint.output_dir import write_whole
+from util.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """Folder with checkpoints of a pre-training and a fine-tuning."""
+    root = tmp_path_factory.mktemp("trained")
+    for job, main in (("pretrain", main_pretrain.main), ("finetune", main_finetune.main)):
+        more = ["--num_workers", 0, "--epochs", 1, "--warmup_epochs", 0]
+        main([str(word) for word in job_argv(images, root / job, *more, job=job)])
+    return root
+
+
+@pytest.fixture
+def mixed(images, tmp_path):
+    """Folder of 30 images, of which three are no images: an empty one, a truncated one, a web page."""
+    shutil.copytree(images / "val", tmp_path / "mixed")
+    files = sorted((tmp_path / "mixed").rglob("*.png"))
+    for file, content in zip(files[::13], (b"", files[13].read_bytes()[:70], b"<html>404</html>"), strict=True):
+        file.write_bytes(content)
+    return tmp_path / "mixed"
+
+
+def arguments(script, trained, source, output):
+    job, flag = {
+        main_predict: ("finetune", "--images"),
+        main_features: ("finetune", "--data_path"),
+        main_reconstruct: ("pretrain", "--images"),
+    }[script]
+    words = ["--resume", trained / job / "checkpoint-0.pth", flag, source, "--output", output, "--batch_size", 4]
+    return [str(word) for word in words] + (["--num", "99"] if script is main_reconstruct else [])
+
+
+SCRIPTS = [(main_predict, "p.csv"), (main_features, "f.npz"), (main_reconstruct, "g.png")]
+
+
+@pytest.mark.parametrize(("script", "name"), SCRIPTS)
+def test_bad_images_are_named_and_the_others_are_done(script, name, trained, mixed, tmp_path, capsys):
+    argv = arguments(script, trained, mixed, tmp_path / name)
+    with pytest.raises(SystemExit) as end:
+        errors.run(lambda: script.main(argv))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "error: 3 of 30 images cannot be read (named above)" in said, said
+    assert said.count("unreadable image, left out: ") == 3
+    if name == "p.csv":
+        with (tmp_path / name).open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == 27
+    elif name == "f.npz":
+        stored = np.load(tmp_path / name)
+        assert len(stored["features"]) == len(stored["files"]) == len(stored["labels"]) == 27
+        assert all(
+            stored["classes"][label] == file.split("/")[0]
+            for label, file in zip(stored["labels"], stored["files"], strict=True)
+        )
+
+
+@pytest.mark.parametrize(("script", "name"), SCRIPTS)
+def test_a_run_without_any_readable_image_leaves_the_file_before(script, name, trained, tmp_path, refusal):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "1.png").write_bytes(b"")
+    (tmp_path / name).write_text("before")
+    said = refusal(lambda: script.main(arguments(script, trained, tmp_path / "bad", tmp_path / name)))
+    assert "none of 1 images can be read" in said
+    assert (tmp_path / name).read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["bad", name]), "an unfinished file was left"
+
+
+def test_a_picture_of_many_images_is_made_by_the_batch(trained, images, tmp_path, monkeypatch):
+    """Whatever the batch size, the picture is the same, and no forward pass gets more images."""
+    import models_mae
+
+    seen, forward = [], models_mae.MaskedAutoencoderViT.forward
+
+    def counting(self, imgs, *args, **kwargs):
+        seen.append(len(imgs))
+        return forward(self, imgs, *args, **kwargs)
+
+    monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", counting)
+    main_reconstruct.main(arguments(main_reconstruct, trained, images / "val", tmp_path / "four.png"))
+    assert max(seen) == 4 and sum(seen) == 30
+    more = [*arguments(main_reconstruct, trained, images / "val", tmp_path / "all.png"), "--batch_size", "64"]
+    main_reconstruct.main(more)
+    four, together = (np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("four.png", "all.png"))
+    assert np.abs(four - together).max() <= 1
+
+
+# Writing.
+
+
+def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
+    (tmp_path / "real").write_text("before")
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(ZeroDivisionError), write_whole(tmp_path / "link") as unfinished:
+        unfinished.write_text("half")
+        raise ZeroDivisionError
+    assert (tmp_path / "real").read_text() == "before"
+    with write_whole(tmp_path / "link") as unfinished:
+        unfinished.write_text("after")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "after"
+    with write_whole(tmp_path / "new" / "deep" / "file.csv") as unfinished:
+        assert unfinished.suffix == ".csv"
+        unfinished.write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with write_whole(tmp_path / "pipe") as unfinished:
+        unfinished.write_text("through")
+    assert os.read(reader, 99) == b"through"
+    os.close(reader)
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link", "new", "pipe"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_failed_export_leaves_the_one_before(number, trained, tmp_path, monkeypatch, refusal):
+    checkpoint = str(trained / "pretrain" / "checkpoint-0.pth")
+    main_export.main(["--resume", checkpoint, "--to", "timm", "--output", str(tmp_path)])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def failing(path, value):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(main_export, "write_json", failing)
+    said = refusal(lambda: main_export.main(["--resume", checkpoint, "--to", "hf", "--output", str(tmp_path)]))
+    assert f"cannot write {tmp_path}: {os.strerror(number)}" in said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_export_leaves_nothing_of_another_format(trained, tmp_path):
+    checkpoint = str(trained / "pretrain" / "checkpoint-0.pth")
+    for to in ("hf", "encoder", "timm"):
+        main_export.main(["--resume", checkpoint, "--to", to, "--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_others_may_read_what_the_umask_lets_them(umask, trained, tmp_path):
+    before = os.umask(umask)
+    try:
+        checkpoint = str(trained / "pretrain" / "checkpoint-0.pth")
+        main_export.main(["--resume", checkpoint, "--to", "encoder", "--output", str(tmp_path / "out")])
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+@pytest.mark.parametrize("name", ["a|b", "two\nlines", "`tick`", "back\\slash|"])
+def test_the_cards_table_holds_any_name(name, trained, images, tmp_path):
+    (tmp_path / name).symlink_to(images)
+    argv = job_argv(tmp_path / name, tmp_path / "out", "--num_workers", 0, "--monitor_freq", 0)
+    main_pretrain.main([str(word) for word in argv])
+    checkpoint = str(tmp_path / "out" / "checkpoint-2.pth")
+    main_export.main(["--resume", checkpoint, "--to", "timm", "--output", str(tmp_path / "export")])
+    lines = (tmp_path / "export" / "README.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert all(len(line.replace("\\\\", "").replace("\\|", "").split("|")) == 4 for line in rows)
+    recipe = next(line for line in lines if line.startswith("Recipe"))
+    assert "--crop_scale 0.2 1.0 " in recipe
+
+
+def test_overwrite_removes_the_events_in_log_dir_too(images, tmp_path):
+    for more in ([], ["--overwrite"]):
+        argv = job_argv(images, tmp_path / "a", "--log_dir", tmp_path / "b", "--num_workers", 0, "--monitor_freq", 0)
+        main_pretrain.main([str(word) for word in [*argv, *more]])
+    assert len(list((tmp_path / "b").glob("events.out.tfevents.*"))) == 1
+
+
+def test_log_txt_stays_json_when_figures_are_not_finite(images, tmp_path):
+    more = ["--lr", "1e30", "--max_bad_steps", 10**6, "--num_workers", 0, "--monitor_freq", 1, "--warmup_epochs", 0]
+    main_pretrain.main([str(word) for word in job_argv(images, tmp_path, *more)])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert len(lines) == 3 and lines[2]["test_loss"] is None
+    argv = job_argv(images, tmp_path, *more, "--epochs", 4, "--resume", "auto", "--resume_override")
+    main_pretrain.main([str(word) for word in argv])
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, images, tmp_path):
+    with pytest.raises(UserError, match="can't be written to"):
+        main_predict.main(arguments(main_predict, trained, images / "val", "/proc/none/p.csv"))

@@ -1,0 +1,245 @@
+"""Comparison of a file's weights with a model: what does not fit is named, with the flag or the file that would."""
+
+import re
+
+import torch
+from torch import nn
+
+from util.checkpoint.files import checkpoint_args
+from util.data.datasets import class_differences
+from util.data.listing import join_names
+from util.data.transforms import CentreCrop
+from util.distributed import dist
+from util.errors import UserError
+
+# Names of weights that are no part of an encoder: decoders, heads, the token for masked patches, and the heads of
+# other self-supervised methods.
+NO_ENCODER = re.compile(
+    r"decoder|mask_token$|(head|heads|head_\w+|classifier|fc|pre_logits|attn_pool|projector|predictor|prototypes)\."
+)
+# Parts of other encoders, by patterns of their weights' names.
+FOREIGN_PARTS = {
+    r"\bls[12]\b|gamma_?[12]\b|layer_?scale|lambda": "LayerScale",
+    r"[qk]_norm": "norms of queries and keys",
+    r"reg(ister)?_tokens?": "register tokens",
+    r"dist\w*_token": "a distillation token",
+    r"rel(ative)?_pos": "relative positions",
+    r"rope|freqs": "rotary positions",
+    r"mlp\.(w\d|fc1_[gx])|swiglu|weights_(in|out)": "gated MLPs",
+    r"[qkv]_bias": "separate biases of queries and values",
+    r"norm_pre|pre_norm": "a norm before the blocks",
+}
+
+
+def is_no_encoder(name: str) -> bool:
+    """Return whether a weight of this name is known to be no part of an encoder."""
+    return bool(NO_ENCODER.match(name))
+
+
+def refuse_foreign_parts(source: str, surplus: set[str]) -> None:
+    """Check that no weight of an encoder would be dropped.
+
+    Args:
+        source: Name of the checkpoint, for the message.
+        surplus: Names of the file's weights that the model has no place for.
+
+    Raises:
+        UserError: Some of them belong to the encoder, which without them would compute something else.
+    """
+    dropped = sorted(name for name in surplus if not is_no_encoder(name))
+    if dropped:
+        raise UserError(f"{source} does not fit: {_describe_foreign_parts(dropped)}")
+
+
+def _describe_foreign_parts(names: list[str]) -> str:
+    """Return a phrase on the parts of other encoders that these weights belong to, or on the weights themselves."""
+    parts = [part for pattern, part in FOREIGN_PARTS.items() if any(re.search(pattern, name) for name in names)]
+    holds = f"{' and '.join(parts)} ({join_names(names, 3)})" if parts else join_names(names, 6)
+    return (
+        f"its encoder holds {holds}, which the models here lack, and without which it would compute something else. "
+        "Use a plain Vision Transformer, such as MAE's, or this one in the library that it is from"
+    )
+
+
+def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: dict) -> None:
+    """Raise a UserError for other numbers of attention heads, on which the shapes of the weights do not depend."""
+    config = checkpoint.get("model_config") or {}
+    for name, kind, flag in (
+        ("num_heads", "attention heads", f"--model {args.get('model')}"),
+        ("decoder_num_heads", "the decoder's attention heads", "--decoder_heads"),
+    ):
+        if name in model.config and config.get(name, model.config[name]) != model.config[name]:
+            raise UserError(
+                f"{source} does not fit: {kind}: {config[name]} in the file, {model.config[name]} here ({flag})"
+            )
+
+
+def refuse_other_classes(source: str, stored: dict[str, int] | None, current: dict[str, int] | None) -> None:
+    """Raise a UserError where both are known and differ: the head would name the wrong classes."""
+    if not stored or not current or stored == current:
+        return
+    absent = sorted(set(stored) - set(current))
+    if absent and set(current) < set(stored):
+        raise UserError(
+            f"{len(current)} of the {len(stored)} classes that {source} was trained on have a folder in --data_path, "
+            f"and all must have one: make the others, which may be empty: {join_names(absent)}"
+        )
+    differences = class_differences(list(stored), list(current), source, "--data_path")
+    raise UserError(
+        f"{source} was trained on other classes, and would name the wrong ones. "
+        f"{differences or 'their order differs'}. Pass the --data_path that it was trained on"
+    )
+
+
+def compare_flags(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
+    """Print a notice for each of these flags that differs from what the checkpoint was made with.
+
+    Args:
+        source: Name of the checkpoint.
+        checkpoint: Its contents.
+        args: The run's flags.
+        names: Names of the flags to compare; those that either side does not have are skipped.
+    """
+    stored_args = (checkpoint.get("model_config") or {}) | checkpoint_args(checkpoint)
+    for name in names:
+        if name not in stored_args or name not in args:
+            continue
+        stored, current = stored_args[name], args[name]
+        if name == "crop_pct":  # by default it depends on the input size
+            stored, current = (CentreCrop(args["input_size"], share).cover for share in (stored, current))
+        if comparable(stored) != comparable(current):
+            default = "at its default"
+            dist.print_rank0(
+                f"notice: {source} was made with --{name} {stored_args[name] or default}, "
+                f"here it is {args[name] or default}"
+            )
+
+
+def comparable(value: object) -> object:
+    """Turn a tuple into a list, so that a flag's value equals the same value from a checkpoint."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def refuse_misfits(
+    source: str, checkpoint: dict, model: nn.Module, args: dict, missing: set[str], surplus: set[str]
+) -> None:
+    """Check that a file's weights fit a model.
+
+    Args:
+        source: Name of the checkpoint.
+        checkpoint: Its contents.
+        model: The model to load them into.
+        args: The run's flags.
+        missing: Keys that the model needs and the file lacks.
+        surplus: Keys of the file that the model has no place for.
+
+    Raises:
+        UserError: Keys are missing or surplus, or shapes differ; it describes file and model side by side.
+    """
+    # Keys that both sides have may still differ in shape.
+    state, model_state = checkpoint["model"], model.state_dict()
+    shapes = [
+        f"{name} is {list(state[name].shape)} in the file and {list(model_state[name].shape)} in the model"
+        for name in model_state
+        if name in state and state[name].shape != model_state[name].shape
+    ]
+    if not missing and not surplus and not shapes:
+        return
+
+    # List the properties that differ first, since they name a flag, then the weights.
+    config = checkpoint.get("model_config") or {}
+    in_file = describe_weights(state, {"model": args.get("model"), **config})
+    in_model = describe_weights(model_state, {**model.config, "model": args.get("model")})
+    problems = [
+        f"{name}: {in_file[name]} in the file, {in_model[name]} here ({FLAGS[name]})"
+        for name in in_file
+        if name in in_model and in_file[name] != in_model[name]
+    ]
+    if "rows of positions" in in_file:
+        rows = model_state["pos_embed"].shape[1]
+        problems.append(f"rows of positions: {in_file['rows of positions']} in the file, {rows} here")
+    problems += [f"the file lacks {join_names(sorted(missing), 6)}"] if missing else []
+    problems += [f"the model has no {join_names(sorted(surplus), 6)}"] if surplus else []
+    problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
+
+    # The remedy depends on the kind of file.
+    remedy = "pass the flags that the file was made with, or another file"
+    foreign = sorted(name for name in surplus if not is_no_encoder(name))
+    if any(re.search(pattern, name) for pattern in FOREIGN_PARTS for name in foreign):
+        remedy = _describe_foreign_parts(foreign)
+    if "cls_token" in missing and "patch_embed.proj.weight" in state:
+        remedy = "its encoder has no class token, which the models here need: use another file"
+    if "kind" in in_file and in_file["kind"] != in_model["kind"]:
+        remedy = "to start a fine-tuning or a probe from its encoder, pass it as --finetune"
+    if "patch_embed.proj.weight" not in state:
+        remedy = "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
+    raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
+
+
+# The properties by which describe_weights describes a model, and the flags that set them.
+FLAGS = {
+    "kind": "the script",
+    "model": "--model",
+    "encoder width": "--model",
+    "encoder blocks": "--model",
+    "attention heads": "--model",
+    "channels": "--in_chans",
+    "patch size": "--patch_size",
+    "patches": "--input_size",
+    "decoder width": "--decoder_dim",
+    "decoder blocks": "--decoder_depth",
+    "pooling": "--global_pool, --cls_token",
+    "classes": "--nb_classes",
+    "heads": "a head for each --blr",
+}
+
+
+def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, object]:
+    """Describe a model by its weights: return the values of those keys of FLAGS that are known.
+
+    Args:
+        state: The weights; {} is returned if they are not a Vision Transformer's.
+        config: The model's name and number of attention heads, which the weights do not show, where known.
+    """
+    if "patch_embed.proj.weight" not in state or state["patch_embed.proj.weight"].ndim != 4:
+        return {}
+    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    properties = {
+        "model": config.get("model"),
+        "encoder width": width,
+        "encoder blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "attention heads": config.get("num_heads"),
+        "channels": channels,
+        "patch size": patch[0] if len(set(patch)) == 1 else tuple(patch),
+        **_describe_positions(state, config),
+        **_describe_head(state),
+    }
+    return {name: value for name, value in properties.items() if value is not None}
+
+
+def _describe_positions(state: dict[str, torch.Tensor], config: dict) -> dict[str, object]:
+    """Return the number of patches, or of rows of positions where that can't be one more than a square grid has."""
+    if "pos_embed" not in state or state["pos_embed"].ndim != 3:
+        return {}
+    patches = state["pos_embed"].shape[1] - 1
+    if "img_size" in config or round(patches**0.5) ** 2 == patches:
+        return {"patches": patches}
+    return {"rows of positions": patches + 1}
+
+
+def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Return the properties of FLAGS that show what follows the encoder: a decoder, a classifier's head, or nothing."""
+    if "decoder_pred.weight" in state:
+        blocks = {name.split(".")[1] for name in state if name.startswith("decoder_blocks.")}
+        width = state["decoder_pred.weight"].shape[-1]
+        return {"kind": "autoencoder (main_pretrain.py)", "decoder width": width, "decoder blocks": len(blocks)}
+    pooling = "mean of the patches" if "fc_norm.weight" in state else "class token"
+    heads = [name for name in state if re.fullmatch(r"head\.1\.heads\.\d+\.weight", name)]
+    for name, kind in (
+        ("head.weight", "classifier (main_finetune.py)"),
+        ("head.1.weight", "probe (main_linprobe.py)"),
+        ("head.1.heads.0.weight", "probe (main_linprobe.py)"),
+    ):
+        if name in state:
+            return {"kind": kind, "pooling": pooling, "classes": len(state[name]), "heads": max(1, len(heads))}
+    return {"kind": "encoder, without head or decoder"}
