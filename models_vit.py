@@ -12,7 +12,7 @@ import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from util.checkpoint import weights
+from util.checkpoint import comparison, weights
 from util.checkpoint.files import checkpoint_args
 from util.checkpoint.formats import TRUNK
 from util.distributed import dist
@@ -244,7 +244,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
     if trunk_only:
         config = {name: config[name] for name in TRUNK} | {"num_classes": 0, "global_pool": "norm.weight" not in state}
         encoder_names = from_config(config).state_dict().keys()
-        weights.refuse_foreign_parts(source, set(state) - set(encoder_names) - weights.other_norm(state))
+        comparison.refuse_foreign_parts(source, set(state) - set(encoder_names) - weights.other_norm(state))
         state = {name: value for name, value in state.items() if name in encoder_names}
 
     model = from_config(config)

@@ -426,6 +426,20 @@ def test_an_address_of_safetensors_is_read(tmp_path, server):
     assert misc.load_checkpoint(f"{server}/model.safetensors")["model"]["weight"].item() == 1
 
 
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_download_that_was_cut_off_is_not_kept(name, tmp_path, server):
+    if name.endswith(".pth"):
+        torch.save({"weight": torch.ones(1000)}, tmp_path / name)
+    else:
+        save_file({"weight": torch.ones(1000)}, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:2000])
+    with pytest.raises(UserError, match=name):
+        misc.load_checkpoint(f"{server}/{name}")
+    (tmp_path / name).write_bytes(whole)
+    assert misc.load_checkpoint(f"{server}/{name}")["model"]["weight"].sum() == 1000
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 half a zip file"])
 def test_files_that_are_no_checkpoints_say_so(tmp_path, content):
     file = tmp_path / "file.pth"
@@ -457,3 +471,16 @@ def test_a_resumed_run_keeps_the_precision_that_was_chosen_for_it(tmp_path, monk
         scaler = LossScaler("auto", CPU)
         checkpoints("", model, optimizer, scaler=scaler, **flags).resume(str(tmp_path / "checkpoint-0.pth"))
         assert scaler.amp == kept and (scaler.dtype == torch.bfloat16) == (kept == "bf16")
+
+
+@pytest.mark.parametrize("clock", [(2000.0, 1000.0, 500.0), (1000.0, 3000.0, 2000.0), (5.0, 5.0, 5.0)])
+def test_the_newest_checkpoint_is_that_of_most_progress_whatever_the_clocks_say(clock, tmp_path, monkeypatch):
+    """Machines whose clocks differ take turns: the run goes on from where the last one of them was."""
+    model = autoencoder()
+    keeper = checkpoints(tmp_path, model, optim.pretrain_optimizer(model, 1.0, 0.5))
+    for position, now in zip((Position(3), Position(4), Position(5, images=8)), clock, strict=True):
+        monkeypatch.setattr(misc.time, "time", lambda now=now: now)
+        keeper.save(position, whole_epoch=not position.images)
+    assert misc.resolve_resume("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-last.pth")
+    (tmp_path / "checkpoint-last.pth").unlink()
+    assert misc.resolve_resume("auto", str(tmp_path), "pretrain", "small").endswith("checkpoint-4.pth")

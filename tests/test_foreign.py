@@ -80,6 +80,8 @@ WRAPPINGS = {
         "meta": {},
         "state_dict": prefixed("backbone.", renamed(s, *MMPRETRAIN)) | {"head.fc.weight": torch.ones(2)},
     },
+    "an average first": lambda s: {"ema": other(s), "weights": s},
+    "an average by prefix": lambda s: {"state_dict": prefixed("ema_model.", other(s)) | prefixed("net.", s)},
     "only an average": lambda s: {"model_ema": s},
     "unfamiliar keys": lambda s: {"online": {"vit_body": prefixed("x.y.", s)}},
 }
@@ -189,8 +191,9 @@ def test_nothing_that_could_run_code_is_loaded(function, encoder, tmp_path):
     assert not marker.exists()
 
 
-def test_arrays_of_objects_are_refused(encoder, tmp_path):
-    torch.save({"model": encoder, "x": np.array([Custom()], dtype=object)}, tmp_path / "file.pth")
+@pytest.mark.parametrize("content", [1, Custom()])
+def test_arrays_of_objects_are_refused(content, encoder, tmp_path):
+    torch.save({"model": encoder, "x": np.array([content], dtype=object)}, tmp_path / "file.pth")
     with pytest.raises(UserError, match="file.pth is (refused|not a checkpoint)"):
         load_checkpoint(str(tmp_path / "file.pth"))
 
@@ -227,7 +230,14 @@ def foreign(model, **more):
     return timm.models.VisionTransformer(**sizes, num_classes=0, **(model | more)).state_dict()
 
 
+def hugging_faces_dinov2():
+    """Return the weights of Hugging Face's Dinov2 of the demo's size."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
+    return transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).state_dict()
+
+
 FOREIGN = {
+    "Hugging Face's Dinov2": (hugging_faces_dinov2, "LayerScale"),
     "LayerScale": (lambda: foreign({"init_values": 0.1}), "LayerScale .blocks.0.ls1.gamma"),
     "norms of queries": (lambda: foreign({"qk_norm": True}), "norms of queries and keys .blocks.0.attn.k_norm"),
     "registers": (lambda: foreign({"reg_tokens": 4, "no_embed_class": True}), "register tokens .reg_token"),

@@ -423,7 +423,8 @@ def _pixel_problems(args: argparse.Namespace) -> list[str]:
         if len(getattr(args, name)) != C
     ]
     if min(args.std) <= 0:
-        problems.append(f"--std {' '.join(map(str, args.std))}: must be greater than 0")
+        values = " ".join(map(str, args.std))
+        problems.append(f"--std {values}: must be greater than 0; a channel that never changes has 1")
     return problems
 
 

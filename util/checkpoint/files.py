@@ -320,7 +320,11 @@ def _download(url: str) -> object:
 
     def load() -> object:
         _fetch(url, path)
-        return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path, peek=False)
+        try:
+            return _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickled(path, peek=False)
+        except (UserError, RuntimeError, EOFError, SafetensorError):
+            path.unlink(missing_ok=True)  # cut off on the way, perhaps: the next start downloads it again
+            raise
 
     # Rank 0 downloads, and the others then read its copy. They wait for it in gather, which rank 0 must therefore reach
     # even where the download fails; the others will fail in the same way.

@@ -127,7 +127,8 @@ class Monitor:
                 in_order = torch.arange(model.patch_embed.num_patches, device=loader.device).expand(len(imgs), -1)
                 latent = model.forward_encoder(imgs, 0.0, in_order)[0]  # [N, 1+L, D]
             features.append(latent[:, 1:].float().mean(dim=1).cpu())
-            classes.append(targets.cpu())
+            # A copy: what a loader process sent would stay in shared memory, with an open file for each batch.
+            classes.append(targets.to("cpu", copy=True))
         return torch.cat(features), torch.cat(classes), float(loss_sum)
 
     def _save_picture(self, model: nn.Module, epoch: int) -> None:
