@@ -106,6 +106,11 @@ def nan_loss(rank: int, first: int) -> None:
     models_mae.MaskedAutoencoderViT.forward = poisoned
 
 
+def ignore_hangups() -> None:
+    """Start as nohup starts programs."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def slow_steps(seconds: float) -> None:
     """Slow every forward pass down by so many seconds, to leave time for a signal."""
     import time
@@ -196,6 +201,7 @@ FAULTS = {
         fail_monitor,
         fill_disk,
         hang,
+        ignore_hangups,
         kill_after_log_line,
         kill_after_rename,
         kill_while_writing,

@@ -53,6 +53,7 @@ def arguments(script, trained, source, output):
     return [str(word) for word in words] + (["--num", "99"] if script is main_reconstruct else [])
 
 
+SHORT = ["--num_workers", 0, "--monitor_freq", 0, "--epochs", 1, "--warmup_epochs", 0]
 SCRIPTS = [(main_predict, "p.csv"), (main_features, "f.npz"), (main_reconstruct, "g.png")]
 
 
@@ -165,12 +166,11 @@ def test_others_may_read_what_the_umask_lets_them(umask, trained, tmp_path):
     assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
-@pytest.mark.parametrize("name", ["a|b", "two\nlines", "`tick`", "back\\slash|"])
+@pytest.mark.parametrize("name", ["a|b", "two\nlines", "back\\slash|"])
 def test_the_cards_table_holds_any_name(name, trained, images, tmp_path):
     (tmp_path / name).symlink_to(images)
-    argv = job_argv(tmp_path / name, tmp_path / "out", "--num_workers", 0, "--monitor_freq", 0)
-    main_pretrain.main([str(word) for word in argv])
-    checkpoint = str(tmp_path / "out" / "checkpoint-2.pth")
+    main_pretrain.main([str(word) for word in job_argv(tmp_path / name, tmp_path / "out", *SHORT)])
+    checkpoint = str(tmp_path / "out" / "checkpoint-0.pth")
     main_export.main(["--resume", checkpoint, "--to", "timm", "--output", str(tmp_path / "export")])
     lines = (tmp_path / "export" / "README.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("|")]
@@ -181,21 +181,21 @@ def test_the_cards_table_holds_any_name(name, trained, images, tmp_path):
 
 def test_overwrite_removes_the_events_in_log_dir_too(images, tmp_path):
     for more in ([], ["--overwrite"]):
-        argv = job_argv(images, tmp_path / "a", "--log_dir", tmp_path / "b", "--num_workers", 0, "--monitor_freq", 0)
+        argv = job_argv(images, tmp_path / "a", "--log_dir", tmp_path / "b", *SHORT)
         main_pretrain.main([str(word) for word in [*argv, *more]])
     assert len(list((tmp_path / "b").glob("events.out.tfevents.*"))) == 1
 
 
 def test_log_txt_stays_json_when_figures_are_not_finite(images, tmp_path):
-    more = ["--lr", "1e30", "--max_bad_steps", 10**6, "--num_workers", 0, "--monitor_freq", 1, "--warmup_epochs", 0]
+    more = [*SHORT, "--lr", "1e30", "--max_bad_steps", 10**6, "--monitor_freq", 1, "--epochs", 2]
     main_pretrain.main([str(word) for word in job_argv(images, tmp_path, *more)])
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     lines = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log.txt").read_text().splitlines()]
-    assert len(lines) == 3 and lines[2]["test_loss"] is None
-    argv = job_argv(images, tmp_path, *more, "--epochs", 4, "--resume", "auto", "--resume_override")
+    assert len(lines) == 2 and lines[1]["test_loss"] is None
+    argv = job_argv(images, tmp_path, *more, "--epochs", 3, "--resume", "auto", "--resume_override")
     main_pretrain.main([str(word) for word in argv])
 
 

@@ -157,8 +157,9 @@ class Run:
         except (Stopped, FloatingPointError):
             raise
         except Exception as error:
-            on_every_rank = isinstance(error, UserError) and not isinstance(error, LocalError)
-            if self.unsaved and (on_every_rank or dist.world_size() == 1):
+            alike = isinstance(error, UserError) and not isinstance(error, LocalError)
+            on_every_rank = alike or getattr(error, "on_every_rank", dist.world_size() == 1)
+            if self.unsaved and on_every_rank:
                 try:
                     self._save_last_update()
                 except Exception as second:  # such as a full disk, which may be the first error, too

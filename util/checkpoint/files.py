@@ -215,12 +215,13 @@ def _raise_read_errors(source: str) -> Iterator[None]:
 def _refusal(source: str, name: str) -> str:
     """Return the message for a file that holds a type which could run code, with the lines that save its weights."""
     file = Path(urlparse(source).path if is_url(source) else source)
+    target = f"{file.with_suffix('')}-weights.pth"
     return (
         f"{source} is refused: it holds {name}, and loading it could run code. Nothing in it was run. If you trust it, "
         "save its weights alone, in Python, and pass that file:\n"
         f"  import torch; c = torch.load({str(file)!r}, 'cpu', weights_only=False)\n"
-        f"  torch.save({{k: v for k, v in getattr(c, 'state_dict', lambda: c)().items() if torch.is_tensor(v) or k in "
-        f"{wrappings.KEYS}}}, {str(file.with_suffix('')) + '-weights.pth'!r})"
+        "  torch.save({k: v for k, v in getattr(c, 'state_dict', lambda: c)().items() if torch.is_tensor(v) or "
+        f"isinstance(v, dict) and any(map(torch.is_tensor, v.values()))}}, {target!r})"
     )
 
 

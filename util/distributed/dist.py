@@ -261,7 +261,10 @@ def gather(value: object) -> list:
 
 
 def run_on_rank0(work: Callable[[], object]) -> object:
-    """Call a function on rank 0 only, and return its result, or raise its exception, on all ranks."""
+    """Call a function on rank 0 only, and return its result, or raise its exception, on all ranks.
+
+    The exception's attribute `on_every_rank` then is True.
+    """
     if not td.is_initialized():
         return work()
     outcome = [None, None]  # result, exception
@@ -272,6 +275,7 @@ def run_on_rank0(work: Callable[[], object]) -> object:
             outcome[1] = error
     td.broadcast_object_list(outcome)
     if outcome[1] is not None:
+        outcome[1].on_every_rank = True
         raise outcome[1]
     return outcome[0]
 
