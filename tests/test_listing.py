@@ -80,6 +80,7 @@ def test_a_link_to_another_class_is_followed(tree):
 
 def test_a_class_that_is_a_link_does_not_lead_back_either(tree, tmp_path):
     (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tree / "a" / "1.png", tmp_path / "elsewhere" / "beside.png")
     shutil.move(tree / "a", tmp_path / "elsewhere" / "a")
     (tree / "a").symlink_to(tmp_path / "elsewhere" / "a")
     (tmp_path / "elsewhere" / "a" / "up").symlink_to("..")
