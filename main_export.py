@@ -96,7 +96,10 @@ class Source:
             UserError: There is no such checkpoint, no EMA in it, or no model that can be built from it.
         """
         checkpoint = load_checkpoint(path, ema=ema)
-        has_head = any(name.startswith("head.") for name in checkpoint["model"])
+        # A linear one; the heads of self-supervised methods belong to no classifier.
+        has_head = any(
+            name in checkpoint["model"] for name in ("head.weight", "head.1.weight", "head.1.heads.0.weight")
+        )
         if "decoder_pred.weight" in checkpoint["model"]:
             model = models_mae.from_checkpoint(checkpoint, path)
         else:

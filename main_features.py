@@ -78,7 +78,12 @@ def labels_of(files: list[Path], root: Path, classes: list[str] | None = None) -
         UserError: There is a class folder that is not among the given classes.
     """
     relative = [path.relative_to(root) for path in files]
-    if any(len(path.parts) < 2 for path in relative):
+    beside = [str(path) for path in relative if len(path.parts) < 2]
+    if beside:
+        if len(beside) < len(relative):
+            print(
+                f"notice: no labels, since {len(beside)} images lie beside the class folders: {', '.join(beside[:3])}"
+            )
         return None, []
     names = [path.parts[0] for path in relative]
     classes = classes or sorted(set(names))

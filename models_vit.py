@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from util.checkpoint import comparison, weights
 from util.checkpoint.files import checkpoint_args
-from util.checkpoint.formats import TRUNK
+from util.checkpoint.formats import TRUNK, add_class_position
 from util.distributed import dist
 from util.errors import UserError
 
@@ -238,6 +238,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
             "main_linprobe.py"
         )
     if not config:
+        state = add_class_position(state, source)
         config = config_of(state, source)
 
     # An encoder leaves decoder and head in the file, and nothing else.

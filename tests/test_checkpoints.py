@@ -250,8 +250,8 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         match=r"pass it as --finetune\n  kind: encoder, without head or decoder in the file, autoencoder",
     ):
         resume(file, autoencoder())
-    file = save_spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="other"))
-    with pytest.raises(UserError, match="of another job, other: pass it as --finetune"):
+    file = save_spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="linprobe"))
+    with pytest.raises(UserError, match="of another job, linprobe: pass it as --finetune"):
         resume(file, autoencoder())
 
     vit = classifier()

@@ -6,6 +6,7 @@ import collections
 import datetime
 import pathlib
 import re
+import textwrap
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import models_mae
 import models_vit
 from util.checkpoint import weights
 from util.checkpoint.files import load_checkpoint
+from util.checkpoint.formats import from_export_config
 from util.errors import UserError
 
 SIZES = {"embed_dim": 128, "depth": 6, "num_heads": 4, "patch_size": 4, "img_size": 8}
@@ -78,6 +80,9 @@ WRAPPINGS = {
         "meta": {},
         "state_dict": prefixed("backbone.", renamed(s, *MMPRETRAIN)) | {"head.fc.weight": torch.ones(2)},
     },
+    "an average in capitals": lambda s: {"EMA": other(s), "weights": s},
+    "an averaged model": lambda s: {"averaged_model": other(s), "online": s},
+    "key and query": lambda s: prefixed("key_encoder.", other(s)) | prefixed("query_encoder.", s),
     "an average first": lambda s: {"ema": other(s), "weights": s},
     "an average by prefix": lambda s: {"state_dict": prefixed("ema_model.", other(s)) | prefixed("net.", s)},
     "only an average": lambda s: {"model_ema": s},
@@ -157,11 +162,21 @@ def test_a_file_without_a_vision_transformer_names_what_it_holds(content, named,
 def test_plain_types_beside_the_weights_are_loaded(value, encoder, tmp_path):
     torch.save({"model": encoder, "extra": value}, tmp_path / "file.pth")
     loaded = load_checkpoint(str(tmp_path / "file.pth"))
-    assert torch.equal(loaded["model"]["cls_token"], encoder["cls_token"]) and "extra" in loaded
+    assert torch.equal(loaded["model"]["cls_token"], encoder["cls_token"])
 
 
 class Custom:
     """A type of the user's own program."""
+
+
+class Module:
+    """What a whole model is to torch.save, as some programs store it."""
+
+    def __init__(self, state):
+        self.state, self.by = state, Custom()
+
+    def state_dict(self):
+        return self.state
 
 
 class Marked:
@@ -202,6 +217,9 @@ def test_arrays_of_objects_are_refused(content, encoder, tmp_path):
         lambda s: {"model": s, "extra": Custom()},
         lambda s: {"weights of mine": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "by": Custom()}},
         lambda s: s | {"extra": Custom()},
+        lambda s: {"model": Module(s), "ema": None, "by": Custom()},
+        lambda s: {"model": {**s, "_extra_state": Custom()}},
+        lambda s: {"checkpoint": {"net": s, "by": Custom()}, "by": Custom()},
         lambda s: {"state_dict": prefixed("model.", s), "callbacks": {"a": Custom()}},
     ],
 )
@@ -209,10 +227,9 @@ def test_the_lines_that_a_refusal_names_save_the_weights(wrap, encoder, tmp_path
     """Follow the message to its end: run its two lines, and pass the file that they write."""
     file = tmp_path / "refused.pth"
     torch.save(wrap(encoder), file)
-    with pytest.raises(UserError, match="refused: it holds test_foreign.Custom") as refusal:
+    with pytest.raises(UserError, match=r"refused: it holds test_foreign.(Custom|Module)") as refusal:
         load_checkpoint(str(file))
-    lines = "\n".join(line.strip() for line in str(refusal.value).splitlines()[1:])
-    exec(lines, {})
+    exec(textwrap.dedent("\n".join(str(refusal.value).splitlines()[1:])), {})
     loaded = load_checkpoint(str(tmp_path / "refused-weights.pth"))
     assert all(torch.equal(loaded["model"][name], value) for name, value in encoder.items())
 
@@ -305,3 +322,93 @@ def test_two_rows_before_the_patches_are_named(encoder, tmp_path):
     torch.save(encoder | {"pos_embed": torch.cat([positions[:, :1], positions], dim=1)}, tmp_path / "file.pth")
     with pytest.raises(UserError, match="rows of positions: 6 in the file, 5 here"):
         weights.load_pretrained(str(tmp_path / "file.pth"), models_vit.VisionTransformer(**SIZES, num_classes=2))
+
+
+# What lies beside the weights, and what they are made of.
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"model_config": {"name": "vit"}},
+        {"model_config": "vit_base"},
+        {"class_to_idx": ["a", "b"]},
+        {"stats": [1, 2], "saved": "2024-01-01"},
+        {"args": {"mean": 0.5, "std": "0.5,0.5,0.5", "crop_pct": "0.9"}},
+        {"args": {"mean": [123.675, 116.28, 103.53], "std": [58.4, 57.1, 57.4]}},
+        {"args": {"mean": torch.tensor([0.5, 0.5, 0.5]), "blr": None}, "epoch": "0", "optimizer": {}},
+        {"args": {"blr": 1.0, "batch_size": "16"}, "epoch": None, "optimizer": {}, "rng": torch.zeros(3)},
+        {"position": [1], "job": "train vit", 7: "seven"},
+    ],
+    ids=lambda entry: " ".join(map(str, entry)),
+)
+def test_entries_of_another_meaning_do_not_count(entry, encoder, images, tmp_path):
+    """Features are those of the weights with the usual pixels; a run starts, an export is written."""
+    plain, odd = str(tmp_path / "plain.pth"), str(tmp_path / "odd.pth")
+    torch.save({"model": encoder}, plain)
+    torch.save({"model": encoder, **entry}, odd)
+    for file in (plain, odd):
+        argv = ["--resume", file, "--data_path", str(images / "val" / "bag"), "--output", file + ".npz"]
+        main_features.main([*argv, "--device", "cpu"])
+    assert np.array_equal(np.load(plain + ".npz")["features"], np.load(odd + ".npz")["features"])
+    weights.load_pretrained(odd, models_vit.VisionTransformer(**SIZES, num_classes=2), {"mean": [0.5] * 3})
+    main_export.main(["--resume", odd, "--to", "timm", "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda value: value.to_sparse(),
+        lambda value: (100 * value).to(torch.int8),
+        lambda value: value.to("meta"),
+        lambda value: value > 0,
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(change, encoder, tmp_path):
+    file = str(tmp_path / "file.pth")
+    torch.save(encoder | {"blocks.1.mlp.fc1.weight": change(encoder["blocks.1.mlp.fc1.weight"])}, file)
+    with pytest.raises(UserError, match="blocks.1.mlp.fc1.weight is of type|is not a whole PyTorch checkpoint"):
+        weights.load_pretrained(file, models_vit.VisionTransformer(**SIZES, num_classes=2))
+
+
+@pytest.mark.parametrize("grid", [(24, 32), (32, 40), (12, 32)])
+def test_positions_of_a_grid_that_is_not_square_are_left_alone(grid, tmp_path):
+    """Though with the class token's their number may be that of a square."""
+    sizes = SIZES | {"img_size": grid}
+    torch.manual_seed(0)
+    theirs = models_vit.VisionTransformer(**sizes, num_classes=0, global_pool=False).state_dict()
+    torch.nn.init.normal_(theirs["pos_embed"])
+    file = str(tmp_path / "file.pth")
+    torch.save({"model": theirs}, file)
+    fresh = models_vit.VisionTransformer(**sizes, num_classes=2)
+    weights.load_pretrained(file, fresh)
+    assert torch.equal(fresh.pos_embed, theirs["pos_embed"])
+    full = models_mae.mae_vit_demo_patch4(img_size=grid)
+    torch.save({"model": full.state_dict()}, file)
+    start = models_mae.mae_vit_demo_patch4(img_size=grid)
+    weights.load_initial(file, start, {})
+    assert torch.equal(start.pos_embed, full.pos_embed)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "relu"])
+def test_another_activation_is_refused(activation, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, image_size=8, patch_size=4, hidden_act=activation
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"its activation is {activation}"):
+        load_checkpoint(str(tmp_path))
+
+
+def test_classes_of_the_same_name_are_told_apart():
+    config = dict.fromkeys(("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"), 1)
+    stored = from_export_config({**config, "label_names": ["a", "crane", "b", "crane"]})
+    assert stored["class_to_idx"] == {"a": 0, "crane (1)": 1, "b": 2, "crane (3)": 3}
+
+
+@pytest.mark.parametrize("cut", [25, 30, 55, 300])
+def test_old_format_files_that_are_cut_off_say_so(cut, encoder, tmp_path):
+    torch.save({"model": encoder}, tmp_path / "file.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "file.pth").write_bytes((tmp_path / "file.pth").read_bytes()[:cut])
+    with pytest.raises(UserError, match="file.pth is not a"):
+        load_checkpoint(str(tmp_path / "file.pth"))

@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_read_is_named(tree):
     assert said.pop("a/deep 600") == 5
     for case, message in said.items():
         folder = re.escape(str((tree / case.split()[0]).resolve()))
-        assert re.match(rf"UserError: cannot read {folder}\S*: Permission denied", str(message)), (case, message)
+        assert re.match(rf"UnreadableFolder: cannot read {folder}\S*: Permission denied", str(message)), (case, message)
     assert len(said) == 8
 
 

@@ -21,7 +21,7 @@ from util.distributed import dist
 
 # System errors that mean: a file could not be written; or could not be written or read.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR)
 # How gloo, NCCL and the store say that another process is gone.
 PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout")
 # How Python, torch and the linker say that a process, or the machine, has too many files open.

@@ -83,6 +83,9 @@ def find(paths: list[Path], num: int | None = None) -> list[Path]:
     if missing:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
 
+    special = [str(path) for path in paths if not path.is_file() and not path.is_dir()]
+    if special:
+        raise UserError(f"neither a file nor a folder: {', '.join(special)}")
     files, left_out = [], listing.LeftOut()
     for path in paths:
         if path.is_file():

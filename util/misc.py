@@ -142,7 +142,7 @@ class Checkpoints:
         if self.folder is None or dist.rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        unwanted, log = ["checkpoint-*.tmp", ".log.*.txt"], self.folder / "log.txt"
+        unwanted, log = ["checkpoint-*.tmp", ".unfinished-*"], self.folder / "log.txt"
         if not is_inside(source, self.folder):
             if self.args.get("overwrite"):
                 unwanted += ["checkpoint-*.pth", "log.txt", EVENTS, "reconstructions/epoch-*.png"]

@@ -554,7 +554,11 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
     for name in ("resume", "finetune", "init"):
         source = getattr(args, name, "")
-        known = not source or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
+        # Where a run goes on, the file that it began with is not needed any more.
+        goes_on = name != "resume" and args.resume == "auto" and any(Path(args.output_dir).glob("checkpoint-*.pth"))
+        known = (
+            not source or goes_on or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
+        )
         if not known and not weights_in(Path(source)):
             problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
 
@@ -579,7 +583,8 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
     # Would --overwrite remove the checkpoint from which to start?
     for name in ("finetune", "init"):
         source = Path(getattr(args, name, ""))
-        if args.overwrite and fnmatch(source.name, "checkpoint-*.pth") and is_inside(str(source), args.output_dir):
+        is_checkpoint = fnmatch(source.resolve().name, "checkpoint-*.pth")
+        if args.overwrite and is_checkpoint and is_inside(str(source), args.output_dir):
             problems.append(f"--overwrite would remove --{name} {source} itself: choose another --output_dir")
 
     # Does output_dir hold a run that a fresh start would spoil?

@@ -15,7 +15,8 @@ from util.errors import UserError
 # Names of weights that are no part of an encoder: decoders, heads, the token for masked patches, and the heads of
 # other self-supervised methods.
 NO_ENCODER = re.compile(
-    r"decoder|mask_token$|(head|heads|head_\w+|classifier|fc|pre_logits|attn_pool|projector|predictor|prototypes)\."
+    r"decoder|(mask_token|mask_embed|masked_embed|logit_scale|queue\w*)$|"
+    r"(heads?|head_\w+|\w+_head|classifier|fc|pre_logits|attn_pool|projector|predictor|prototypes)\."
 )
 # Parts of other encoders, by patterns of their weights' names.
 FOREIGN_PARTS = {
@@ -68,7 +69,8 @@ def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: di
         ("num_heads", "attention heads", f"--model {args.get('model')}"),
         ("decoder_num_heads", "the decoder's attention heads", "--decoder_heads"),
     ):
-        if name in model.config and config.get(name, model.config[name]) != model.config[name]:
+        is_unused = name.startswith("decoder") and "decoder_pred.weight" not in checkpoint["model"]
+        if name in model.config and not is_unused and config.get(name, model.config[name]) != model.config[name]:
             raise UserError(
                 f"{source} does not fit: {kind}: {config[name]} in the file, {model.config[name]} here ({flag})"
             )
@@ -136,8 +138,9 @@ def refuse_misfits(
     Raises:
         UserError: Keys are missing or surplus, or shapes differ; it describes file and model side by side.
     """
-    # Keys that both sides have may still differ in shape.
+    # Keys that both sides have may still differ in kind and in shape.
     state, model_state = checkpoint["model"], model.state_dict()
+    _refuse_other_kinds(source, {name: state[name] for name in model_state if name in state}, model_state)
     shapes = [
         f"{name} is {list(state[name].shape)} in the file and {list(model_state[name].shape)} in the model"
         for name in model_state
@@ -162,18 +165,57 @@ def refuse_misfits(
     problems += [f"the model has no {join_names(sorted(surplus), 6)}"] if surplus else []
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
 
-    # The remedy depends on the kind of file.
-    remedy = "pass the flags that the file was made with, or another file"
-    foreign = sorted(name for name in surplus if not is_no_encoder(name))
-    if any(re.search(pattern, name) for pattern in FOREIGN_PARTS for name in foreign):
-        remedy = _describe_foreign_parts(foreign)
-    if "cls_token" in missing and "patch_embed.proj.weight" in state:
-        remedy = "its encoder has no class token, which the models here need: use another file"
+    remedy = _remedy(state, model_state, missing, surplus)
     if "kind" in in_file and in_file["kind"] != in_model["kind"]:
         remedy = "to start a fine-tuning or a probe from its encoder, pass it as --finetune"
-    if "patch_embed.proj.weight" not in state:
-        remedy = "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
     raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
+
+
+def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]) -> str:
+    """Return what to do about weights that do not fit, as far as their names tell.
+
+    Args:
+        state: The file's weights.
+        model_state: The model's.
+        missing: Names that the file lacks.
+        surplus: Names that the model has no place for.
+    """
+    if "patch_embed.proj.weight" not in state:
+        return "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
+    if "cls_token" in missing:
+        return "its encoder has no class token, which the models here need: use another file"
+
+    # No flag explains a weight that is neither a decoder's or a head's, nor the other norm's, nor of further blocks.
+    foreign = [
+        name
+        for name in sorted(surplus)
+        if re.sub(r"blocks\.\d+\.", "blocks.0.", name) not in model_state
+        and not is_no_encoder(name)
+        and not name.startswith(("norm.", "fc_norm."))
+    ]
+    return (
+        _describe_foreign_parts(foreign) if foreign else "pass the flags that the file was made with, or another file"
+    )
+
+
+def _refuse_other_kinds(source: str, state: dict, model_state: dict) -> None:
+    """Raise a UserError for weights that are no plain floating-point numbers where the model's are."""
+    kinds = [
+        f"{name} is of type {str(value.dtype).removeprefix('torch.')}, layout {value.layout}, on {value.device}"
+        for name, value in state.items()
+        if model_state[name].is_floating_point() and not _is_plain(value)
+    ]
+    if kinds:
+        raise UserError(
+            f"{source} does not fit: its weights are no plain floating-point numbers, {join_names(kinds, 2)}: save "
+            "them as such in the program that they are from"
+        )
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Return whether a tensor holds floating-point numbers, one for each element, in this process's memory."""
+    is_stored = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+    return is_stored and value.is_floating_point() and not hasattr(value, "full_tensor")
 
 
 # The properties by which describe_weights describes a model, and the flags that set them.

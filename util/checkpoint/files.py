@@ -29,8 +29,6 @@ from util.errors import UserError
 
 FOLDER_BIT = 0x10  # in a zip entry's external attributes
 CHUNK = 1 << 24  # bytes
-# Flags by which images are prepared; other programs have them under the same names.
-PREPROCESSING = ("mean", "std", "crop_pct")
 
 
 def is_url(source: str) -> bool:
@@ -72,7 +70,8 @@ def write(state: dict, paths: list[Path]) -> None:
     unfinished = [path.with_name(path.name + ".tmp") for path in paths]
     noting = None
     try:
-        # Write everything under temporary names, and wait until it is on the disk.
+        # Write everything under temporary names, and wait until it is on the disk. The folder may have been removed.
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
         with unfinished[0].open("wb") as file:
             noting = _NotingErrors(file)
             torch.save(state, noting)
@@ -161,10 +160,7 @@ def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
         content = _read(source, peek)
     checkpoint, left_out = _as_checkpoint(source, content, ema)
     recognised = formats.recognise(checkpoint["model"])
-    state = formats.add_class_position(recognised.state, checkpoint.get("model_config") or {})
-    if state is not recognised.state:
-        dist.print_rank0(f"notice: the class token of {source} has no position of its own, and gets one of zeros")
-    checkpoint["model"] = state
+    checkpoint["model"] = recognised.state
     if recognised.kind:
         checkpoint["format"] = recognised.kind
     checkpoint["left_out"] = left_out + recognised.left_out
@@ -191,37 +187,34 @@ def _raise_read_errors(source: str) -> Iterator[None]:
     """Turn the errors of reading a checkpoint into a UserError that names the source, the problem and the remedy."""
     try:
         yield
-    except pickle.UnpicklingError as error:
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden:
-            raise UserError(_refusal(source, forbidden[1])) from error
-        raise UserError(
-            f"{source} is not a checkpoint of plain types and tensors, and nothing in it was run: check that it was "
-            "saved by torch.save and downloaded whole"
-        ) from error
+    except (UserError, MemoryError):
+        raise
     except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
         raise UserError(
             f"cannot download {source}: {error}. Check the address and the network, or pass a file"
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}. Check the path") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+    except Exception as error:  # damaged files raise errors of any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{source} is not a whole PyTorch checkpoint: {reason}. Take an earlier checkpoint, or --resume auto"
         ) from error
 
 
-def _refusal(source: str, name: str) -> str:
+def _refusal(path: Path, name: str) -> str:
     """Return the message for a file that holds a type which could run code, with the lines that save its weights."""
-    file = Path(urlparse(source).path if is_url(source) else source)
-    target = f"{file.with_suffix('')}-weights.pth"
+    target = str(path.with_name(f"{path.stem}-weights.pth"))
     return (
-        f"{source} is refused: it holds {name}, and loading it could run code. Nothing in it was run. If you trust it, "
+        f"{path} is refused: it holds {name}, and loading it could run code. Nothing in it was run. If you trust it, "
         "save its weights alone, in Python, and pass that file:\n"
-        f"  import torch; c = torch.load({str(file)!r}, 'cpu', weights_only=False)\n"
-        "  torch.save({k: v for k, v in getattr(c, 'state_dict', lambda: c)().items() if torch.is_tensor(v) or "
-        f"isinstance(v, dict) and any(map(torch.is_tensor, v.values()))}}, {target!r})"
+        "  import torch\n"
+        "  def weights(x):\n"
+        "      x = x.state_dict() if hasattr(x, 'state_dict') else x\n"
+        "      return {k: v if torch.is_tensor(v) else weights(v) for k, v in x.items()\n"
+        "              if torch.is_tensor(v) or hasattr(v, 'state_dict') or isinstance(v, dict)}\n"
+        f"  file = {str(path)!r}\n"
+        f"  torch.save(weights(torch.load(file, 'cpu', weights_only=False)), {target!r})"
     )
 
 
@@ -241,16 +234,14 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
     """
     found = wrappings.unwrap(content, ema)
     if found and not found.steps:
-        # A checkpoint of this project or the reference, or a state dict.
-        checkpoint = dict(content) if "model" in content else {}
-        return checkpoint | {"model": found.state}, found.outside
+        # A checkpoint of this project or the reference, a state dict, or another program's of the same form.
+        return _plausible_entries(content) | {"model": found.state}, found.outside
     if found and ema and content.get("model_ema") is not None and "job" in content:
         return content | {"model": found.state}, found.outside
     if found:
         # Another program's: of the rest only the preprocessing means the same here.
         dist.print_rank0(f"notice: weights of {source}: {found.steps}")
-        args = {name: value for name, value in checkpoint_args(content).items() if name in PREPROCESSING and value}
-        return {"model": found.state, "args": args}, found.outside
+        return {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
 
     if ema:
         raise UserError(f"{source} holds no EMA of the weights: leave out --model_ema")
@@ -269,6 +260,47 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     return load_file(path) if is_utf8(path) else safetensors.torch.load(path.read_bytes())
 
 
+def _plausible_entries(content: dict) -> dict:
+    """Return the entries of a checkpoint beside its weights, as far as they mean here what their names say.
+
+    Everything counts beside a "job" of this project, or in a folder that was read with its config.json. Elsewhere only
+    what has the form of the reference's checkpoints counts.
+    """
+    if "model" not in content:
+        return {}
+    if content.get("job") in ("pretrain", "finetune", "linprobe") or content.get("from_folder"):
+        return dict(content)
+    entries, args = {}, checkpoint_args(content)
+    classes = content.get("class_to_idx")
+    if isinstance(classes, dict) and all(isinstance(number, int) for number in classes.values()):
+        entries["class_to_idx"] = classes
+    config = content.get("model_config")
+    if isinstance(config, dict) and all(name in config for name in formats.TRUNK):
+        entries["model_config"] = config
+
+    # The reference's flags, and with them a state to resume from.
+    numbers = {name: args.get(name, 1) for name in ("batch_size", "accum_iter", "epochs", "warmup_epochs", "min_lr")}
+    numbers["blr"] = args.get("blr")
+    if not all(isinstance(value, (int, float)) for value in numbers.values()):
+        return entries | {"args": _preprocessing(args)}
+    entries["args"] = args
+    if isinstance(content.get("epoch"), int) and isinstance(content.get("optimizer"), dict):
+        entries |= {name: content[name] for name in ("epoch", "optimizer", "scaler") if name in content}
+    return entries
+
+
+def _preprocessing(args: dict) -> dict:
+    """Return mean, std and crop_pct from another program's flags, where they are numbers for pixels from 0 to 1."""
+    kept = {}
+    for name in ("mean", "std"):
+        values = args.get(name)
+        if isinstance(values, (list, tuple)) and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values):
+            kept[name] = list(values)
+    if isinstance(args.get("crop_pct"), float) and 0 < args["crop_pct"] <= 1:
+        kept["crop_pct"] = args["crop_pct"]
+    return kept
+
+
 def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
     """Return a checkpoint from a folder of Hugging Face's or timm's: its weights, and entries from its configuration.
 
@@ -278,10 +310,17 @@ def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
     for file in weight_files:
         state |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickled(file, peek=False)
     config = formats.read_config(folder)
-    checkpoint = {"model": state, "args": formats.preprocessing(folder, config)}
+    checkpoint = {"model": state, "args": formats.preprocessing(folder, config), "from_folder": True}
     if not str(config.get("model_type", "")).startswith("vit"):
         return checkpoint | formats.from_export_config(config)
 
+    # The models here have one activation, and a LayerNorm eps whose difference hardly shows.
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":
+        raise UserError(
+            f"{folder} does not fit: its activation is {activation}, that of the models here gelu, with which it would "
+            "compute something else. Use it in the library that it is from"
+        )
     # Without the key transformers takes 1e-12.
     eps = config.get("layer_norm_eps", 1e-12)
     if abs(eps - 1e-6) > 1e-7:
@@ -300,12 +339,21 @@ def _load_pickled(path: Path, peek: bool) -> object:
     """Open a file of torch.save after checking its checksums; with peek its tensors stay on the disk, unchecked.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: The file is damaged, or holds what could run code.
     """
     if not peek and (problem := find_damage(path)):
         raise UserError(f"{problem}. Take an earlier checkpoint, or --resume auto")
-    # torch maps files by their names in UTF-8: any other is read whole.
-    return torch.load(path, "cpu", weights_only=True, mmap=True if peek and is_utf8(path) else None)
+    try:
+        # torch maps files by their names in UTF-8: any other is read whole.
+        return torch.load(path, "cpu", weights_only=True, mmap=True if peek and is_utf8(path) else None)
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise UserError(_refusal(path, forbidden[1])) from error
+        raise UserError(
+            f"{path} is not a checkpoint of plain types and tensors, and nothing in it was run: check that it was "
+            "saved by torch.save and downloaded whole"
+        ) from error
 
 
 def _download(url: str) -> object:

@@ -12,12 +12,14 @@ Names of mmpretrain's VisionTransformer: MMPRETRAIN below.
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor
+
+from util.distributed import dist
 
 # Hugging Face's older names as patterns, and the newer names that replace them, in this order.
 GENERATIONS = (
@@ -145,25 +147,25 @@ def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], lis
     return native, left_out
 
 
-def add_class_position(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+def add_class_position(state: dict[str, Tensor], source: str, patches: int = 0) -> dict[str, Tensor]:
     """Return weights whose positions have a row for the class token.
 
     Where they have none, as with timm's no_embed_class, the class token gets no position: a row of zeros.
 
     Args:
         state: The weights; those without a class token, or with another form of positions, are returned as they are.
-        config: The model's sizes, where known; without them the grid is taken as square.
+        source: Name of their file, for a notice.
+        patches: Patches of the model that they are for; 0: unknown.
     """
-    positions = state.get("pos_embed")
+    positions, decoder = state.get("pos_embed"), state.get("decoder_pos_embed")
     if "cls_token" not in state or positions is None or positions.ndim != 3:
         return state
     rows = positions.shape[1]
-    patches = round(rows**0.5) ** 2  # of a square grid without class token
-    if "img_size" in config:
-        height, width = to_2tuple(config["img_size"])
-        patches = (height // config["patch_size"]) * (width // config["patch_size"])
-    if rows != patches or rows == 1:
+    with_class = rows == 1 + patches or (decoder is not None and decoder.shape[1:2] == positions.shape[1:2])
+    without_class = rows == patches or (rows > 1 and round(rows**0.5) ** 2 == rows)  # a square grid
+    if with_class or not without_class:
         return state
+    dist.print_rank0(f"notice: the class token of {source} has no position of its own, and gets one of zeros")
     return state | {"pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
 
 
@@ -268,6 +270,8 @@ def from_hugging_face_config(config: dict) -> dict:
         "depth": config.get("num_hidden_layers", 12),
         "num_heads": config.get("num_attention_heads", 12),
     }
+    if isinstance(arguments["patch_size"], list):
+        arguments["patch_size"] = arguments["patch_size"][0]  # of other than square patches the weights do not fit
     arguments["mlp_ratio"] = config.get("intermediate_size", 3072) / arguments["embed_dim"]
 
     # An autoencoder, or an encoder without a head.
@@ -310,7 +314,9 @@ def _named_classes(names: dict[int, str]) -> dict[str, dict[str, int]]:
     """
     if all(name == f"LABEL_{number}" for number, name in names.items()):
         return {}
-    return {"class_to_idx": {name: number for number, name in names.items()}}
+    # Names that are there twice, such as ImageNet's two cranes, are told apart by their numbers.
+    twice = {name for name, count in Counter(names.values()).items() if count > 1}
+    return {"class_to_idx": {f"{name} ({n})" if name in twice else name: n for n, name in names.items()}}
 
 
 def preprocessing(folder: Path, config: dict) -> dict:

@@ -1,5 +1,6 @@
 """The output folder: its lock, its permissions, and writing that leaves a whole file, old or new, after a crash."""
 
+import errno
 import os
 import socket
 import tempfile
@@ -101,6 +102,14 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _follow_links(path: Path) -> Path:
+    """Return the path without links; raise an OSError where they lead in a circle."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # Python before 3.13
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Return a context that gives a path to write to; at its end the file takes the place of `path`, whole.
@@ -115,12 +124,12 @@ def write_whole(path: Path) -> Iterator[Path]:
         UserError: It can't be written.
     """
     with raise_write_errors(path):
-        target = path.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_file():
+        if path.exists() and not path.is_file():
             yield path
             return
-        unfinished = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")  # libraries look at the suffix
+        target = _follow_links(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".unfinished-{os.getpid()}{target.suffix}")  # libraries look at the suffix
         try:
             yield unfinished
             descriptor = os.open(unfinished, os.O_RDONLY)

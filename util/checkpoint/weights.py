@@ -6,7 +6,7 @@ from torch import nn
 
 from util.checkpoint import comparison
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import describe
+from util.checkpoint.formats import add_class_position, describe
 from util.distributed import dist
 from util.errors import UserError
 from util.pos_embed import resize_pos_embed
@@ -28,6 +28,7 @@ def load_model(
         UserError: A weight is missing, surplus or of another shape, or the classes differ.
     """
     comparison.refuse_other_classes(source, checkpoint.get("class_to_idx"), class_to_idx)
+    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
     state, model_state = checkpoint["model"], model.state_dict()
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
     comparison.refuse_misfits(source, checkpoint, model, args, missing, surplus)
@@ -92,6 +93,7 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     checkpoint, model_state = load_checkpoint(source), model.state_dict()
 
     # A head in the file is for other classes, and left out.
+    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
 
@@ -139,6 +141,7 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
             another shape.
     """
     checkpoint, model_state = load_checkpoint(source), model.state_dict()
+    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     comparison.refuse_other_heads(source, checkpoint, model, args)
     resize_positions(state, checkpoint, model)

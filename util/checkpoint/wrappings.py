@@ -21,9 +21,9 @@ TRANSPARENT = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_
 # The usual keys of the weights, the preferred ones first.
 KEYS = ("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module", "teacher", "student")
 # Keys and prefixes of running averages; and of a method's networks that are not the one to take.
-AVERAGES = re.compile(r"(^|[._])ema([._]|$)")
-SECONDARY = re.compile(r"(^|[._])(momentum|student|target)([._]|$)|momentum_encoder|encoder_k([._]|$)")
-DEPTH = 3  # of the dictionaries that are searched
+AVERAGES = re.compile(r"(^|[._])(ema|avg|averaged?|swa|polyak)([._]|$)", re.IGNORECASE)
+SECONDARY = re.compile(r"(^|[._])(momentum|student|target|key|k)([._]|$)", re.IGNORECASE)
+DEPTH = 6  # of the dictionaries that are searched
 
 
 class Place(NamedTuple):
@@ -79,12 +79,16 @@ def unwrap(content: object, ema: bool = False) -> Unwrapped | None:
         state = state[key]
 
     # The Vision Transformer's names have the prefix, the others belong to something beside it.
-    tensors = {TRANSPARENT.sub("", name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {
+        TRANSPARENT.sub("", name): value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(name, str)
+    }
     inside = {
         name.removeprefix(place.prefix): value for name, value in tensors.items() if name.startswith(place.prefix)
     }
     outside = [name for name in tensors if not name.startswith(place.prefix)]
-    steps = _describe_steps(place, places, wrapped_inside=any(TRANSPARENT.search(name) for name in state))
+    steps = _describe_steps(place, places, wrapped_inside=any(TRANSPARENT.search(str(name)) for name in state))
     return Unwrapped(inside, steps, outside)
 
 

@@ -22,6 +22,10 @@ def join_names(names: Iterable[str], shown: int = 10) -> str:
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
+class UnreadableFolder(UserError):
+    """A folder that can't be listed, so that nobody knows what is in it."""
+
+
 @dataclass
 class LeftOut:
     """What a listing leaves out, apart from hidden files and folders.
@@ -116,7 +120,7 @@ def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str
         The files in order of class, folder and name.
 
     Raises:
-        UserError: A folder can't be read.
+        UnreadableFolder: A folder can't be read.
     """
     root, left_out = os.path.abspath(root), LeftOut()
     paths, targets = [], []
@@ -146,7 +150,7 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
         left_out: Takes what is left out, but for hidden files.
 
     Raises:
-        UserError: A folder can't be read.
+        UnreadableFolder: A folder can't be read.
     """
     left_out = LeftOut() if left_out is None else left_out
     # A link to a folder around the root would lead back to the root; by the root's own path and by its links' targets.
@@ -175,7 +179,7 @@ def _identity(folder: str) -> tuple[int, int]:
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}. Check its permissions") from error
+        raise UnreadableFolder(f"cannot read {folder}: {error.strerror}. Check its permissions") from error
     return status.st_dev, status.st_ino
 
 
@@ -188,7 +192,7 @@ def read_folder(path: str, name: str = "", left_out: LeftOut | None = None) -> t
         left_out: Takes what is neither a file nor a folder.
 
     Raises:
-        UserError: It can't be read.
+        UnreadableFolder: It can't be read.
     """
     subfolders, files = [], []
     try:
@@ -204,7 +208,7 @@ def read_folder(path: str, name: str = "", left_out: LeftOut | None = None) -> t
                 elif left_out is not None:
                     left_out.broken.append(entry.path)
     except OSError as error:
-        raise UserError(
+        raise UnreadableFolder(
             f"cannot read {error.filename or path}: {error.strerror}. Check its permissions, or remove it"
         ) from error
     return subfolders, sorted(files)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split, similar
 from util.data.images import Pixels
+from util.data.listing import UnreadableFolder
 from util.distributed import dist, launchers
 from util.distributed.signals import shield_worker
 from util.errors import LocalError, UserError
@@ -316,6 +317,8 @@ def monitor_loaders(
         else:
             hint = similar(data_path, "val")
             dist.print_rank0(f"notice: no val/ in {data_path}, so there will be no test_loss and no test_knn{hint}")
+    except UnreadableFolder:
+        raise
     except UserError as error:
         dist.print_rank0(f"warning: val/ is not used for monitoring: {error}")
         val = None

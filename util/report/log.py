@@ -83,14 +83,12 @@ class RunLog:
             epoch: Fractional epoch.
             values: Values by their tags.
         """
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, int(epoch * 1000))
+        for name, value in values.items():
+            self._to_board("add_scalar", name, value, int(epoch * 1000))
 
     def picture(self, epoch: float, name: str, pixels: Tensor) -> None:
         """Write a picture, [3, H, W] of 8 bits, to TensorBoard, under a tag and at an epoch."""
-        if self.board:
-            self.board.add_image(name, pixels, int(epoch * 1000))
+        self._to_board("add_image", name, pixels, int(epoch * 1000))
 
     def hold(self, epoch: float, values: dict[str, float]) -> None:
         """Keep an evaluation's values until `flush_held`, after the next checkpoint, or `close` writes them.
@@ -104,8 +102,7 @@ class RunLog:
         for epoch, values in self.held:
             self.scalars(epoch, values)
         self.held = []
-        if self.board:
-            self.board.flush()
+        self._to_board("flush")
 
     def epoch(self, values: dict[str, float]) -> None:
         """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush TensorBoard.
@@ -117,14 +114,22 @@ class RunLog:
                 # JSON has no NaN and no infinity.
                 finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
-        if self.board:
-            self.board.flush()
+        self._to_board("flush")
 
     def close(self) -> None:
         """Write the values that were held back, and close TensorBoard."""
         self.flush_held()
-        if self.board:
-            self.board.close()
+        self._to_board("close")
+
+    def _to_board(self, method: str, *values: object) -> None:
+        """Call a method of TensorBoard's writer; when it fails, as on a full disk, go on without TensorBoard."""
+        if self.board is None:
+            return
+        try:
+            getattr(self.board, method)(*values)
+        except Exception as error:  # of the writer's thread, too, whatever it met
+            self.board = None
+            dist.print_rank0(f"warning: no more TensorBoard events, since they can't be written: {error}")
 
 
 def _in_utf8(folder: str) -> str:
