@@ -1,5 +1,6 @@
 """--init: pre-training that starts from an encoder, or an encoder and decoder, of any origin."""
 
+import shutil
 import signal
 
 import faults
@@ -178,6 +179,25 @@ def test_a_run_from_a_file_killed_and_resumed_ends_with_the_same_bits(images, in
     assert_same_end(tmp_path, undisturbed)
 
 
+def test_an_encoder_with_the_configuration_of_an_autoencoder(tmp_path):
+    """Hugging Face's ViTMAEModel has no decoder, but its configuration has one's sizes."""
+    config = transformers.ViTMAEConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, image_size=28, patch_size=4
+    )
+    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
+    model = autoencoder()
+    weights.load_initial(str(tmp_path), model, {})
+    assert torch.equal(model.cls_token, load_checkpoint(str(tmp_path))["model"]["cls_token"])
+
+
+def test_the_file_is_not_needed_once_there_are_checkpoints(images, initialised, tmp_path):
+    _, undisturbed = initialised
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-last.pth").unlink()
+    said = finish(images, tmp_path / "run", "--num_workers", 0, "--init", tmp_path / "gone.pth")
+    assert "resuming from" in said
+
+
 def test_ranks_start_from_the_file_alike(images, initialised, tmp_path):
     file, undisturbed = initialised
     argv = job_argv(images, tmp_path, "--num_workers", 0, "--init", file, "--batch_size", 4)
@@ -193,3 +213,6 @@ def test_a_missing_file_and_its_own_removal_are_refused(images, tmp_path):
     argv = job_argv(images, tmp_path, "--init", tmp_path / "checkpoint-0.pth", "--overwrite")
     with pytest.raises(UserError, match="--overwrite would remove --init .* itself"):
         main_pretrain.main([str(word) for word in argv])
+    (tmp_path / "link.pth").symlink_to("checkpoint-0.pth")
+    with pytest.raises(UserError, match="--overwrite would remove --init .* itself"):
+        main_pretrain.main([str(word) for word in [*argv, "--init", tmp_path / "link.pth"]])

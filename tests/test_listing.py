@@ -131,6 +131,20 @@ def test_a_folder_that_cannot_be_read_is_named(tree):
     assert len(said) == 8
 
 
+def test_a_validation_class_that_cannot_be_read_is_an_error(images, monkeypatch):
+    """Pre-training does without a val/ that is no use, but not without knowing what is in it."""
+    read = listing.read_folder
+
+    def closed(path, *more, **named):
+        if path.endswith("val/bag"):
+            raise listing.UnreadableFolder(f"cannot read {path}: Permission denied")
+        return read(path, *more, **named)
+
+    monkeypatch.setattr(listing, "read_folder", closed)
+    with pytest.raises(UserError, match="cannot read .*val/bag"):
+        main_pretrain.main([str(word) for word in job_argv(images, "", "--num_workers", 0)])
+
+
 # Files of other kinds.
 
 

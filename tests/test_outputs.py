@@ -6,11 +6,16 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 
+import faults
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
-from runs import job_argv
+from runs import job_argv, wait_for
+from torch.utils.tensorboard import SummaryWriter
 
 import main_export
 import main_features
@@ -197,6 +202,47 @@ def test_log_txt_stays_json_when_figures_are_not_finite(images, tmp_path):
     assert len(lines) == 2 and lines[1]["test_loss"] is None
     argv = job_argv(images, tmp_path, *more, "--epochs", 3, "--resume", "auto", "--resume_override")
     main_pretrain.main([str(word) for word in argv])
+
+
+def test_labels_that_a_stray_image_prevents_are_said(trained, images, tmp_path, capsys):
+    shutil.copytree(images / "val", tmp_path / "val")
+    shutil.copy(next((tmp_path / "val" / "bag").iterdir()), tmp_path / "val" / "stray.png")
+    main_features.main(arguments(main_features, trained, tmp_path / "val", tmp_path / "f.npz"))
+    assert "no labels, since 1 images lie beside the class folders: stray.png" in capsys.readouterr().out
+
+
+def test_an_output_folder_that_goes_comes_back(images, tmp_path):
+    """What was trained is saved, whatever else could not be written."""
+    argv = job_argv(images, tmp_path / "out", "--num_workers", 0, "--monitor_freq", 0, "--save_freq", 100)
+    process = faults.start("pretrain", argv, tmp_path / "said", ("slow_steps", 0.1))
+    wait_for(tmp_path / "said", r"epoch 1/\d+ \[1/")
+    shutil.rmtree(tmp_path / "out")
+    assert faults.exit_code(process) in (0, 2)
+    said = (tmp_path / "said").read_text()
+    # A thread of TensorBoard's prints a traceback of its own.
+    assert (tmp_path / "out" / "checkpoint-last.pth").is_file() and "main_pretrain.py\", line" not in said
+
+
+def test_tensorboard_that_fails_ends_nothing(images, tmp_path, monkeypatch, capsys):
+    def failing(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", failing)
+    main_pretrain.main([str(word) for word in job_argv(images, tmp_path, *SHORT)])
+    assert capsys.readouterr().out.count("no more TensorBoard events, since they can't be written: [Errno 28]") == 1
+    assert (tmp_path / "checkpoint-0.pth").is_file()
+
+
+def test_a_pipe_and_a_name_as_long_as_they_may_be_are_written_to(trained, images, tmp_path):
+    """/dev/stdout is a link to a pipe that has no path; a temporary name must not be longer than the file's."""
+    command = [sys.executable, "main_predict.py", *arguments(main_predict, trained, images / "val", "/dev/stdout")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(".png,") == 30, done.stderr
+    with write_whole(tmp_path / ("x" * 251 + ".csv")) as unfinished:
+        unfinished.write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="cannot write .*loop"), write_whole(tmp_path / "loop"):
+        pass
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, images, tmp_path):
