@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import models_vit
 from models_vit import SIZES
+from util.checkpoint import comparison
 from util.checkpoint.files import checkpoint_args
 from util.errors import UserError
 from util.pos_embed import sincos_pos_embed
@@ -267,6 +268,7 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
         config["norm_pix_loss"] = bool(checkpoint_args(checkpoint).get("norm_pix_loss", norm_pix_loss))
 
     model = from_config(config)
+    comparison.refuse_other_kinds(source, state, model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

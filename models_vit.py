@@ -249,6 +249,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
         state = {name: value for name, value in state.items() if name in encoder_names}
 
     model = from_config(config)
+    comparison.refuse_other_kinds(source, state, model)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

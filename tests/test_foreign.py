@@ -369,6 +369,8 @@ def test_weights_that_are_no_plain_numbers_are_refused(change, encoder, tmp_path
     torch.save(encoder | {"blocks.1.mlp.fc1.weight": change(encoder["blocks.1.mlp.fc1.weight"])}, file)
     with pytest.raises(UserError, match="blocks.1.mlp.fc1.weight is of type|is not a whole PyTorch checkpoint"):
         weights.load_pretrained(file, models_vit.VisionTransformer(**SIZES, num_classes=2))
+    with pytest.raises(UserError, match="blocks.1.mlp.fc1.weight is of type|is not a whole PyTorch checkpoint"):
+        models_vit.from_checkpoint(load_checkpoint(file), file, trunk_only=True)
 
 
 @pytest.mark.parametrize("grid", [(24, 32), (32, 40), (12, 32)])

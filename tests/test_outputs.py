@@ -220,7 +220,7 @@ def test_an_output_folder_that_goes_comes_back(images, tmp_path):
     assert faults.exit_code(process) in (0, 2)
     said = (tmp_path / "said").read_text()
     # A thread of TensorBoard's prints a traceback of its own.
-    assert (tmp_path / "out" / "checkpoint-last.pth").is_file() and "main_pretrain.py\", line" not in said
+    assert (tmp_path / "out" / "checkpoint-last.pth").is_file() and 'main_pretrain.py", line' not in said
 
 
 def test_tensorboard_that_fails_ends_nothing(images, tmp_path, monkeypatch, capsys):

@@ -140,7 +140,7 @@ def refuse_misfits(
     """
     # Keys that both sides have may still differ in kind and in shape.
     state, model_state = checkpoint["model"], model.state_dict()
-    _refuse_other_kinds(source, {name: state[name] for name in model_state if name in state}, model_state)
+    refuse_other_kinds(source, state, model)
     shapes = [
         f"{name} is {list(state[name].shape)} in the file and {list(model_state[name].shape)} in the model"
         for name in model_state
@@ -198,12 +198,21 @@ def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]
     )
 
 
-def _refuse_other_kinds(source: str, state: dict, model_state: dict) -> None:
-    """Raise a UserError for weights that are no plain floating-point numbers where the model's are."""
+def refuse_other_kinds(source: str, state: dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Check that a file's weights are plain floating-point numbers where the model's are.
+
+    Args:
+        source: Name of the checkpoint, for the message.
+        state: Its weights; those that the model does not have are not checked.
+        model: The model to load them into.
+
+    Raises:
+        UserError: Some are whole numbers, sparse, quantised, or not stored in the file.
+    """
     kinds = [
-        f"{name} is of type {str(value.dtype).removeprefix('torch.')}, layout {value.layout}, on {value.device}"
-        for name, value in state.items()
-        if model_state[name].is_floating_point() and not _is_plain(value)
+        f"{name} is of type {str(state[name].dtype).removeprefix('torch.')}, layout {state[name].layout}"
+        for name, value in model.state_dict().items()
+        if name in state and value.is_floating_point() and not _is_plain(state[name])
     ]
     if kinds:
         raise UserError(
