@@ -90,15 +90,9 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
             attention heads differ; the message names them.
     """
     args = args or {}
-    checkpoint, model_state = load_checkpoint(source), model.state_dict()
-
-    # A head in the file is for other classes, and left out.
-    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
-    state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
-    unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint.get("left_out", ()))
-
-    comparison.refuse_other_heads(source, checkpoint, model, args)
-    resize_positions(state, checkpoint, model)
+    checkpoint, state = _open_encoder(source, model, args)
+    model_state = model.state_dict()
+    unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint["left_out"])
 
     # The weights that may be missing, and those that may be surplus.
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
@@ -118,10 +112,7 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     # Everything is known to fit: load, and print the weights that were not matched.
     model.load_state_dict(state, strict=False)
     surplus |= unused
-    new, dropped = (", ".join(_modules(keys)) or "nothing" for keys in (missing, surplus))
-    dist.print_rank0(
-        f"encoder from {source} ({describe(checkpoint)}); new here: {new}; in the file but not used: {dropped}"
-    )
+    dist.print_rank0(f"encoder from {source} ({describe(checkpoint)}); {_describe_unmatched(missing, surplus)}")
     return missing, surplus
 
 
@@ -140,11 +131,8 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
         UserError: The source can't be read, or a weight of the encoder, or of its decoder, is missing, surplus or of
             another shape.
     """
-    checkpoint, model_state = load_checkpoint(source), model.state_dict()
-    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
-    state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
-    comparison.refuse_other_heads(source, checkpoint, model, args)
-    resize_positions(state, checkpoint, model)
+    checkpoint, state = _open_encoder(source, model, args)
+    model_state = model.state_dict()
 
     # Weights that the file need not have: a decoder, and the norm that an average of patches makes needless.
     has_decoder = "decoder_pred.weight" in state
@@ -155,9 +143,7 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
 
     # Weights of the file that are left there: those of heads and other decoders, and of the other norm.
     needless = {
-        name
-        for name in set(state) - set(model_state)
-        if comparison.NO_ENCODER.match(name) or name.startswith("fc_norm.")
+        name for name in set(state) - set(model_state) if comparison.is_no_encoder(name) or name.startswith("fc_norm.")
     }
     if has_decoder:
         needless = {name for name in needless if not name.startswith("decoder_")}
@@ -174,12 +160,36 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     comparison.compare_flags(source, checkpoint, args, flags)
 
     model.load_state_dict(state, strict=False)
-    unused = (set(checkpoint["model"]) - set(state) - new) | set(checkpoint.get("left_out", ()))
+    unused = (set(checkpoint["model"]) - set(state) - new) | set(checkpoint["left_out"])
+    dist.print_rank0(f"starting from {source} ({describe(checkpoint)}); {_describe_unmatched(new, unused)}")
+
+
+def _open_encoder(source: str, model: nn.Module, args: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read a checkpoint to start a training from.
+
+    Args:
+        source: File, folder or address of the checkpoint.
+        model: The model that is to be trained.
+        args: The run's flags, for the messages.
+
+    Returns:
+        The checkpoint, and its weights without a head, which is for other classes, with positions for the model's grid.
+
+    Raises:
+        UserError: The source can't be read, or was made with another number of attention heads.
+    """
+    checkpoint = load_checkpoint(source)
+    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
+    comparison.refuse_other_heads(source, checkpoint, model, args)
+    state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
+    resize_positions(state, checkpoint, model)
+    return checkpoint, state
+
+
+def _describe_unmatched(new: set[str], unused: set[str]) -> str:
+    """Return a phrase on the model's weights that are not the file's, and on the file's that are not used."""
     parts_new, parts_unused = (", ".join(_modules(names)) or "nothing" for names in (new, unused))
-    dist.print_rank0(
-        f"starting from {source} ({describe(checkpoint)}); new here: {parts_new}; in the file but not used: "
-        f"{parts_unused}"
-    )
+    return f"new here: {parts_new}; in the file but not used: {parts_unused}"
 
 
 def other_norm(state: dict[str, torch.Tensor]) -> set[str]:
