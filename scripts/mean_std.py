@@ -8,7 +8,6 @@ and left out; the exit code is then 1.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,13 +106,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("folder", type=Path, nargs="+", help="folders of images, or image files")
     add("--in_chans", default=3, type=int, help="channels of the images")
     add("--num", type=int, help="number of images to use, evenly spread; default: all")
-    pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
-    add("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
+    inference.add_size_limit(parser)
     args = parser.parse_args(argv)
     if args.in_chans < 1 or (args.num is not None and args.num < 1):
         raise UserError("--in_chans and --num must be at least 1")
-    if args.max_megapixels is not None and not 0 < args.max_megapixels < math.inf:
-        raise UserError(f"--max_megapixels {args.max_megapixels} must be greater than 0 and finite")
+    if problems := inference.size_limit_problems(args):
+        raise UserError(problems[0])
     return args
 
 

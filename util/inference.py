@@ -33,13 +33,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="rotate photographs as their EXIF orientation says; default: as in the checkpoint's evaluation",
     )
-    add(
-        "--max_megapixels",
-        type=float,
-        metavar="MEGAPIXELS",
-        help="largest image that is decoded; default: Pillow's limit, 179",
-    )
+    add_size_limit(parser)
     add("--device", default=dist.default_device(), help="cuda, mps or cpu; default: the best one that is available")
+
+
+def add_size_limit(parser: argparse.ArgumentParser) -> None:
+    """Add --max_megapixels."""
+    limit_help = "largest image that is decoded; default: Pillow's limit, 179"
+    parser.add_argument("--max_megapixels", type=float, metavar="MEGAPIXELS", help=limit_help)
+
+
+def size_limit_problems(args: argparse.Namespace) -> list[str]:
+    """Check --max_megapixels; return a list with one message, or an empty one."""
+    if args.max_megapixels is None or 0 < args.max_megapixels < math.inf:
+        return []
+    return [f"--max_megapixels {args.max_megapixels} must be greater than 0 and finite"]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -56,8 +64,7 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--batch_size {args.batch_size} must be at least 1")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         problems.append(f"--crop_pct {args.crop_pct} must be greater than 0, and at most 1")
-    if args.max_megapixels is not None and not 0 < args.max_megapixels < math.inf:
-        problems.append(f"--max_megapixels {args.max_megapixels} must be greater than 0 and finite")
+    problems += size_limit_problems(args)
 
     # With --separate the output is a folder, else a file.
     separate = getattr(args, "separate", False)
