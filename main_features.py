@@ -18,6 +18,7 @@ import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
+from util.data.archives import ImagePath
 from util.errors import UserError
 from util.report import knn
 
@@ -40,7 +41,9 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind: str) -> tuple[Tensor, list[Path]]:
+def encode(
+    model: models_vit.VisionTransformer, batches: inference.Batches, kind: str
+) -> tuple[Tensor, list[ImagePath]]:
     """Encode images and return one feature per readable image, or all its tokens, and the files of these images.
 
     Args:
@@ -63,7 +66,7 @@ def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind
     return torch.cat(parts), readable
 
 
-def labels_of(files: list[Path], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
+def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
     """Derive class numbers from the class folders that the files lie in.
 
     Args:

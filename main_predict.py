@@ -18,6 +18,7 @@ import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
+from util.data.archives import ImagePath
 from util.errors import UserError
 
 TOP = 5  # classes per image, or all where there are fewer
@@ -36,7 +37,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def predict(
     model: models_vit.VisionTransformer, batches: inference.Batches, k: int
-) -> Iterator[tuple[Path, list[float], list[int]]]:
+) -> Iterator[tuple[ImagePath, list[float], list[int]]]:
     """Yield for each readable image its file, and the probabilities and numbers of its k most probable classes.
 
     The best class comes first.

@@ -18,6 +18,7 @@ import models_mae
 from util import errors, inference, masking
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
+from util.data.archives import ImagePath
 from util.errors import UserError
 from util.report import pictures
 
@@ -46,7 +47,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def save_panels(folder: Path, files: list[Path], rows: Tensor) -> None:
+def save_panels(folder: Path, files: list[ImagePath], rows: Tensor) -> None:
     """Write every panel to folder/<file name without extension>-<panel>.png.
 
     If any two files share that name, the names of all panels start with the image's number.

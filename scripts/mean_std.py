@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors, inference
+from util.data.archives import ImagePath
 from util.data.datasets import TRIES
 from util.data.images import BadImage, Pixels, load_array
 from util.errors import UserError
@@ -65,7 +66,7 @@ def _blocks(pixels: np.ndarray) -> Iterator[np.ndarray]:
             yield pixels[top : top + SIDE, left : left + SIDE]
 
 
-def statistics(files: list[Path], pixels: Pixels) -> tuple[Statistics, int]:
+def statistics(files: list[ImagePath], pixels: Pixels) -> tuple[Statistics, int]:
     """Read images; return their statistics, and how many of them could not be read, which stderr names.
 
     Raises:
@@ -74,7 +75,7 @@ def statistics(files: list[Path], pixels: Pixels) -> tuple[Statistics, int]:
     result, unreadable, named = Statistics(pixels.channels), [], 0
     for path in files:
         try:
-            result.add(load_array(str(path), pixels))
+            result.add(load_array(path, pixels))
         except BadImage as error:
             unreadable.append(str(error))
             if not result.count and len(unreadable) >= min(TRIES, len(files)):
@@ -103,7 +104,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, nargs="+", help="folders of images, or image files")
+    add("folder", type=Path, nargs="+", help="folders or archives of images, or image files")
     add("--in_chans", default=3, type=int, help="channels of the images")
     add("--num", type=int, help="number of images to use, evenly spread; default: all")
     inference.add_size_limit(parser)

@@ -38,7 +38,12 @@ def pixels(images: datasets.Images) -> tuple[np.ndarray, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     """Fit the baseline and print its accuracy as a JSON line (argv defaults to the command line's)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, required=True, help="folder of train/ and val/<class>/<images>")
+    parser.add_argument(
+        "--data_path",
+        type=Path,
+        required=True,
+        help="folder of train/ and val/, or of archives",
+    )
     parser.add_argument("--iterations", default=200, type=int, help="largest number of lbfgs iterations")
     args = parser.parse_args(argv)
     try:
@@ -47,11 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("this baseline needs scikit-learn: pip install scikit-learn") from error
 
     # Both splits must be there, with the same classes.
-    for split in ("train", "val"):
-        if not (args.data_path / split).is_dir():
-            raise UserError(f"no folder {args.data_path / split}: --data_path must hold {split}/<class>/<images>")
     train_images, val_images = (
-        datasets.EvalImages(args.data_path / split, None, Pixels()) for split in ("train", "val")
+        datasets.open_split(datasets.EvalImages, args.data_path, split, None, Pixels()) for split in ("train", "val")
     )
     datasets.check_classes(train_images, val_images, len(val_images.classes))
 

@@ -28,7 +28,7 @@ from torchvision import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
-from util.data.datasets import is_image
+from util.data.splits import is_image
 from util.errors import UserError
 
 # Images in train/ and val/ of each dataset.

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
-from util.data import datasets, images, loaders, transforms
+from util.data import datasets, images, loaders, splits, transforms
 from util.data.images import Pixels, load_array
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
@@ -182,6 +182,6 @@ def test_the_listing_is_torchvisions(tmp_path):
     root = make_class_folders(tmp_path, 12)
     (root / "a" / ".hidden.jpg").unlink(), (root / "b" / ".hidden.jpg").unlink()
     theirs = ImageFolder(root)
-    ours = datasets.Images(root, None, Pixels())
+    ours = datasets.Images(root, splits.list_split(splits.source_at(root), "train"), None, Pixels())
     assert list(ours.samples) == [ours.samples[i] for i in range(len(ours))] == theirs.samples
     assert ours.targets.tolist() == theirs.targets and ours.class_to_idx == theirs.class_to_idx

@@ -15,7 +15,7 @@ from runs import job_argv
 import main_finetune
 import main_predict
 import main_pretrain
-from util.data import datasets, listing
+from util.data import datasets, listing, splits
 from util.data.images import Pixels
 from util.errors import UserError
 
@@ -30,7 +30,7 @@ def tree(tmp_path):
 
 
 def listed(root, classes=("a", "b")):
-    files = listing.list_files(str(root), {name: number for number, name in enumerate(classes)}, datasets.is_image)
+    files = listing.list_files(str(root), list(classes), splits.is_image)
     return [f"{target} {os.path.relpath(path, root)}" for path, target in files], files.left_out
 
 

@@ -16,8 +16,7 @@ import main_reconstruct
 import models_mae
 import models_vit
 from util import inference, masking
-from util.data import datasets
-from util.data.images import Pixels
+from util.data import splits
 from util.errors import UserError
 from util.report import knn, pictures
 
@@ -254,8 +253,8 @@ def test_the_scripts_see_the_images_that_training_sees(images, tmp_path):
     for name in ("bag", "coat"):
         (tmp_path / "data" / name).symlink_to(images / "val" / name)
     found = inference.find([tmp_path / "data"])
-    trained = datasets.Images(tmp_path / "data", None, Pixels())
-    assert [str(path) for path in found] == [path for path, _ in trained.samples] and len(found) == 6
+    trained = splits.list_split(splits.source_at(tmp_path / "data"), "train")
+    assert [str(path) for path in found] == [path for path, _ in trained] and len(found) == 6
     assert inference.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # a file that is named is read though hidden
 
 

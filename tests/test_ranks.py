@@ -16,7 +16,7 @@ import models_mae
 import models_vit
 from util import loop, misc, optim
 from util.amp import LossScaler
-from util.data import datasets, listing, loaders
+from util.data import datasets, loaders, splits
 from util.data.images import Pixels
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist, signals
@@ -159,7 +159,7 @@ def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
 
 
 def error_of_evaluation(root):
-    images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
+    images = datasets.open_split(datasets.EvalImages, str(root.parent), "val", CentreCrop(28, 1.0), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(2, 0, False, 0, CPU), distributed=True)
     poll = signals.Requests(save_minutes=0).poll
     try:
@@ -216,7 +216,7 @@ def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
 
 
 def evaluate_split(root):
-    images = datasets.EvalImages(root, CentreCrop(28, 1.0), Pixels())
+    images = datasets.open_split(datasets.EvalImages, str(root.parent), "val", CentreCrop(28, 1.0), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(8, 0, False, 0, CPU), distributed=True)
     return len(images), engine_finetune.evaluate(
         build_model("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True
@@ -246,12 +246,12 @@ def test_no_rank_repeats_anothers_random_numbers(tmp_path):
 
 def count_listed_files(root):
     if dist.rank():
-        listing.list_files = lambda *_: pytest.fail("walked by another rank than 0")
-    return len(datasets.Images(root, CentreCrop(28), Pixels()))
+        splits.list_split = lambda *_: pytest.fail("walked by another rank than 0")
+    return len(datasets.open_split(datasets.Images, root, "train", CentreCrop(28), Pixels()))
 
 
 def test_only_rank_0_lists_the_files(images, tmp_path):
-    assert ranks.run(3, tmp_path, count_listed_files, images / "train") == [80, 80, 80]
+    assert ranks.run(3, tmp_path, count_listed_files, str(images)) == [80, 80, 80]
 
 
 def optimizer_bytes(shard):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from util.checkpoint.files import checkpoint_args
 from util.checkpoint.output_dir import unwritable
-from util.data import datasets, listing, loaders
+from util.data import listing, loaders, splits
+from util.data.archives import ImagePath
 from util.data.images import BadImage, Pixels, load_array
 from util.data.transforms import CentreCrop
 from util.distributed import dist
@@ -76,15 +77,15 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("; ".join(problems))
 
 
-def find(paths: list[Path], num: int | None = None) -> list[Path]:
-    """List image files, and those that training would find in folders.
+def find(paths: list[Path], num: int | None = None) -> list[ImagePath]:
+    """List image files, and those that training would find in folders and archives.
 
     Args:
-        paths: Files, which are taken whatever their names, and folders.
+        paths: Files, which are taken whatever their names, archives, folders, and folders of archives.
         num: Largest number of files to return, evenly spread over the list; None: all.
 
     Raises:
-        UserError: A path does not exist, or there are no images.
+        UserError: A path does not exist, an archive can't be read, or there are no images.
     """
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
@@ -95,20 +96,31 @@ def find(paths: list[Path], num: int | None = None) -> list[Path]:
         raise UserError(f"neither a file nor a folder: {', '.join(special)}")
     files, left_out = [], listing.LeftOut()
     for path in paths:
-        if path.is_file():
-            files.append(path)
-            continue
-        for folder, names in listing.walk(str(path), left_out):
-            files += [path / folder / name for name in left_out.sort_out(names, datasets.is_image)]
+        files += _find_at(path, left_out)
     if not files:
         there = f" The files there: {left_out}." if str(left_out) else ""
         raise UserError(
             f"no images in {', '.join(map(str, paths))}: name a folder that holds some, or the files "
-            f"themselves.{there} {datasets.ENDINGS}"
+            f"themselves.{there} {splits.ENDINGS}"
         )
     if str(left_out):
         print(f"notice: left out: {left_out}", file=sys.stderr)
     return [files[number] for number in loaders.spread(len(files), num or len(files))]
+
+
+def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
+    """List the images of a file, folder or archive, and count in left_out what is not listed."""
+    is_archive = path.name.lower().endswith((splits.ARCHIVE, *splits.OTHER_ARCHIVES))
+    if path.is_file() and not is_archive:
+        return [path]
+    if path.is_file() or splits.holds_archives(path):
+        members = splits.list_split(splits.source_at(path), path.stem, flat=True)
+        left_out.endings += members.left_out.endings
+        return [member for member, _ in members]
+    files = []
+    for folder, names in listing.walk(str(path), left_out):
+        files += [path / folder / name for name in left_out.sort_out(names, splits.is_image)]
+    return files
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Nam
 class Batches:
     """Batches of image files for a trained model; unreadable files are named on stderr, left out, and counted."""
 
-    def __init__(self, files: list[Path], size: tuple[int, int], preprocessing: Preprocessing) -> None:
+    def __init__(self, files: list[ImagePath], size: tuple[int, int], preprocessing: Preprocessing) -> None:
         """Set up the batches.
 
         Args:
@@ -159,7 +171,7 @@ class Batches:
         self.crop = CentreCrop(size, preprocessing.crop_pct)
         self.normalise = loaders.Normalise(preprocessing.pixels, preprocessing.device)
 
-    def __iter__(self) -> Iterator[tuple[list[Path], Tensor]]:
+    def __iter__(self) -> Iterator[tuple[list[ImagePath], Tensor]]:
         """Yield each batch's files, and its images [N, C, H, W], normalised and on the device.
 
         Raises:
@@ -170,7 +182,7 @@ class Batches:
             paths, samples = [], []
             for path in self.files[start : start + self.preprocessing.batch_size]:
                 try:
-                    samples.append((self.crop(load_array(str(path), self.preprocessing.pixels)), 0))
+                    samples.append((self.crop(load_array(path, self.preprocessing.pixels)), 0))
                     paths.append(path)
                 except BadImage as error:
                     self.bad += 1

@@ -131,7 +131,11 @@ def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", metavar="DIR", help="folder with train/<class>/<images> and val/<class>/<images>; required")
+    add(
+        "--data_path",
+        metavar="DIR",
+        help="folder with train/<class>/<images> or train.tar, and the same for val; required",
+    )
     add(
         "--crop_scale",
         type=float,
@@ -377,7 +381,9 @@ def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
     ]
     problems += _model_problems(args, models) + _training_problems(args)
     if not args.data_path:
-        problems.append("--data_path is missing: the folder that holds train/<class>/ and val/<class>/")
+        problems.append(
+            "--data_path is missing: the folder that holds train/<class>/ and val/<class>/, or train.tar and val.tar"
+        )
     return problems
 
 
@@ -551,7 +557,9 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
     # Device, open files, and input files.
     problems = device_problems(args.device) + _open_file_problems(args)
     if args.data_path and not Path(args.data_path).is_dir():
-        problems.append(f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>")
+        problems.append(
+            f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>, or train.tar"
+        )
     for name in ("resume", "finetune", "init"):
         source = getattr(args, name, "")
         # Where a run goes on, the file that it began with is not needed any more.

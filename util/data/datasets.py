@@ -1,12 +1,5 @@
-"""Datasets over folders of images.
+"""Datasets over the images of a split, which lie in folders or archives (util/data/splits.py)."""
 
-    data_path/train/<class>/*.jpg
-    data_path/val/<class>/*.jpg
-
-Pre-training also takes images without class folders, in data_path/train, or in data_path where there is no such folder.
-"""
-
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,85 +12,52 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from util.data import listing
-from util.data.images import EXTENSIONS, BadImage, Pixels, WrongChannels, load_array
-from util.data.listing import join_names
+from util.data import splits
+from util.data.images import BadImage, Pixels, WrongChannels, load_array
+from util.data.listing import Listing, join_names
 from util.distributed import dist
 from util.errors import LocalError, UserError
 from util.rng import seed_all
 
-# Names that folders beside a missing one often have instead.
-OTHER_NAMES = {"train": ("training", "train2017"), "val": ("valid", "validation", "test", "testing", "eval", "dev")}
-ENDINGS = (
-    f"Image files end in .jpg, .png, .tif, .webp, .npy or one of {len(EXTENSIONS) - 5} other endings"  # for messages
-)
 TRIES = 100  # unreadable images in a row before the disk is suspected
 Sample = tuple[Tensor, int]  # an image and the number of its class
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file name is that of an image; hidden files (.DS_Store, ._a.jpg) are not."""
-    return name.lower().endswith(EXTENSIONS) and name[0] != "."
-
-
 class Images(ImageFolder):
-    """Images of one split: (image, class number) by index, without hidden files and folders.
-
-    `mixed` tells whether images lie both in the split's folder itself and in folders there, and all count as one class.
-    """
+    """Images of one split: (image, class number) by index, without hidden files and folders."""
 
     needs_every_class = True  # a class without images is an error
     announce = True  # what is unusable is named; not where other images of the same files do so already
 
-    def __init__(self, root: Path, transform: Callable | None, pixels: Pixels, flat: bool = False) -> None:
-        """List the images of a folder.
+    def __init__(self, root: Path, listing: Listing, transform: Callable | None, pixels: Pixels) -> None:
+        """Set up the dataset.
 
         Args:
-            root: Folder that holds the class folders.
+            root: Folder or archive of the split, for messages.
+            listing: The images in it, and their classes.
             transform: From an array [H, W, C] to a tensor [C, H, W]; None: the arrays are returned as they are.
             pixels: How files become the model's input.
-            flat: Where images lie in root itself, take all images, those in folders too, as one class.
-
-        Raises:
-            UserError: There are no class folders.
         """
-        self.pixels, self.flat = pixels, flat
+        self.pixels, self.listing = pixels, listing
         super().__init__(root, transform, loader=partial(load_array, pixels=pixels))
-        self.targets = self.samples.targets
+        self.targets = listing.targets
 
-    @staticmethod
-    def make_dataset(directory: str, class_to_idx: dict[str, int], *_, **__) -> listing.Listing:
-        """List (path, class number) of every image; rank 0 reads the folders and broadcasts the list."""
-        return dist.run_on_rank0(lambda: listing.list_files(directory, class_to_idx, is_image))
+    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the classes, and a dict from name to class number."""
+        classes = self.listing.classes
+        return classes, {name: number for number, name in enumerate(classes)}
+
+    def make_dataset(self, *_, **__) -> Listing:
+        """Return the list of (path, class number) of every image."""
+        return self.listing
 
     def name(self, index: int) -> str:
         """Return the path of an image, relative to the split's folder."""
-        return os.path.relpath(self.samples[index][0], self.root)
+        return self.listing.name(index)
 
     def counts(self) -> np.ndarray:
         """Return the number of images of every class."""
         return np.bincount(self.targets, minlength=len(self.classes))
-
-    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        """Return the names of the class folders in sorted order, and a dict from name to class number.
-
-        If flat is set and images lie in the directory itself, the only class is "", which stands for the directory.
-
-        Raises:
-            UserError: There are no class folders.
-        """
-        names = sorted(name for name, _ in listing.read_folder(str(directory))[0])
-        self.mixed = bool(names) and self.flat and _has_images(directory)
-        if self.flat and _has_images(directory):
-            names = [""]  # one class, which is the directory itself
-        if not names:
-            raise UserError(f"{directory} has no class folders: it must hold <class>/<images>")
-        return names, {name: number for number, name in enumerate(names)}
-
-
-def _has_images(folder: str | Path) -> bool:
-    """Return whether the folder itself holds an image; its subfolders are not searched."""
-    return any(map(is_image, listing.read_folder(str(folder))[1]))
 
 
 class EvalImages(Images):
@@ -120,9 +80,9 @@ class MonitorImages(Images):
 
     needs_every_class = False
 
-    def __init__(self, root: Path, transform: Callable, pixels: Pixels, flat: bool = False) -> None:
-        """List the images of a folder, as Images does."""
-        super().__init__(root, transform, pixels, flat)
+    def __init__(self, root: Path, listing: Listing, transform: Callable, pixels: Pixels) -> None:
+        """Set up the dataset, as Images does."""
+        super().__init__(root, listing, transform, pixels)
         self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
 
     def __getitem__(self, index: int) -> Sample:
@@ -244,39 +204,30 @@ def open_split(
     Args:
         kind: Class of the dataset; it tells whether a class may have no images.
         data_path: Folder that holds the splits.
-        split: Name of the split's folder, train or val.
+        split: Name of the split, train or val.
         transform: From an array [H, W, C] to a tensor [C, H, W].
         pixels: How files become the model's input.
-        flat: Also take images without class folders, and data_path itself if it holds images and has no such split.
+        flat: Also take images without classes, and data_path itself if it holds images and has no such split.
         announce: Name what is unusable: what is in the folders and not in the list, unreadable images of a monitor.
 
     Returns:
         The dataset.
 
     Raises:
-        UserError: The split's folder is missing or has no class folders, a class has no images though it needs some, or
+        UserError: The split is missing, has no classes or can't be read, a class has no images though it needs some, or
             the first image can't be converted to the model's channels.
     """
-    # Find the folder.
-    folder = Path(data_path) / split
-    if not folder.is_dir():
-        if not (flat and _has_images(data_path)):
-            raise UserError(
-                f"no folder {folder}: --data_path must hold {split}/<class>/<images>{similar(data_path, split)}"
-            )
-        folder = Path(data_path)
-
-    # List the images.
-    dataset = kind(folder, transform, pixels, flat)
+    # Rank 0 reads folders and headers, and broadcasts the list.
+    source, found = dist.run_on_rank0(lambda: _find_and_list(data_path, split, flat))
+    dataset = kind(source.root, found, transform, pixels)
     dataset.announce = announce
-    left_out = dataset.samples.left_out
-    _check_not_empty(dataset, left_out)
-    if announce and str(left_out):
-        dist.print_rank0(f"notice: left out in {folder}: {left_out}")
-    if announce and dataset.mixed:
+    _check_not_empty(dataset)
+    if announce and str(found.left_out):
+        dist.print_rank0(f"notice: left out in {source.root}: {found.left_out}")
+    if announce and found.mixed:
         dist.print_rank0(
-            f"notice: {folder} holds images beside its folders: the images in the folders are used as well, and all of "
-            "them without classes"
+            f"notice: {source.root} holds images beside its folders: the images in the folders are used as well, and "
+            "all of them without classes"
         )
 
     # Decode one image: if its channels do not fit, neither will those of the others.
@@ -289,7 +240,17 @@ def open_split(
     return dataset
 
 
-def _check_not_empty(dataset: Images, left_out: listing.LeftOut) -> None:
+def _find_and_list(data_path: str, split: str, flat: bool) -> tuple[splits.Source, Listing]:
+    source = splits.find_split(data_path, split, flat)
+    if source is None:
+        raise UserError(
+            f"no folder {Path(data_path) / split}: --data_path must hold {split}/<class>/<images>, or {split}.tar"
+            f"{splits.similar(data_path, split)}"
+        )
+    return source, splits.list_split(source, split, flat)
+
+
+def _check_not_empty(dataset: Images) -> None:
     """Raise a UserError where a class has no images and needs some, or no class has any; else print a notice."""
     empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
     if not empty:
@@ -300,14 +261,9 @@ def _check_not_empty(dataset: Images, left_out: listing.LeftOut) -> None:
         return
 
     # A training class without any is more likely an unfinished copy than intended.
+    left_out = dataset.listing.left_out
     there = f" The files there: {left_out}." if str(left_out) else ""
-    raise UserError(f"no images in {folders}: add some, or remove the folder from every split.{there} {ENDINGS}")
-
-
-def similar(data_path: str, split: str) -> str:
-    """Return a phrase on the folders that may be meant where a split's folder is missing; "" if there are none."""
-    names = [name for name, _ in listing.read_folder(data_path)[0] if name.lower() in (split, *OTHER_NAMES[split])]
-    return f" (there is {join_names(sorted(names))}: rename it, or link {split} to it)" if names else ""
+    raise UserError(f"no images in {folders}: add some, or remove the folder from every split.{there} {splits.ENDINGS}")
 
 
 def class_differences(first: list[str], second: list[str], first_name: str, second_name: str) -> str:

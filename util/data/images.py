@@ -36,6 +36,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from util.data import pillow, tiff
+from util.data.archives import ImagePath
 from util.data.channels import (
     BadImage,
     WrongChannels,
@@ -93,11 +94,11 @@ class Pixels(NamedTuple):
         return cls(channels, tuple(mean), tuple(std))
 
 
-def load_array(path: str, pixels: Pixels = Pixels()) -> np.ndarray:  # noqa: B008 (it never changes)
+def load_array(path: str | ImagePath, pixels: Pixels = Pixels()) -> np.ndarray:  # noqa: B008 (it never changes)
     """Read and decode an image file.
 
     Args:
-        path: The file.
+        path: The file, which may lie in an archive.
         pixels: Channels, EXIF orientation and largest size; its mean and std are not applied.
 
     Returns:
@@ -106,12 +107,13 @@ def load_array(path: str, pixels: Pixels = Pixels()) -> np.ndarray:  # noqa: B00
     Raises:
         BadImage: The file can't be read, is empty, cut off, no image, or too large.
         WrongChannels: The file can't give this number of channels.
+        LocalError: The archive has changed, or is gone.
     """
     try:
-        data = Path(path).read_bytes()
+        data = (Path(path) if isinstance(path, str) else path).read_bytes()
     except OSError as error:
         raise BadImage(f"{path}: {error.strerror}") from error
-    return decode(path, data, pixels)
+    return decode(str(path), data, pixels)
 
 
 def decode(path: str, data: bytes, pixels: Pixels) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""List the files of a folder of classes.
+"""List the images of a folder of classes.
 
 The list is held as arrays rather than a list of a million strings: loader processes share arrays, while counting
 references to strings copies them page by page.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.data.archives import MemberPath, Members
 from util.errors import UserError
 
 
@@ -84,36 +85,49 @@ class Listing:
         ends: Where in `names` each path ends [files].
         targets: Class numbers [files].
         left_out: What is in the folders, and not in the list.
+        classes: Names of the classes, in the order of their numbers.
+        members: Where the files lie in archives; None: they are files by themselves. The sequence's paths then are
+            MemberPaths.
+        mixed: Whether files lie both in the root itself and in folders there, and all count as one class.
     """
 
     root: str
     names: np.ndarray
     ends: np.ndarray
     targets: np.ndarray
-    left_out: LeftOut = field(default_factory=LeftOut)
+    left_out: LeftOut
+    classes: list[str]
+    members: Members | None = None
+    mixed: bool = False
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: int) -> tuple[str, int]:
-        start = self.ends[index - 1] if index else 0
-        name = self.names[start : self.ends[index]].tobytes()
-        return os.path.join(self.root, os.fsdecode(name)), int(self.targets[index])
+    def __getitem__(self, index: int) -> tuple[str | MemberPath, int]:
+        return self._path(index, self.name(index)), int(self.targets[index])
 
-    def __iter__(self) -> Iterator[tuple[str, int]]:
+    def __iter__(self) -> Iterator[tuple[str | MemberPath, int]]:
         # Plain bytes and integers: indexing arrays a million times would take seconds.
         names, start = self.names.tobytes(), 0
-        for end, target in zip(self.ends.tolist(), self.targets.tolist(), strict=True):
-            yield os.path.join(self.root, os.fsdecode(names[start:end])), target
+        for index, (end, target) in enumerate(zip(self.ends.tolist(), self.targets.tolist(), strict=True)):
+            yield self._path(index, os.fsdecode(names[start:end])), target
             start = end
 
+    def name(self, index: int) -> str:
+        """Return the path of a file, relative to the root: <class>/<file>."""
+        start = self.ends[index - 1] if index else 0
+        return os.fsdecode(self.names[start : self.ends[index]].tobytes())
 
-def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str], bool]) -> Listing:
+    def _path(self, index: int, name: str) -> str | MemberPath:
+        return MemberPath(self.members, index, name) if self.members else os.path.join(self.root, name)
+
+
+def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool]) -> Listing:
     """List the wanted files of all class folders and their subfolders, except hidden ones.
 
     Args:
         root: Folder that holds the class folders.
-        class_to_idx: Number of each class, by the name of its folder; the name "" stands for root itself.
+        classes: Names of the class folders; the name "" stands for root itself.
         is_wanted: Tells from a file's name whether to list it.
 
     Returns:
@@ -124,7 +138,7 @@ def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str
     """
     root, left_out = os.path.abspath(root), LeftOut()
     paths, targets = [], []
-    for class_name, target in class_to_idx.items():
+    for target, class_name in enumerate(classes):
         for subfolder, files in walk(os.path.join(root, class_name), left_out):
             folder = os.path.join(class_name, subfolder) if subfolder else class_name
             wanted = left_out.sort_out(files, is_wanted)
@@ -132,11 +146,12 @@ def list_files(root: str, class_to_idx: dict[str, int], is_wanted: Callable[[str
             targets += [target] * len(wanted)
 
     # What lies beside the class folders belongs to no class.
-    if "" not in class_to_idx:
+    if "" not in classes:
         _, files = read_folder(root, left_out=left_out)
         left_out.beside += left_out.sort_out(files, is_wanted)
     ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-    return Listing(root, np.frombuffer(b"".join(paths), dtype=np.uint8), ends, np.array(targets, np.int32), left_out)
+    names = np.frombuffer(b"".join(paths), dtype=np.uint8)
+    return Listing(root, names, ends, np.array(targets, np.int32), left_out, classes)
 
 
 def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str]]]:

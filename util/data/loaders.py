@@ -4,16 +4,16 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split, similar
+from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
 from util.data.images import Pixels
 from util.data.listing import UnreadableFolder
+from util.data.splits import find_split, similar
 from util.distributed import dist, launchers
 from util.distributed.signals import shield_worker
 from util.errors import LocalError, UserError
@@ -312,7 +312,7 @@ def monitor_loaders(
 
     try:
         val = None
-        if (Path(data_path) / "val").is_dir():
+        if find_split(data_path, "val"):
             val = open_loader("val", 5000)
         else:
             hint = similar(data_path, "val")

@@ -1,0 +1,355 @@
+"""List the images of a split that is stored in tar archives, with the class of each.
+
+    data_path/train.tar                 <class>/<images>
+    data_path/train/*.tar               archives of one of three forms:
+        <class>/<images>                shards, over which the classes may be spread in any way
+        <images>                        an archive per class, <class>.tar
+        <key>.jpg and <key>.cls         WebDataset: .cls, or .json with "label", holds a class's number or name. The
+                                        names of numbers are the lines of classes.txt beside the archives, or in
+                                        data_path, else class_<number>
+
+Leading folders up to one named like the split, which all images share, don't count (tar cf train.tar train). For
+pre-training, train.tar may also hold images alone, and WebDataset shards may lack classes. The result is the listing of
+the same images in class folders, so that classes, order, names and masks are those of the folders.
+"""
+
+import json
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from util.data.archive_index import load_index
+from util.data.archives import Members, open_archive
+from util.data.listing import LeftOut, Listing, join_names
+from util.data.tar import BadArchive
+
+LABELS = (".cls", ".json")  # endings of the members that hold a sample's class
+CLASS_NAMES = "classes.txt"
+MOST_CLASSES = 10**6  # a greater number is no class
+
+
+@dataclass
+class Files:
+    """Files in archives.
+
+    Attributes:
+        archives: Paths of the archives.
+        names: Name of each file.
+        numbers: Number of its archive [files].
+        offsets: Where its bytes begin there [files].
+        sizes: Number of its bytes [files].
+    """
+
+    archives: list[Path]
+    names: list[str]
+    numbers: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+    def pick(self, chosen: list[int]) -> "Files":
+        """Return the files of these indices, in their order."""
+        names = [self.names[index] for index in chosen]
+        return Files(self.archives, names, self.numbers[chosen], self.offsets[chosen], self.sizes[chosen])
+
+    def path(self, index: int) -> str:
+        """Return archive/name of a file, for messages."""
+        return f"{self.archives[self.numbers[index]]}/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """Return the bytes of a file."""
+        archive = str(self.archives[self.numbers[index]])
+        return os.pread(open_archive(archive), int(self.sizes[index]), int(self.offsets[index]))
+
+
+class Classes(NamedTuple):
+    """Which class each of some images has.
+
+    Attributes:
+        names: Names of the classes, in the order of their numbers.
+        targets: Number of each image's class.
+        images: Name of each image in the listing, <class>/<file>.
+        prefix: As of Members.
+        are_samples: Whether the files make up samples of WebDataset, whose names are unique within an archive only.
+    """
+
+    names: list[str]
+    targets: list[int]
+    images: list[str]
+    prefix: str | None
+    are_samples: bool = False
+
+
+def list_members(
+    archives: list[Path], split: str, is_wanted: Callable[[str], bool], *, flat: bool = False, single: bool = False
+) -> Listing:
+    """List the images in a split's archives, in one of the forms above.
+
+    Args:
+        archives: The archives.
+        split: Name of the split, train or val.
+        is_wanted: Tells from a file's name whether it is an image.
+        flat: Where the images have no classes, take them all as one class.
+        single: The archive is the whole split, so that its name is no class.
+
+    Returns:
+        The images in order of class, folder and name.
+
+    Raises:
+        BadArchive: An archive can't be read or is damaged, or the archives have none of the forms.
+    """
+    # Read the headers, and sort out images and what may be labels.
+    files, folders = _read_all(archives, is_wanted)
+    images = files.pick([number for number, name in enumerate(files.names) if is_wanted(name)])
+    labels = files.pick([number for number, name in enumerate(files.names) if name.endswith(LABELS)])
+    left_out = LeftOut()
+    if len(images.names) < len(files.names):
+        left_out.sort_out(files.names, is_wanted)
+    if not images.names:
+        raise BadArchive(_describe_empty(archives, left_out))
+
+    # Find out which form it is, and with it the classes.
+    prefix = _common_prefix(images.names, split)
+    plain = [name[len(prefix) :] for name in images.names]
+    in_folders = ["/" in name for name in plain]
+    if all(in_folders):
+        folders = [folder[len(prefix) :] for folder in folders if folder.startswith(prefix)]
+        classes = _by_folder(plain, folders, prefix)
+    elif any(in_folders):
+        raise BadArchive(
+            f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
+            f"({images.path(in_folders.index(False))}): pack them anew, all in class folders"
+        )
+    elif found := _find_labels(images, labels):
+        classes = _by_label(images, labels, found, split, flat)
+        for ending in LABELS:
+            del left_out.endings[ending]
+    elif single and flat:
+        classes = Classes([""], [0] * len(plain), plain, prefix)
+    elif single:
+        raise BadArchive(f"{archives[0]} has no class folders: it must hold <class>/<images>")
+    else:
+        classes = _by_archive(images)
+    return _arrange(images, classes, left_out)
+
+
+def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[Files, list[str]]:
+    """Return the files in all archives, and the names of the folders; errors as of list_members."""
+    indexes = [load_index(archive) for archive in archives]
+    for archive, index in zip(archives, indexes, strict=True):
+        for name, kind in index.others.items():
+            if is_wanted(name):
+                raise BadArchive(
+                    f"{archive}/{name} is a {kind}, which can't be read in place: pack the images anew as plain files "
+                    "(tar --dereference --hard-dereference)"
+                )
+    files = Files(
+        archives,
+        [name for index in indexes for name in index.names],
+        np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.names) for index in indexes]),
+        np.concatenate([index.offsets for index in indexes]),
+        np.concatenate([index.sizes for index in indexes]),
+    )
+    return files, [folder for index in indexes for folder in index.folders]
+
+
+def _describe_empty(archives: list[Path], left_out: LeftOut) -> str:
+    there = f" The files there: {left_out}." if str(left_out) else ""
+    hint = ""
+    if left_out.endings[".tar"]:
+        hint = " Archives in archives are not opened: for ImageNet's, python scripts/prepare_imagenet.py --packed"
+    return f"no images in {join_names(map(str, archives), 3)}: are they complete?{there}{hint}"
+
+
+def _common_prefix(names: list[str], split: str) -> str:
+    """Return the folders up to one named like the split, with a slash at the end, if all names begin so; else ""."""
+    folders = names[0].split("/")[:-1]
+    if split not in folders:
+        return ""
+    prefix = "/".join(folders[: folders.index(split) + 1]) + "/"
+    return prefix if all(name.startswith(prefix) for name in names) else ""
+
+
+def _by_folder(names: list[str], folders: list[str], prefix: str) -> Classes:
+    """Take the folder of each image as its class; folders without images are classes, too."""
+    owners = [name.partition("/")[0] for name in names]
+    classes = sorted({*owners, *(folder.partition("/")[0] for folder in folders)} - {""})
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Classes(classes, [numbers[owner] for owner in owners], names, prefix)
+
+
+def _by_archive(images: Files) -> Classes:
+    """Take the archive of each image as its class, without the ending .tar; archives without images count, too."""
+    stems = [archive.stem for archive in images.archives]
+    classes = sorted(stems)
+    numbers = [classes.index(stem) for stem in stems]
+    owners = images.numbers.tolist()
+    names = [f"{stems[owner]}/{name}" for owner, name in zip(owners, images.names, strict=True)]
+    return Classes(classes, [numbers[owner] for owner in owners], names, None)
+
+
+def _keys(files: Files) -> list[tuple[int, str]]:
+    """Return the sample that each file belongs to, as WebDataset tells: archive, and name up to the first dot."""
+    names = (posixpath.basename(name).partition(".")[0] for name in files.names)
+    return list(zip(files.numbers.tolist(), names, strict=True))
+
+
+def _find_labels(images: Files, labels: Files) -> list[int | None]:
+    """Return for each image the index of its label among the labels, None for one without; [] if none has any."""
+    # Of a sample with both, .cls is taken.
+    order = sorted(range(len(labels.names)), key=lambda number: labels.names[number].endswith(LABELS[0]))
+    keys = _keys(labels)
+    by_key = {keys[number]: number for number in order}
+    found = [by_key.get(key) for key in _keys(images)]
+    return found if any(number is not None for number in found) else []
+
+
+def _by_label(images: Files, labels: Files, found: list[int | None], split: str, flat: bool) -> Classes:
+    """Take what the labels say as the images' classes.
+
+    Args:
+        images: The images.
+        labels: Members that may hold labels.
+        found: Index among the labels of each image's label, None for one without.
+        split: Name of the split.
+        flat: Where no label says anything, take all images as one class.
+
+    Raises:
+        BadArchive: Labels can't be read, are missing, or are no classes.
+    """
+    values = [None if number is None else _read_label(labels, number) for number in found]
+    names = [posixpath.basename(name) for name in images.names]
+    prefix = images.names[0][: -len(names[0])]
+    if flat and not any(value is not None for value in values):
+        return Classes([""], [0] * len(names), names, prefix, are_samples=True)
+    if None in values:
+        raise BadArchive(
+            f'{images.path(values.index(None))} has no label: each image needs a .cls, or a .json with "label", of the '
+            "same name"
+        )
+
+    # Numbers are the classes' own, names are numbered in sorted order.
+    kinds = {type(value) for value in values}
+    if kinds == {int}:
+        classes, targets = _class_names(images, max(values) + 1, split), values
+    elif kinds == {str}:
+        classes = sorted(set(values))
+        numbers = {name: number for number, name in enumerate(classes)}
+        targets = [numbers[value] for value in values]
+    else:
+        raise BadArchive(
+            f"some labels are numbers and some are names in {join_names(map(str, images.archives), 3)}, such as "
+            f"{next(value for value in values if isinstance(value, str))!r}: pack them anew with labels of one kind"
+        )
+    listed = [f"{classes[target]}/{name}" for target, name in zip(targets, names, strict=True)]
+    return Classes(classes, targets, listed, None, are_samples=True)
+
+
+def _read_label(labels: Files, number: int) -> int | str | None:
+    """Return the class that a member states, by its number or name; None if a .json states none.
+
+    Raises:
+        BadArchive: It can't be read, or is no class.
+    """
+    path = labels.path(number)
+    try:
+        text = labels.read(number).decode()
+        if path.endswith(".json"):
+            entries = json.loads(text)
+            label = entries.get("label", entries.get("cls")) if isinstance(entries, dict) else None
+        else:
+            label = text.strip()
+    except (ValueError, RecursionError) as error:
+        raise BadArchive(f"{path} can't be read as a label: {error}") from error
+    if label is None:
+        return None
+
+    # A number may be written as text, or with a point.
+    if isinstance(label, str) and label.isdecimal() or isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if type(label) is int and 0 <= label < MOST_CLASSES:
+        return label
+    if isinstance(label, str) and label not in ("", ".", "..") and "/" not in label and "\0" not in label:
+        return label
+    raise BadArchive(f"{path} has the label {label!r}, which is no class: give a number from 0 up, or a name without /")
+
+
+def _class_names(images: Files, count: int, split: str) -> list[str]:
+    """Return the names of numbered classes: the lines of classes.txt, or class_0, class_1, ...
+
+    Args:
+        images: The images; classes.txt lies beside their archives or, where these are in a folder of the split's name,
+            beside that.
+        count: Smallest number of classes.
+        split: Name of the split.
+
+    Raises:
+        BadArchive: classes.txt has too few lines, or lines that are no names.
+    """
+    folder = images.archives[0].parent
+    candidates = [folder, folder.parent] if folder.name == split else [folder]
+    file = next((place / CLASS_NAMES for place in candidates if (place / CLASS_NAMES).is_file()), None)
+    if file is None:
+        return [f"class_{number}" for number in range(count)]
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BadArchive(f"cannot read {file}: {error}") from error
+    names = [name.strip() for name in names]
+    if len(names) < count:
+        raise BadArchive(
+            f"{file} names {len(names)} classes, and there is a label {count - 1}: a line per class is needed"
+        )
+    twice = [name for name, times in Counter(names).items() if times > 1 or not name or "/" in name]
+    if twice:
+        raise BadArchive(
+            f"{file} needs a name without / per line, each once: {join_names(map(repr, twice), 3)} is wrong"
+        )
+    return names
+
+
+def _arrange(images: Files, classes: Classes, left_out: LeftOut) -> Listing:
+    """Return the listing of images, ordered as those of class folders are.
+
+    Raises:
+        BadArchive: Two images have one name.
+    """
+    # Order by class, folder and file, each as a whole: "a b" comes before "a/b".
+    keys = []
+    for name in classes.images:
+        owner, _, rest = name.partition("/")
+        folder, _, file = rest.rpartition("/")
+        keys.append(f"{owner}\0{folder}\0{file}")
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+    targets = np.array(classes.targets, np.int32)
+    order = order[np.argsort(targets[order], kind="stable")].tolist()
+
+    # What a later name replaced is no image of the split: which of two is meant, nobody knows.
+    for first, second in pairwise(order):
+        if keys[first] == keys[second] and not (
+            classes.are_samples and images.numbers[first] != images.numbers[second]
+        ):
+            raise BadArchive(
+                f"{images.path(first)} and {images.path(second)} have one name, {classes.images[first]}: pack the "
+                "images anew, each under a name of its own"
+            )
+
+    # Every name is encoded with a zero byte after it; taking these out leaves the ends of the names.
+    images = images.pick(order)
+    names = np.frombuffer(os.fsencode("".join(f"{classes.images[number]}\0" for number in order)), np.uint8)
+    ends = np.flatnonzero(names == 0) - np.arange(len(order))
+    return Listing(
+        str(images.archives[0].parent),
+        names[names != 0],
+        ends,
+        targets[order],
+        left_out,
+        classes.names,
+        Members([str(path) for path in images.archives], images.numbers, images.offsets, images.sizes, classes.prefix),
+    )

@@ -1,0 +1,126 @@
+"""Read images where they lie in tar archives: nothing is unpacked."""
+
+import os
+import posixpath
+import resource
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from util.data import tar
+from util.errors import LocalError
+
+MOST_OPEN = 1024  # archives that a process keeps open, where the system allows it
+
+_descriptors: OrderedDict[str, int] = OrderedDict()  # this process's open archives, the latest one last
+
+
+def open_archive(path: str) -> int:
+    """Return the descriptor of an archive, which stays open; of many archives, those used last stay open.
+
+    Reading with os.pread uses no file position, so that forked processes can share the descriptor.
+
+    Raises:
+        LocalError: The archive can't be opened any more.
+    """
+    if path in _descriptors:
+        _descriptors.move_to_end(path)
+        return _descriptors[path]
+
+    # A quarter of what the process may open: sockets, libraries and other files need some as well.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 4))
+    while len(_descriptors) >= most:
+        os.close(_descriptors.popitem(last=False)[1])
+    try:
+        _descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalError(f"cannot open {path}: {error.strerror}. Was it moved or removed?") from error
+    return _descriptors[path]
+
+
+@dataclass
+class Members:
+    """Where the images of a listing lie in archives, in the listing's order.
+
+    Attributes:
+        archives: Paths of the archives.
+        numbers: Number of each image's archive [images].
+        offsets: Where each image's bytes begin there [images].
+        sizes: Number of its bytes [images].
+        prefix: What the names in the archives begin with, and those of the listing don't; None: those of the listing
+            begin with a class that the names in the archives lack.
+    """
+
+    archives: list[str]
+    numbers: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    prefix: str | None
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in the archive of an image that is called `name` in the listing."""
+        return name.partition("/")[2] if self.prefix is None else self.prefix + name
+
+    def read(self, index: int, name: str) -> bytes:
+        """Return the bytes of an image, which is called `name` in the listing.
+
+        Raises:
+            LocalError: The archive is not the one that was listed any more, or is gone.
+            OSError: The disk can't read it.
+        """
+        archive = self.archives[self.numbers[index]]
+        offset, size, stored = int(self.offsets[index]), int(self.sizes[index]), self.stored_name(name)
+        data = os.pread(open_archive(archive), tar.BLOCK + size, offset - tar.BLOCK)
+        if len(data) < tar.BLOCK + size or not tar.header_fits(data[: tar.BLOCK], os.fsencode(stored), size):
+            raise LocalError(
+                f"{archive} has changed since it was listed: it holds something else where {stored} was. Leave the "
+                "archives alone while they are read, and start again (training: with --resume auto)"
+            )
+        return data[tar.BLOCK :]
+
+
+class MemberPath:
+    """Path of an image in an archive, which can be used where a Path of an image file can.
+
+    As text it is archive/name, as if the archive were a folder.
+    """
+
+    __slots__ = ("_index", "_members", "_name")
+
+    def __init__(self, members: Members, index: int, name: str) -> None:
+        """Set up the path.
+
+        Args:
+            members: The images of a listing.
+            index: Number of the image in the listing.
+            name: Its name there, <class>/<file>.
+        """
+        self._members, self._index, self._name = members, index, name
+
+    def __str__(self) -> str:
+        """Return archive/name."""
+        return f"{self._members.archives[self._members.numbers[self._index]]}/{self._members.stored_name(self._name)}"
+
+    @property
+    def name(self) -> str:
+        """The file's name without any folder."""
+        return posixpath.basename(self._name)
+
+    @property
+    def stem(self) -> str:
+        """The file's name without its folders and its ending."""
+        return PurePosixPath(self._name).stem
+
+    def relative_to(self, root: object) -> PurePosixPath:
+        """Return <class>/<file>: relative to the split's folder for which the archives stand, whatever `root` is."""
+        return PurePosixPath(self._name)
+
+    def read_bytes(self) -> bytes:
+        """Return the file's content; errors as of Members.read."""
+        return self._members.read(self._index, self._name)
+
+
+ImagePath = Path | MemberPath  # of an image file, which may lie in an archive

@@ -1,0 +1,154 @@
+"""Find a split in --data_path, as folders or as archives, and list its images.
+
+    data_path/train/<class>/*.jpg       folders
+    data_path/train.tar, train/*.tar    archives (their forms: util/data/archive_forms.py)
+
+The same for val. Pre-training also takes images without class folders, in data_path/train, or images and archives in
+data_path where there is no such split.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from util.data.archive_forms import list_members
+from util.data.archive_index import load_index
+from util.data.images import EXTENSIONS
+from util.data.listing import Listing, join_names, list_files, read_folder
+from util.data.tar import BadArchive
+from util.errors import UserError
+
+# Names that folders or archives beside a missing one often have instead.
+OTHER_NAMES = {"train": ("training", "train2017"), "val": ("valid", "validation", "test", "testing", "eval", "dev")}
+ENDINGS = (
+    f"Image files end in .jpg, .png, .tif, .webp, .npy or one of {len(EXTENSIONS) - 5} other endings"  # for messages
+)
+ARCHIVE = ".tar"
+OTHER_ARCHIVES = (
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tbz2",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".tzst",
+    ".zip",
+)  # not readable
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file name is that of an image; hidden files (.DS_Store, ._a.jpg) are not."""
+    return name.lower().endswith(EXTENSIONS) and name[0] != "."
+
+
+class Source(NamedTuple):
+    """Where a split lies.
+
+    Attributes:
+        root: Its folder, or its only archive.
+        archives: Its archives; empty: it lies in folders.
+    """
+
+    root: Path
+    archives: list[Path]
+
+
+def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
+    """Find a split, and return None if it is missing.
+
+    Args:
+        data_path: Folder that holds the splits.
+        split: Name of the split, train or val.
+        flat: Where there is no such split, take the images or archives in data_path.
+
+    Raises:
+        UserError: A folder can't be read, holds archives beside other things, or archives that can't be read in place.
+    """
+    folder = Path(data_path) / split
+    if folder.is_dir():
+        return source_at(folder)
+    for ending in (ARCHIVE, *OTHER_ARCHIVES):
+        if (file := Path(data_path) / f"{split}{ending}").is_file():
+            return source_at(file)
+    if not flat:
+        return None
+
+    # In data_path itself, archives of another split do not count.
+    files = read_folder(data_path)[1]
+    others = {f"{name}{ARCHIVE}" for key in OTHER_NAMES if key != split for name in (key, *OTHER_NAMES[key])}
+    if archives := [Path(data_path) / name for name in files if name.endswith(ARCHIVE) and name not in others]:
+        return Source(Path(data_path), archives)
+    return Source(Path(data_path), []) if any(map(is_image, files)) else None
+
+
+def source_at(path: Path) -> Source:
+    """Return the split that a folder or an archive holds; errors as of find_split."""
+    if not path.is_dir():
+        _refuse_other_archives([path])
+        return Source(path, [path])
+    folders, files = read_folder(str(path))
+    archives = [path / name for name in files if name.lower().endswith(ARCHIVE)]
+    images = list(filter(is_image, files))
+    if archives or not (folders or images):
+        _refuse_other_archives([path / name for name in files])
+    if archives and (folders or images):
+        beside = [name for name, _ in folders] or images
+        raise UserError(
+            f"{path} holds archives ({join_names((file.name for file in archives), 3)}) beside "
+            f"{'folders' if folders else 'images'} ({join_names(sorted(beside), 3)}), and only one of both can be "
+            "read: move the others elsewhere"
+        )
+    return Source(path, archives)
+
+
+def holds_archives(folder: Path) -> bool:
+    """Return whether a folder holds archives, and neither folders nor images."""
+    folders, files = read_folder(str(folder))
+    return any(name.lower().endswith(ARCHIVE) for name in files) and not folders and not any(map(is_image, files))
+
+
+def _refuse_other_archives(files: list[Path]) -> None:
+    """Raise a BadArchive for the first of some files that is an archive of another kind than plain tar."""
+    for file in files:
+        if file.name.lower().endswith(OTHER_ARCHIVES):
+            load_index(file)  # says what to do with the kind that it is
+            raise BadArchive(f"{file} is a plain tar archive: rename it so that it ends in {ARCHIVE}")
+
+
+def list_split(source: Source, split: str, flat: bool = False) -> Listing:
+    """List the images of a split.
+
+    Args:
+        source: Where the split lies.
+        split: Name of the split, train or val.
+        flat: Where there are images without classes, take all of them as one class.
+
+    Raises:
+        UserError: There are no class folders, or an archive can't be used.
+    """
+    if source.archives:
+        single = source.archives == [source.root]
+        return list_members(source.archives, split, is_image, flat=flat, single=single)
+
+    # One class, "", is the folder itself.
+    folders, files = read_folder(str(source.root))
+    classes, mixed = sorted(name for name, _ in folders), False
+    if flat and any(map(is_image, files)):
+        classes, mixed = [""], bool(classes)
+    if not classes:
+        raise UserError(f"{source.root} has no class folders: it must hold <class>/<images>, or archives of them")
+    found = list_files(str(source.root), classes, is_image)
+    found.mixed = mixed
+    return found
+
+
+def similar(data_path: str, split: str) -> str:
+    """Return a phrase on the folders and archives that may be meant where a split is missing; "" if there are none."""
+    folders, files = read_folder(data_path)
+    meant = (split, *OTHER_NAMES[split])
+    names = [name for name, _ in folders if name.lower() in meant]
+    names += [name for name in files if name.lower() in [f"{other}{ARCHIVE}" for other in meant]]
+    if not names:
+        return ""
+    link = f"{split}{ARCHIVE}" if all(name.endswith(ARCHIVE) for name in names) else split
+    return f" (there is {join_names(sorted(names))}: rename it, or link {link} to it)"

@@ -1,0 +1,206 @@
+"""Read the headers of tar archives: the names of the files in them, and where their bytes lie.
+
+Nothing is ever extracted: a member's name is only a name. By hand since Python's tarfile takes seven times as long and
+shares its file position with forked processes. The formats that tar programs write are read: POSIX (ustar, pax), GNU,
+and the old one before them, with names of any length. Every header's checksum is checked.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from util.errors import UserError
+
+BLOCK = 512  # bytes of a header; the bytes of a member begin at a multiple of it, too
+FIELDS = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")  # of a header: name, size, checksum, type, magic, prefix
+# The types of members: files, links to other members, folders, sparse files (which leave zeros out), devices and pipes.
+KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"1": "link", b"2": "link", b"5": "folder", b"S": "sparse file"}
+KINDS |= dict.fromkeys((b"3", b"4", b"6"), "special file")
+NEXT_HEADER, NEXT_NAME = (b"x", b"X"), b"L"  # about the member that follows: a pax header, GNU's form of a long name
+LONGEST = 1 << 20  # no honest name or pax header has more bytes
+
+# Compressed archives, and zips, are told by their first bytes: what to do with them.
+UNPACKERS = {
+    b"\x1f\x8b": "it is compressed: gunzip it",
+    b"BZh": "it is compressed: bunzip2 it",
+    b"\xfd7zXZ": "it is compressed: unxz it",
+    b"\x28\xb5\x2f\xfd": "it is compressed: unzstd it",
+    b"PK": "it is a zip archive: python scripts/pack.py ARCHIVE --output DIR makes tar archives of it",
+}
+
+
+class BadArchive(UserError):
+    """An archive that can't be used; the message names the archive, the problem and the remedy."""
+
+
+class Member(NamedTuple):
+    """A member of an archive.
+
+    Attributes:
+        name: Its name, as it is stored.
+        offset: Where its bytes begin in the archive; its header lies in the 512 bytes before.
+        size: Number of its bytes.
+        kind: "file", "folder", or what else it is, as a word for a message.
+    """
+
+    name: bytes
+    offset: int
+    size: int
+    kind: str
+
+
+class HeaderReader:
+    """Reader of the headers of one archive."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        """Set up the reader.
+
+        Args:
+            path: The archive, for messages.
+            fd: Descriptor of the open archive; its position is neither used nor changed.
+        """
+        self.path, self.fd, self.end = path, fd, os.fstat(fd).st_size
+
+    def members(self) -> Iterator[Member]:
+        """Yield the members in the order in which they are stored, up to the end mark, or, without one, to the end.
+
+        Raises:
+            BadArchive: This is no plain tar archive, or it is cut off or damaged.
+        """
+        self._check_beginning()
+        position, pax, long_name = 0, {}, b""
+        while position < self.end:
+            header = os.pread(self.fd, BLOCK, position)
+            if header[:1] == b"\0" and header == bytes(len(header)):
+                self._check_nothing_follows(position)
+                return
+            try:
+                name, size, kind = parse(header)
+            except ValueError as error:
+                raise BadArchive(self._describe_damage(len(header), position)) from error
+            data = position + BLOCK
+
+            # What describes the next member is kept for it. What is of no known type has bytes, which are skipped.
+            if kind not in KINDS:
+                if kind in NEXT_HEADER:
+                    pax = _pax_records(self._content(data, size))
+                elif kind == NEXT_NAME:
+                    long_name = self._content(data, size).split(b"\0", 1)[0]
+            else:
+                name, size, kind = _describe(long_name or name, size, KINDS[kind], pax)
+                yield Member(name, data, size, kind)
+                pax, long_name = {}, b""
+            position = data + (size + BLOCK - 1) // BLOCK * BLOCK
+            if data + size > self.end:
+                raise BadArchive(
+                    f"{self.path} is cut off: it has {self.end:,} bytes, and a member goes on until {data + size:,}: "
+                    "copy or download it again"
+                )
+
+    def _check_beginning(self) -> None:
+        """Raise a BadArchive for an empty file and for a compressed archive."""
+        start = os.pread(self.fd, 6, 0)
+        if not start:
+            raise BadArchive(f"{self.path} is an empty file: copy or download it again")
+        for magic, remedy in UNPACKERS.items():
+            if start.startswith(magic):
+                raise BadArchive(f"{self.path} can't be read in place: {remedy}")
+
+    def _describe_damage(self, length: int, position: int) -> str:
+        """Return a message about bytes of a length, at a position, that are no header."""
+        problem = "is cut off" if length < BLOCK else "is damaged" if position else "is no tar archive"
+        return f"{self.path} {problem} (at byte {position:,}): copy or download it again, or remove it"
+
+    def _check_nothing_follows(self, position: int) -> None:
+        """Raise a BadArchive if members follow the end mark, as where archives were joined byte by byte."""
+        rest = os.pread(self.fd, 1 << 16, position)
+        if rest.strip(b"\0"):
+            raise BadArchive(
+                f"{self.path} goes on after its end mark (at byte {position:,}), as if archives had been joined: keep "
+                "them as separate files"
+            )
+
+    def _content(self, offset: int, size: int) -> bytes:
+        if size > LONGEST:
+            raise BadArchive(self._describe_damage(BLOCK, offset))
+        return os.pread(self.fd, size, offset)
+
+
+def _describe(name: bytes, size: int, kind: str, pax: dict[bytes, bytes]) -> tuple[bytes, int, str]:
+    """Return the name, size and kind of a member, from its own header and the records of a pax header before it."""
+    if pax:
+        name = pax.get(b"path", name)
+        if pax.get(b"size", b"").isdigit():
+            size = int(pax[b"size"])
+        if any(key.startswith(b"GNU.sparse") for key in pax):
+            kind = "sparse file"
+    if kind == "file" and name.endswith(b"/"):
+        kind = "folder"  # as old programs wrote them
+    return name, size if kind in ("file", "sparse file") else 0, kind
+
+
+def parse(header: bytes) -> tuple[bytes, int, bytes]:
+    """Return the name, the size and the type that a header states.
+
+    Raises:
+        ValueError: It is no header of a tar archive, or damaged.
+    """
+    if len(header) != BLOCK:
+        raise ValueError("cut off")
+    name, size, checksum, kind, magic, prefix = FIELDS.unpack(header)
+
+    # The checksum is the sum of all bytes, its own eight counting as spaces. Adler-32 begins with that sum, plus 1,
+    # modulo 65521, and is far faster than a sum in Python. An old error of some programs sums signed bytes.
+    stated = _number(checksum)
+    if (stated - 8 * 32 + sum(checksum) + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
+        signed = memoryview(header).cast("b")
+        if stated != sum(signed[:148]) + 8 * 32 + sum(signed[156:]):
+            raise ValueError("the checksum is wrong")
+
+    # POSIX's format has the beginning of a long name at the end; GNU's has other things there.
+    name = name.split(b"\0", 1)[0]
+    if magic == b"ustar\0" and prefix[0]:
+        name = prefix.split(b"\0", 1)[0] + b"/" + name
+    return name, _number(size), kind
+
+
+def header_fits(header: bytes, name: bytes, size: int) -> bool:
+    """Return whether a header is that of a file with this name, without its folders, and size.
+
+    Names that are too long for a header, or not of ASCII alone, stand in another place, and are not compared.
+    """
+    try:
+        stated_name, stated_size, _ = parse(header)
+    except ValueError:
+        return False
+    if stated_size != size:
+        return False
+    comparable = len(name) < 100 and name.isascii()
+    return not comparable or stated_name.rpartition(b"/")[2] == name.rpartition(b"/")[2]
+
+
+def _number(field: bytes) -> int:
+    """Return the value of a header's field: octal digits, or, where they would not suffice, a binary number.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.rstrip(b"\0 ") or b"0", 8)
+
+
+def _pax_records(data: bytes) -> dict[bytes, bytes]:
+    """Return the records of a pax header, lines of the form "LENGTH KEY=VALUE", up to the first damaged one."""
+    records = {}
+    while b" " in data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            break
+        key, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        if equals:
+            records[key] = value
+        data = data[int(length) :]
+    return records
