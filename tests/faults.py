@@ -150,6 +150,25 @@ def lose_images(rank: int, first: int) -> None:
     datasets.Images.__getitem__ = losing
 
 
+def few_open_files(number: int) -> None:
+    """Let the process and those that it starts open so many files at most."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
+
+
+def spoil_archive(path: str, first: int) -> None:
+    """Overwrite an archive with zeros after the first `first` forward passes of training."""
+    calls, forward = [0], models_mae.MaskedAutoencoderViT.forward
+
+    def spoiling(self, imgs, *args, **kwargs):
+        calls[0] += not imgs.is_meta
+        if calls[0] == first:
+            with Path(path).open("r+b") as file:
+                file.write(bytes(Path(path).stat().st_size))
+        return forward(self, imgs, *args, **kwargs)
+
+    models_mae.MaskedAutoencoderViT.forward = spoiling
+
+
 def fail_monitor(kind: str, first: int) -> None:
     """Raise an exception of this name, a builtin one, in monitoring number `first` (from 0)."""
     calls, call = [0], monitor.Monitor.__call__
@@ -199,6 +218,7 @@ FAULTS = {
         dump_ranks,
         fail,
         fail_monitor,
+        few_open_files,
         fill_disk,
         hang,
         ignore_hangups,
@@ -208,6 +228,7 @@ FAULTS = {
         lose_images,
         nan_loss,
         slow_steps,
+        spoil_archive,
     )
 }
 

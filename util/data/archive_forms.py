@@ -16,6 +16,7 @@ the same images in class folders, so that classes, order, names and masks are th
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ def _by_folder(names: list[str], folders: list[str], prefix: str) -> Classes:
 def _by_archive(images: Files) -> Classes:
     """Take the archive of each image as its class, without the ending .tar; archives without images count, too."""
     stems = [archive.stem for archive in images.archives]
-    classes = sorted(stems)
+    classes = sorted(set(stems))
     numbers = [classes.index(stem) for stem in stems]
     owners = images.numbers.tolist()
     names = [f"{stems[owner]}/{name}" for owner, name in zip(owners, images.names, strict=True)]
@@ -271,13 +272,15 @@ def _read_label(labels: Files, number: int) -> int | str | None:
         return None
 
     # A number may be written as text, or with a point.
-    if isinstance(label, str) and label.isdecimal() or isinstance(label, float) and label.is_integer():
+    if isinstance(label, str) and re.fullmatch(r"-?\d{1,18}", label) or isinstance(label, float) and label.is_integer():
         label = int(label)
     if type(label) is int and 0 <= label < MOST_CLASSES:
         return label
     if isinstance(label, str) and label not in ("", ".", "..") and "/" not in label and "\0" not in label:
         return label
-    raise BadArchive(f"{path} has the label {label!r}, which is no class: give a number from 0 up, or a name without /")
+    raise BadArchive(
+        f"{path} has the label {label!r:.40}, which is no class: give a number from 0 up, or a name without /"
+    )
 
 
 def _class_names(images: Files, count: int, split: str) -> list[str]:
@@ -298,7 +301,7 @@ def _class_names(images: Files, count: int, split: str) -> list[str]:
     if file is None:
         return [f"class_{number}" for number in range(count)]
     try:
-        names = file.read_text(encoding="utf-8").splitlines()
+        names = file.read_text(encoding="utf-8").rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise BadArchive(f"cannot read {file}: {error}") from error
     names = [name.strip() for name in names]
@@ -320,17 +323,13 @@ def _arrange(images: Files, classes: Classes, left_out: LeftOut) -> Listing:
     Raises:
         BadArchive: Two images have one name.
     """
-    # Order by class, folder and file, each as a whole: "a b" comes before "a/b".
-    keys = []
-    for name in classes.images:
-        owner, _, rest = name.partition("/")
-        folder, _, file = rest.rpartition("/")
-        keys.append(f"{owner}\0{folder}\0{file}")
+    # Order by class number, folder and file: in the order of folders, "a b/1.png" comes before "a/1.png".
+    keys = ["\0".join(name.rpartition("/")[::2]) for name in classes.images]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
     targets = np.array(classes.targets, np.int32)
     order = order[np.argsort(targets[order], kind="stable")].tolist()
 
-    # What a later name replaced is no image of the split: which of two is meant, nobody knows.
+    # In a folder one of the two would have replaced the other; which one is meant, nobody knows.
     for first, second in pairwise(order):
         if keys[first] == keys[second] and not (
             classes.are_samples and images.numbers[first] != images.numbers[second]

@@ -89,7 +89,7 @@ def source_at(path: Path) -> Source:
     folders, files = read_folder(str(path))
     archives = [path / name for name in files if name.lower().endswith(ARCHIVE)]
     images = list(filter(is_image, files))
-    if archives or not (folders or images):
+    if not (folders or images):
         _refuse_other_archives([path / name for name in files])
     if archives and (folders or images):
         beside = [name for name, _ in folders] or images
