@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import struct
 import tarfile
@@ -22,6 +21,7 @@ import main_pretrain
 from util.data import archive_index, datasets, splits, tar
 from util.data import archives as reading
 from util.data.images import BadImage, Pixels
+from util.distributed import launchers
 from util.errors import LocalError, UserError
 
 
@@ -105,6 +105,11 @@ def raw(name, data, kind=b"0", size=None):
     info = tarfile.TarInfo(name)
     info.size, info.type = len(data) if size is None else size, kind
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def test_names_that_begin_as_other_archives_do(tmp_path):
+    archives.write(tmp_path / "train.tar", {"PKLot/1.png": PNG, "BZh/1.png": PNG})
+    assert listed(tmp_path)[0] == ["BZh", "PKLot"]
 
 
 def test_long_names_of_the_ustar_format(tmp_path):
@@ -269,7 +274,7 @@ def test_hundreds_of_archives_with_few_open_files(tmp_path):
 
 def test_archives_used_last_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_descriptors", type(reading._descriptors)())
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (16, 16))
+    monkeypatch.setattr(launchers, "allow_open_files", lambda _: 16)
     paths = [archives.write(tmp_path / f"{number}.tar", {"a/1.png": PNG}) for number in range(6)]
     for number in (0, 1, 2, 3, 0, 4, 5):
         reading.open_archive(str(paths[number]))
@@ -465,6 +470,10 @@ BAD = {
         lambda p: (good(p / "train/0.tar"), compressed(p / "train", name="1.tar.gz")),
         "1.tar.gz can't be read in place",
     ),
+    "a zip named tar": (
+        lambda p: (zipped(p), (p / "train.zip").rename(p / "train.tar")),
+        "train.tar can't be read in place: it is a zip archive",
+    ),
     "zip": (zipped, r"train.zip can't be read in place: .*python scripts/pack.py ARCHIVE --output DIR"),
     "cut in the last member": (lambda p: cut(p, 2048), "train.tar is cut off: it has 2,048 bytes, .* until 2,"),
     "cut in a header": (lambda p: cut(p, 1300), r"train.tar is cut off \(at byte 1,024\)"),
@@ -543,6 +552,13 @@ def test_a_bad_archive_ends_in_one_message(case, tmp_path, refusal):
         (tmp_path / "train").rmdir()
     said = refusal(lambda: opened(tmp_path))
     assert re.search(message, said) and len(said.splitlines()) == 1, said
+
+
+def test_windows_cannot_read_in_place(tmp_path, monkeypatch):
+    good(tmp_path / "train.tar")
+    monkeypatch.delattr(os, "pread")
+    with pytest.raises(UserError, match="train.tar can't be read in place on Windows: unpack it"):
+        opened(tmp_path)
 
 
 def test_an_unusable_val_is_said_and_pretraining_goes_on(images, tmp_path, capsys):

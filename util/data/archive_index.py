@@ -45,6 +45,8 @@ def load_index(path: Path) -> ArchiveIndex:
     Raises:
         BadArchive: The archive can't be read, is no plain tar archive, or is cut off or damaged.
     """
+    if not hasattr(os, "pread"):
+        raise BadArchive(f"{path} can't be read in place on Windows: unpack it into folders")
     try:
         with path.open("rb", buffering=0) as file:
             return _read_saved(path, file.fileno()) or _read_headers(path, file.fileno())

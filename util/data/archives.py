@@ -2,7 +2,6 @@
 
 import os
 import posixpath
-import resource
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from util.data import tar
+from util.distributed import launchers
 from util.errors import LocalError
 
 MOST_OPEN = 1024  # archives that a process keeps open, where the system allows it
@@ -30,12 +30,11 @@ def open_archive(path: str) -> int:
         return _descriptors[path]
 
     # A quarter of what the process may open: sockets, libraries and other files need some as well.
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, limit // 4))
+    most = max(1, min(MOST_OPEN, launchers.allow_open_files(4 * MOST_OPEN) // 4))
     while len(_descriptors) >= most:
         os.close(_descriptors.popitem(last=False)[1])
     try:
-        _descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        _descriptors[path] = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise LocalError(f"cannot open {path}: {error.strerror}. Was it moved or removed?") from error
     return _descriptors[path]

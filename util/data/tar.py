@@ -69,7 +69,8 @@ class HeaderReader:
         Raises:
             BadArchive: This is no plain tar archive, or it is cut off or damaged.
         """
-        self._check_beginning()
+        if not self.end:
+            raise BadArchive(f"{self.path} is an empty file: copy or download it again")
         position, pax, long_name = 0, {}, b""
         while position < self.end:
             header = os.pread(self.fd, BLOCK, position)
@@ -79,7 +80,7 @@ class HeaderReader:
             try:
                 name, size, kind = parse(header)
             except ValueError as error:
-                raise BadArchive(self._describe_damage(len(header), position)) from error
+                raise BadArchive(self._describe_damage(header, position)) from error
             data = position + BLOCK
 
             # What describes the next member is kept for it. What is of no known type has bytes, which are skipped.
@@ -99,18 +100,12 @@ class HeaderReader:
                     "copy or download it again"
                 )
 
-    def _check_beginning(self) -> None:
-        """Raise a BadArchive for an empty file and for a compressed archive."""
-        start = os.pread(self.fd, 6, 0)
-        if not start:
-            raise BadArchive(f"{self.path} is an empty file: copy or download it again")
+    def _describe_damage(self, start: bytes, position: int) -> str:
+        """Return a message about bytes at a position that are no header."""
         for magic, remedy in UNPACKERS.items():
-            if start.startswith(magic):
-                raise BadArchive(f"{self.path} can't be read in place: {remedy}")
-
-    def _describe_damage(self, length: int, position: int) -> str:
-        """Return a message about bytes of a length, at a position, that are no header."""
-        problem = "is cut off" if length < BLOCK else "is damaged" if position else "is no tar archive"
+            if start.startswith(magic) and not position:
+                return f"{self.path} can't be read in place: {remedy}"
+        problem = "is cut off" if len(start) < BLOCK else "is damaged" if position else "is no tar archive"
         return f"{self.path} {problem} (at byte {position:,}): copy or download it again, or remove it"
 
     def _check_nothing_follows(self, position: int) -> None:
@@ -124,7 +119,7 @@ class HeaderReader:
 
     def _content(self, offset: int, size: int) -> bytes:
         if size > LONGEST:
-            raise BadArchive(self._describe_damage(BLOCK, offset))
+            raise BadArchive(self._describe_damage(bytes(BLOCK), offset))
         return os.pread(self.fd, size, offset)
 
 
