@@ -2,13 +2,20 @@
 
     python benchmarks/loader.py --data_path FOLDER --json loader.json
 
-FOLDER/train/<class>/*.jpg are photographs. The rows of the first table, with the augmentation of pre-training (crop of
-0.2 to 1 of the area, 224 pixels, flip) and one thread per process:
-    classic    ImageFolder, Pillow, RandomResizedCrop (bicubic), flip, ToTensor, Normalize
-    ours       the scripts' loader up to the batch of bytes that goes to the device, which normalises it
-    decode     the scripts' decoder alone, from files to arrays of pixels: no loader can be faster
-Every repetition runs each row once over the images, which are linked as often as it takes to have --images of them. The
-figures are medians of --repeat repetitions, after one that warms up.
+FOLDER/train/<class>/*.jpg are photographs. The rows of the first table, with 224 pixels and one thread per process, are
+those of pre-training's augmentation (crop of 0.2 to 1 of the area, flip):
+    classic            ImageFolder, Pillow, RandomResizedCrop (bicubic), flip, ToTensor, Normalize
+    ours               the scripts' loader up to the batch of bytes that goes to the device, which normalises it
+    decode             the scripts' decoder alone, from files to arrays of pixels: no loader can be faster
+and those of fine-tuning's (crop of 0.08 to 1 of the area, flip, rand-m9-mstd0.5-inc1, normalisation, erasing of a
+quarter of the images):
+    finetune_classic   ImageFolder, Pillow, timm's transform; only its posterize to 0 bits, which Pillow 13 refuses, is
+                       replaced
+    finetune_ours      the scripts' loader, whose batches are normalised already
+    finetune_no_aa     the same without RandAugment: what that costs is the difference to finetune_ours
+Ratios are to the classic row of the same augmentation. Every repetition runs each row once over the images, which are
+linked as often as it takes to have --images of them. The figures are medians of --repeat repetitions, after one that
+warms up.
 
 The second table is about synthetic folders of empty files, 1,000 to a class: the seconds until the files are listed,
 and the growth of the memory of a worker and its parent between a tenth and the end of an epoch, which touches every
@@ -22,10 +29,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
@@ -38,7 +47,10 @@ from util.data.images import Pixels, load_array
 from util.data.loaders import Loading, train_loader
 
 CPU = torch.device("cpu")
-SCALE = (0.2, 1.0)
+SCALE = (0.2, 1.0)  # pre-training's
+FINETUNE_SCALE = (0.08, 1.0)
+POLICY = "rand-m9-mstd0.5-inc1"
+REPROB = 0.25
 
 
 class Decoded(Dataset):
@@ -55,6 +67,35 @@ class Decoded(Dataset):
         return load_array(self.samples[index][0]).shape[0]
 
 
+def finetune_transform(aa: str) -> transforms.FinetuneTransform:
+    """Create the scripts' augmentation of fine-tuning with the policy `aa`, otherwise as published."""
+    return transforms.FinetuneTransform(224, FINETUNE_SCALE, None, aa, REPROB, "pixel", 1)
+
+
+def classic_transforms() -> tuple[tv.Compose, tv.Compose]:
+    """Create the usual transforms of Pillow's images for pre-training and for fine-tuning."""
+    pretrain = tv.Compose(
+        [
+            tv.RandomResizedCrop(224, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
+            tv.RandomHorizontalFlip(),
+            tv.ToTensor(),
+            tv.Normalize(Pixels().mean, Pixels().std),
+        ]
+    )
+    finetune = create_transform(
+        224,
+        is_training=True,
+        scale=FINETUNE_SCALE,
+        color_jitter=None,
+        auto_augment=POLICY,
+        interpolation="bicubic",
+        re_prob=REPROB,
+        re_mode="pixel",
+    )
+    transforms.replace_posterize(finetune)
+    return pretrain, finetune
+
+
 def build_loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
     """Build the loader of each row of the first table.
 
@@ -63,21 +104,30 @@ def build_loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataL
         batch_size: Images per batch.
         workers: Number of loader processes; 0: none but this one.
     """
-    script = train_loader(folder, transforms.Crop(224, SCALE), Pixels(), Loading(batch_size, workers, True, 0, CPU))
-    classic = tv.Compose(
-        [
-            tv.RandomResizedCrop(224, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
-            tv.RandomHorizontalFlip(),
-            tv.ToTensor(),
-            tv.Normalize(Pixels().mean, Pixels().std),
-        ]
-    )
-    common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0, "shuffle": True}
+    loading = Loading(batch_size, workers, True, 0, CPU)
+    common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
+
+    def scripts(transform: Callable) -> DataLoader:
+        return train_loader(folder, transform, Pixels(), loading).loader
+
+    def usual(dataset: Dataset) -> DataLoader:
+        return DataLoader(dataset, shuffle=True, drop_last=True, **common)
+
+    ours = scripts(transforms.Crop(224, SCALE))
+    pretrain, finetune = classic_transforms()
     return {
-        "classic": DataLoader(ImageFolder(f"{folder}/train", classic), drop_last=True, **common),
-        "ours": script.loader,
-        "decode": DataLoader(Decoded(script.dataset.images), drop_last=True, **common),
+        "classic": usual(ImageFolder(f"{folder}/train", pretrain)),
+        "ours": ours,
+        "decode": usual(Decoded(ours.dataset.images)),
+        "finetune_classic": usual(ImageFolder(f"{folder}/train", finetune)),
+        "finetune_ours": scripts(finetune_transform(POLICY)),
+        "finetune_no_aa": scripts(finetune_transform("none")),
     }
+
+
+def own_classic(name: str) -> str:
+    """Return the name of the classic row that a row is compared with."""
+    return "finetune_classic" if name.startswith("finetune_") else "classic"
 
 
 def measure_speed(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict]:
@@ -177,12 +227,13 @@ def main() -> None:
         link_images(args.data_path / "train", Path(temporary) / "train", args.images)
         rows = [row for n in (0, args.workers) for row in measure_speed(temporary, args.batch_size, n, args.repeat)]
     print(f"n = {args.repeat}, batch {args.batch_size}; {device_name(CPU)}; torch {torch.__version__}")
-    print(f"{'':8} {'workers':>7} {'images/s':>9} {'spread':>7} {'of classic':>10} {'of decode':>9}")
+    print(f"{'':16} {'workers':>7} {'images/s':>9} {'spread':>7} {'of classic':>10} {'of decode':>9}")
     for row in rows:
         same = {other["name"]: other["images_per_s"] for other in rows if other["workers"] == row["workers"]}
         rate = row["images_per_s"]
+        ratio = rate / same[own_classic(row["name"])]
         print(
-            f"{row['name']:8} {row['workers']:7} {rate:9.0f} {row['spread']:7.1%} {rate / same['classic']:10.2f} "
+            f"{row['name']:16} {row['workers']:7} {rate:9.0f} {row['spread']:7.1%} {ratio:10.2f} "
             f"{rate / same['decode']:9.1%}"
         )
 

@@ -116,7 +116,7 @@ def list_members(
         raise BadArchive(_describe_empty(archives, left_out))
 
     # Find out which form it is, and with it the classes.
-    prefix = _common_prefix(images.names, split)
+    prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
     in_folders = ["/" in name for name in plain]
     if all(in_folders):
@@ -168,7 +168,7 @@ def _describe_empty(archives: list[Path], left_out: LeftOut) -> str:
     return f"no images in {join_names(map(str, archives), 3)}: are they complete?{there}{hint}"
 
 
-def _common_prefix(names: list[str], split: str) -> str:
+def common_prefix(names: list[str], split: str) -> str:
     """Return the folders up to one named like the split, with a slash at the end, if all names begin so; else ""."""
     folders = names[0].split("/")[:-1]
     if split not in folders:

@@ -49,7 +49,7 @@ def load_index(path: Path) -> ArchiveIndex:
         raise BadArchive(f"{path} can't be read in place on Windows: unpack it into folders")
     try:
         with path.open("rb", buffering=0) as file:
-            return _read_saved(path, file.fileno()) or _read_headers(path, file.fileno())
+            return read_saved_index(path, file.fileno()) or _read_headers(path, file.fileno())
     except OSError as error:
         raise BadArchive(f"cannot read {path}: {error.strerror}. Check the file and its permissions") from error
 
@@ -79,7 +79,7 @@ def _split(names: np.ndarray) -> list[str]:
     return os.fsdecode(names.tobytes()).split("\0")[:-1]
 
 
-def _read_saved(path: Path, fd: int) -> ArchiveIndex | None:
+def read_saved_index(path: Path, fd: int) -> ArchiveIndex | None:
     """Return the saved index of an archive; None if there is none, or it does not belong to the archive as it is."""
     try:
         with np.load(f"{path}.index", allow_pickle=False) as saved:
@@ -119,18 +119,18 @@ def _read_headers(path: Path, fd: int) -> ArchiveIndex:
             kinds.append(kind)
 
     # Leave hidden files out.
-    names = _clean(path, names)
+    names = clean_names(path, names)
     shown = [number for number, name in enumerate(names) if name]
     return ArchiveIndex(
         [names[number] for number in shown],
         np.array(offsets, np.int64)[shown],
         np.array(sizes, np.int64)[shown],
-        [name for name in _clean(path, folders) if name],
-        {name: kind for name, kind in zip(_clean(path, others), kinds, strict=True) if name},
+        [name for name in clean_names(path, folders) if name],
+        {name: kind for name, kind in zip(clean_names(path, others), kinds, strict=True) if name},
     )
 
 
-def _clean(path: Path, stored: list[bytes]) -> list[str]:
+def clean_names(path: Path, stored: list[bytes]) -> list[str]:
     """Return names without what makes no difference, such as "./" in front; "" for hidden files and folders.
 
     Raises:

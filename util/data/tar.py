@@ -90,7 +90,9 @@ class HeaderReader:
                 elif kind == NEXT_NAME:
                     long_name = self._content(data, size).split(b"\0", 1)[0]
             else:
-                name, size, kind = _describe(long_name or name, size, KINDS[kind], pax)
+                name, kind = long_name or name, KINDS[kind]
+                if pax or kind != "file" or name[-1:] == b"/":
+                    name, size, kind = _describe(name, size, kind, pax)
                 yield Member(name, data, size, kind)
                 pax, long_name = {}, b""
             position = data + (size + BLOCK - 1) // BLOCK * BLOCK
