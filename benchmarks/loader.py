@@ -2,10 +2,11 @@
 
     python benchmarks/loader.py --data_path FOLDER --json loader.json
 
-FOLDER/train/<class>/*.jpg are photographs. The rows of the first table, with 224 pixels and one thread per process, are
-those of pre-training's augmentation (crop of 0.2 to 1 of the area, flip):
+FOLDER/train/<class>/*.jpg are photographs. The rows of the first table, with one thread per process, are those of
+pre-training's augmentation (crop of 0.2 to 1 of the area, resized to --input_size, flip):
     classic            ImageFolder, Pillow, RandomResizedCrop (bicubic), flip, ToTensor, Normalize
     ours               the scripts' loader up to the batch of bytes that goes to the device, which normalises it
+    tar                the same, of the same images in tar archives of 1,000 each
     decode             the scripts' decoder alone, from files to arrays of pixels: no loader can be faster
 and those of fine-tuning's (crop of 0.08 to 1 of the area, flip, rand-m9-mstd0.5-inc1, normalisation, erasing of a
 quarter of the images):
@@ -17,16 +18,18 @@ Ratios are to the classic row of the same augmentation. Every repetition runs ea
 linked as often as it takes to have --images of them. The figures are medians of --repeat repetitions, after one that
 warms up.
 
-The second table is about synthetic folders of empty files, 1,000 to a class: the seconds until the files are listed,
-and the growth of the memory of a worker and its parent between a tenth and the end of an epoch, which touches every
-entry of the list.
+The second table is about synthetic splits of empty files, 1,000 to a class, in folders and in an archive: the seconds
+until the files are listed, the bytes of the list per file, and the growth of the memory of a worker and its parent
+between a tenth and the end of an epoch, which touches every entry of the list.
 """
 
 import argparse
 import os
+import pickle
 import re
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +45,7 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_name, link_images, spread, write_result
 from util.data import transforms
+from util.data.archives import ImagePath
 from util.data.datasets import Images
 from util.data.images import Pixels, load_array
 from util.data.loaders import Loading, train_loader
@@ -67,23 +71,23 @@ class Decoded(Dataset):
         return load_array(self.samples[index][0]).shape[0]
 
 
-def finetune_transform(aa: str) -> transforms.FinetuneTransform:
+def finetune_transform(size: int, aa: str) -> transforms.FinetuneTransform:
     """Create the scripts' augmentation of fine-tuning with the policy `aa`, otherwise as published."""
-    return transforms.FinetuneTransform(224, FINETUNE_SCALE, None, aa, REPROB, "pixel", 1)
+    return transforms.FinetuneTransform(size, FINETUNE_SCALE, None, aa, REPROB, "pixel", 1)
 
 
-def classic_transforms() -> tuple[tv.Compose, tv.Compose]:
-    """Create the usual transforms of Pillow's images for pre-training and for fine-tuning."""
+def classic_transforms(size: int) -> tuple[tv.Compose, tv.Compose]:
+    """Create the usual transforms of Pillow's images for pre-training and for fine-tuning, to size x size pixels."""
     pretrain = tv.Compose(
         [
-            tv.RandomResizedCrop(224, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
+            tv.RandomResizedCrop(size, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
             tv.RandomHorizontalFlip(),
             tv.ToTensor(),
             tv.Normalize(Pixels().mean, Pixels().std),
         ]
     )
     finetune = create_transform(
-        224,
+        size,
         is_training=True,
         scale=FINETUNE_SCALE,
         color_jitter=None,
@@ -96,32 +100,44 @@ def classic_transforms() -> tuple[tv.Compose, tv.Compose]:
     return pretrain, finetune
 
 
-def build_loaders(folder: str, batch_size: int, workers: int) -> dict[str, DataLoader]:
+def pack(folder: Path, packed: Path, per_archive: int = 1000) -> None:
+    """Pack the files of class folders into archives packed/N.tar of so many files each."""
+    packed.mkdir(parents=True)
+    files = sorted(folder.glob("*/*"))
+    for start in range(0, len(files), per_archive):
+        with tarfile.open(packed / f"{start:07d}.tar", "w", dereference=True) as archive:
+            for file in files[start : start + per_archive]:
+                archive.add(file, f"{file.parent.name}/{file.name}")
+
+
+def build_loaders(folder: Path, batch_size: int, workers: int, size: int) -> dict[str, DataLoader]:
     """Build the loader of each row of the first table.
 
     Args:
-        folder: Folder that holds train/<class>/.
+        folder: Folder that holds train/<class>/ and packed/train/*.tar.
         batch_size: Images per batch.
         workers: Number of loader processes; 0: none but this one.
+        size: Height and width of the batches' images in pixels.
     """
     loading = Loading(batch_size, workers, True, 0, CPU)
     common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
 
-    def scripts(transform: Callable) -> DataLoader:
-        return train_loader(folder, transform, Pixels(), loading).loader
+    def scripts(transform: Callable, place: Path = folder) -> DataLoader:
+        return train_loader(str(place), transform, Pixels(), loading).loader
 
     def usual(dataset: Dataset) -> DataLoader:
         return DataLoader(dataset, shuffle=True, drop_last=True, **common)
 
-    ours = scripts(transforms.Crop(224, SCALE))
-    pretrain, finetune = classic_transforms()
+    ours = scripts(transforms.Crop(size, SCALE))
+    pretrain, finetune = classic_transforms(size)
     return {
         "classic": usual(ImageFolder(f"{folder}/train", pretrain)),
         "ours": ours,
+        "tar": scripts(transforms.Crop(size, SCALE), folder / "packed"),
         "decode": usual(Decoded(ours.dataset.images)),
         "finetune_classic": usual(ImageFolder(f"{folder}/train", finetune)),
-        "finetune_ours": scripts(finetune_transform(POLICY)),
-        "finetune_no_aa": scripts(finetune_transform("none")),
+        "finetune_ours": scripts(finetune_transform(size, POLICY)),
+        "finetune_no_aa": scripts(finetune_transform(size, "none")),
     }
 
 
@@ -130,17 +146,15 @@ def own_classic(name: str) -> str:
     return "finetune_classic" if name.startswith("finetune_") else "classic"
 
 
-def measure_speed(folder: str, batch_size: int, workers: int, repeat: int) -> list[dict]:
+def measure_speed(rows: dict[str, DataLoader], workers: int, repeat: int) -> list[dict]:
     """Measure the rows of the first table by turns.
 
     Args:
-        folder: Folder that holds train/<class>/.
-        batch_size: Images per batch.
-        workers: Number of loader processes; 0: none but this one.
+        rows: The loader of each row.
+        workers: Number of loader processes that they have.
         repeat: Number of measured repetitions.
     """
     # The first repetition starts the loader processes and fills the page cache; it is not counted.
-    rows = build_loaders(folder, batch_size, workers)
     rates: dict[str, list[float]] = {name: [] for name in rows}
     for repetition in range(-1, repeat):
         for name, loader in rows.items():
@@ -148,7 +162,7 @@ def measure_speed(folder: str, batch_size: int, workers: int, repeat: int) -> li
             for _ in loader:
                 pass
             if repetition >= 0:
-                rates[name].append(len(loader) * batch_size / (time.perf_counter() - start))
+                rates[name].append(len(loader) * loader.batch_size / (time.perf_counter() - start))
 
     return [
         {
@@ -168,34 +182,57 @@ def memory_of(*pids: int) -> int:
     return sum(1024 * int(re.search(r"^Pss:\s+(\d+)", rollup, re.MULTILINE)[1]) for rollup in rollups)
 
 
-def measure_listing(files: int) -> dict[str, float]:
-    """Measure a row of the second table, for a folder of so many empty files.
+def make_files(root: Path, files: int, packed: bool) -> None:
+    """Make a split of so many empty files in root: train/<class>/, or train.tar."""
+    names = [f"n{number // 1000:08d}/n{number // 1000:08d}_{number % 1000:05d}.JPEG" for number in range(files)]
+    if packed:
+        with (root / "train.tar").open("wb") as archive:
+            for name in names:
+                archive.write(tarfile.TarInfo(name).tobuf())
+            archive.write(bytes(tarfile.RECORDSIZE))
+        return
+    for number, name in enumerate(names):
+        if number % 1000 == 0:
+            (root / "train" / name).parent.mkdir(parents=True)
+        (root / "train" / name).touch()
+
+
+def read_without_decoding(path: str | ImagePath) -> np.ndarray:
+    """Read a file, and return a small image in place of what is in it, since the files are empty."""
+    (Path(path) if isinstance(path, str) else path).read_bytes()
+    return np.zeros((8, 8, 3), np.uint8)
+
+
+def measure_listing(files: int, packed: bool) -> dict[str, float]:
+    """Measure a row of the second table.
+
+    Args:
+        files: Number of files.
+        packed: They lie in an archive, not in folders.
 
     Returns:
-        The number of files, the seconds until they are listed (start_s), and the growth of memory (growth_mb).
+        The number of files, whether they are packed, the seconds until they are listed (start_s), the bytes of the list
+        per file, and the growth of memory (growth_mb).
     """
     with tempfile.TemporaryDirectory() as temporary:
-        # Make the files.
-        for number in range(files // 1000):
-            folder = Path(temporary) / "data" / "train" / f"n{number:08d}"
-            folder.mkdir(parents=True)
-            for image in range(1000):
-                (folder / f"n{number:08d}_{image:05d}.JPEG").touch()
+        make_files(Path(temporary), files, packed)
 
         # Opening the loader lists them.
         start = time.perf_counter()
         transform = transforms.Crop(8, SCALE)
-        loader = train_loader(f"{temporary}/data", transform, Pixels(), Loading(500, 1, False, 0, CPU))
+        loader = train_loader(temporary, transform, Pixels(), Loading(500, 1, False, 0, CPU))
         took = time.perf_counter() - start
 
-        # An epoch with a stand-in for the decoder, since the files are empty. After a tenth of it everything is
-        # imported; from there on memory grows only by what touching the list costs.
-        loader.dataset.images.loader = lambda path: np.zeros((8, 8, 3), np.uint8)
-        sizes = []
+        # After a tenth of an epoch everything is imported; from there on memory grows only by what touching the list
+        # costs.
+        images = loader.dataset.images
+        images.loader, sizes = read_without_decoding, []
         for batch, _ in enumerate(loader, 1):
             if batch in (len(loader) // 10, len(loader)):
                 sizes.append(memory_of(os.getpid(), loader.loader._iterator._workers[0].pid))
-    return {"files": files, "start_s": took, "growth_mb": (sizes[1] - sizes[0]) / 1e6}
+    per_file = len(pickle.dumps(images.listing)) / files
+    growth = (sizes[1] - sizes[0]) / 1e6
+    return {"files": files, "packed": packed, "start_s": took, "bytes_per_file": per_file, "growth_mb": growth}
 
 
 def get_args() -> argparse.Namespace:
@@ -203,6 +240,7 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", type=Path, required=True, help="folder that holds train/<class>/*.jpg")
     parser.add_argument("--batch_size", default=64, type=int)
+    parser.add_argument("--input_size", default=224, type=int, help="height and width of the batches' images in pixels")
     parser.add_argument(
         "--workers",
         default=len(os.sched_getaffinity(0)),
@@ -223,9 +261,14 @@ def main() -> None:
 
     # The first table: without loader processes, and with them.
     torch.set_num_threads(1)
+    rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        link_images(args.data_path / "train", Path(temporary) / "train", args.images)
-        rows = [row for n in (0, args.workers) for row in measure_speed(temporary, args.batch_size, n, args.repeat)]
+        folder = Path(temporary)
+        link_images(args.data_path / "train", folder / "train", args.images)
+        pack(folder / "train", folder / "packed" / "train")
+        for workers in (0, args.workers):
+            loaders = build_loaders(folder, args.batch_size, workers, args.input_size)
+            rows += measure_speed(loaders, workers, args.repeat)
     print(f"n = {args.repeat}, batch {args.batch_size}; {device_name(CPU)}; torch {torch.__version__}")
     print(f"{'':16} {'workers':>7} {'images/s':>9} {'spread':>7} {'of classic':>10} {'of decode':>9}")
     for row in rows:
@@ -238,7 +281,7 @@ def main() -> None:
         )
 
     # The second table.
-    costs = [measure_listing(files) for files in args.files]
+    costs = [measure_listing(files, packed) for files in args.files for packed in (False, True)]
     for cost in costs:
         print("  ".join(f"{name}: {value:.4g}" for name, value in cost.items()), flush=True)
     write_result(args.json, {"rows": rows, "listing": costs, "n": args.repeat})

@@ -1,4 +1,4 @@
-"""Unpack ImageNet-1k from its archives into the folders that training reads.
+"""Unpack ImageNet-1k from its archives into the folders that training reads, or pack it into shards.
 
     python scripts/prepare_imagenet.py --output imagenet --train ILSVRC2012_img_train.tar \
         --val ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz
@@ -10,6 +10,9 @@ images, without subfolders. Files that are there already are left alone, so that
 
 output/train/<class>/*.JPEG     1,281,167 images
 output/val/<class>/*.JPEG       50 of each of 1,000 classes
+
+With --packed no single image is written: output/train/shard-00000.tar and so on hold the same <class>/*.JPEG, in tar
+archives of 1 GB that training reads in place, and so do those in output/val.
 """
 
 import argparse
@@ -26,14 +29,24 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tqdm import tqdm
+
 from util import errors
+from util.data.archive_index import load_index
+from util.data.archives import open_archive
+from util.data.splits import ARCHIVE, is_image
 from util.errors import UserError
+from util.packing.shards import SHARD_SIZE, Images
+from util.packing.sources import readable
+from util.packing.streams import StrictInfo
+from util.packing.writing import pack_split
 
 CLASSES, PER_CLASS = 1000, 50
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 CLASS = re.compile(r"n\d{8}")
 
 WriteFile = Callable[[Path], None]  # writes one file to this path
+Place = tuple[Path, int, int]  # a file, where in it the bytes of an image begin, and their number
 
 
 def read_labels(path: Path) -> list[str]:
@@ -120,6 +133,30 @@ def validation_images(source: Path) -> Iterator[tuple[str, int, WriteFile]]:
                 yield Path(member.name).name, member.size, partial(_extract, tar, member)
 
 
+def check_labels(labels: list[str]) -> Counter:
+    """Return the number of validation images of each class.
+
+    Raises:
+        UserError: The labels do not name 50 images of each of 1,000 classes.
+    """
+    expected = Counter(labels)
+    invalid = [label for label in labels if not CLASS.fullmatch(label)]
+    if invalid or len(expected) != CLASSES or set(expected.values()) != {PER_CLASS}:
+        raise UserError(
+            f"--labels must name {PER_CLASS} images of each of {CLASSES} classes, but names {len(labels)} images of "
+            f"{len(expected)} classes"
+            + (f"; {invalid[0]!r} is no class like n01440764" if invalid else "")
+            + ": give the labels of the ILSVRC2012 validation images"
+        )
+    return expected
+
+
+def _refuse_archives(folder: Path) -> None:
+    """Raise a UserError if a folder holds archives, beside which class folders could not be read."""
+    if any(folder.glob(f"*{ARCHIVE}")):
+        raise UserError(f"{folder} holds archives: choose another --output, remove them, or add --packed")
+
+
 def prepare_val(source: Path, labels: list[str], output: Path) -> None:
     """Sort the validation images into output/val/<class>/.
 
@@ -132,17 +169,8 @@ def prepare_val(source: Path, labels: list[str], output: Path) -> None:
         UserError: The labels do not name 50 images of each of 1,000 classes (then nothing is written), or output/val
             in the end does not hold 50 of each, or holds other folders.
     """
-    # Check the labels before anything is written.
-    expected = Counter(labels)
-    invalid = [label for label in labels if not CLASS.fullmatch(label)]
-    if invalid or len(expected) != CLASSES or set(expected.values()) != {PER_CLASS}:
-        raise UserError(
-            f"--labels must name {PER_CLASS} images of each of {CLASSES} classes, but names {len(labels)} images of "
-            f"{len(expected)} classes"
-            + (f"; {invalid[0]!r} is no class like n01440764" if invalid else "")
-            + ": give the labels of the ILSVRC2012 validation images"
-        )
-
+    expected = check_labels(labels)
+    _refuse_archives(output / "val")
     written = 0
     for name, size, write in validation_images(source):
         if match := NAME.match(name):
@@ -163,30 +191,126 @@ def prepare_val(source: Path, labels: list[str], output: Path) -> None:
     print(f"{folder}: {PER_CLASS} images of each of {CLASSES} classes, {written} written now")
 
 
-def prepare_train(source: Path, output: Path) -> None:
-    """Unpack the training archive, which holds an archive per class, into output/train/<class>/.
+def class_archives(source: Path, mode: str) -> Iterator[tuple[str, int, tarfile.TarFile]]:
+    """Yield (class, where its bytes begin, archive) of each class's archive in the training archive.
+
+    Args:
+        source: The training archive.
+        mode: As of tarfile.open: "r", or "r:" if nothing may be compressed.
 
     Raises:
-        UserError: The archive holds something else than archives of classes, or not 1,000 of them. The images are not
-            counted; a truncated archive ends in a tarfile.TarError or EOFError, of which `main` makes a message.
+        UserError: The archive holds something else than archives of classes, or, at the end, not 1,000 of them.
+        TarError, EOFError: An archive is damaged or cut off.
     """
-    written = total = classes = 0
-    with tarfile.open(source) as outer:
+    classes = 0
+    with tarfile.open(source, mode, tarinfo=StrictInfo) as outer:
         for inner in outer:
             label = Path(inner.name).stem
-            if not CLASS.fullmatch(label):
+            if not CLASS.fullmatch(label) or not inner.isfile():
                 raise UserError(
                     f"{source} holds {inner.name} instead of archives like n01440764.tar: give ILSVRC2012_img_train.tar"
                 )
             classes += 1
-            with tarfile.open(fileobj=outer.extractfile(inner)) as tar:
-                for member in tar:
-                    target = output / "train" / label / Path(member.name).name
-                    written += write_if_missing(target, member.size, partial(_extract, tar, member))
-                    total += 1
+            with tarfile.open(fileobj=outer.extractfile(inner), mode=mode, tarinfo=StrictInfo) as archive:
+                yield label, inner.offset_data, archive
     if classes != CLASSES:
         raise UserError(f"{source} holds {classes} classes instead of {CLASSES}: is it complete?")
-    print(f"{output / 'train'}: {total} images of {classes} classes, {written} written now")
+
+
+def prepare_train(source: Path, output: Path) -> None:
+    """Unpack the training archive, which holds an archive per class, into output/train/<class>/.
+
+    The images are not counted.
+
+    Raises:
+        UserError: The archive holds something else than archives of classes, or not 1,000 of them, or output/train
+            holds archives.
+        TarError, EOFError: The archive is damaged or cut off; `main` makes a message of that.
+    """
+    _refuse_archives(output / "train")
+    written = total = 0
+    for label, _, archive in class_archives(source, "r"):
+        for member in archive:
+            target = output / "train" / label / Path(member.name).name
+            written += write_if_missing(target, member.size, partial(_extract, archive, member))
+            total += 1
+    print(f"{output / 'train'}: {total} images of {CLASSES} classes, {written} written now")
+
+
+def _pack(places: dict[str, Place], folder: Path) -> None:
+    """Pack images into the shards of a folder.
+
+    Args:
+        places: Where each image lies, by <class>/<file>.
+        folder: Folder of the shards.
+
+    Raises:
+        UserError: As of pack_split.
+    """
+    names = sorted(places)
+
+    def read(numbers: list[int]) -> Iterator[bytes]:
+        for number in numbers:
+            path, offset, size = places[names[number]]
+            with readable(path):
+                data = os.pread(open_archive(str(path)), size, offset)
+            yield data
+
+    sizes = [places[name][2] for name in names]
+    classes = sorted({name.partition("/")[0] for name in names})
+    pack_split(Images(names, sizes, classes, read), folder, SHARD_SIZE)
+
+
+def pack_val(source: Path, labels: list[str], output: Path) -> None:
+    """Pack the validation images into output/val/shard-*.tar, in class folders.
+
+    Args:
+        source: Archive or folder of the validation images.
+        labels: Classes of validation images 1, 2, ...
+        output: Folder of train/ and val/.
+
+    Raises:
+        UserError: The labels do not name 50 images of each of 1,000 classes, the source does not hold 50 of each, or
+            the shards can't be written. In the first two cases nothing is written.
+    """
+    expected = check_labels(labels)
+    if source.is_dir():
+        found = [(path.name, (path, 0, path.stat().st_size)) for path in sorted(source.glob("*.JPEG"))]
+    else:
+        index = load_index(source)
+        members = zip(index.names, index.offsets.tolist(), index.sizes.tolist(), strict=True)
+        found = [(Path(name).name, (source, offset, size)) for name, offset, size in members]
+    places = {}
+    for name, place in found:
+        if (match := NAME.match(name)) and is_image(name):
+            places[f"{labels[int(match[1]) - 1]}/{name}"] = place
+
+    counts = Counter(name.partition("/")[0] for name in places)
+    wrong = {label: counts[label] for label in expected if counts[label] != PER_CLASS}
+    if wrong:
+        raise UserError(
+            f"{source} must hold {PER_CLASS} images of each class: {len(wrong)} classes have other numbers "
+            f"{dict(list(wrong.items())[:3])}. Is it complete?"
+        )
+    _pack(places, output / "val")
+
+
+def pack_train(source: Path, output: Path) -> None:
+    """Pack the training images into output/train/shard-*.tar, in class folders, without unpacking the archive.
+
+    Raises:
+        UserError: The archive holds something else than archives of classes, or not 1,000 of them (then nothing is
+            written), or the shards can't be written. The images are not counted.
+        TarError, EOFError: The archive is compressed, damaged or cut off; `main` makes a message of that.
+    """
+    places = {}
+    found = tqdm(class_archives(source, "r:"), "listing classes", CLASSES, leave=False, disable=None)
+    for label, start, archive in found:
+        for member in archive:
+            name = f"{label}/{Path(member.name).name}"
+            if member.isfile() and is_image(member.name):
+                places[name] = (source, start + member.offset_data, member.size)
+    _pack(places, output / "train")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="classes of the validation images; needed with --val"
     )
+    parser.add_argument("--packed", action="store_true", help="write shards instead of folders of images")
     args = parser.parse_args(argv)
     if not args.train and not args.val:
         raise UserError("there is nothing to prepare: give --train, --val or both")
@@ -210,9 +335,9 @@ def main(argv: list[str] | None = None) -> None:
     # The smaller split first: what is wrong with it shows in minutes.
     try:
         if args.val:
-            prepare_val(args.val, read_labels(args.labels), args.output)
+            (pack_val if args.packed else prepare_val)(args.val, read_labels(args.labels), args.output)
         if args.train:
-            prepare_train(args.train, args.output)
+            (pack_train if args.packed else prepare_train)(args.train, args.output)
     except (tarfile.TarError, EOFError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
         raise UserError(
             f"an archive or the labels cannot be read: {type(error).__name__} {error}. Are the files complete?"

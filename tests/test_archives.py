@@ -476,6 +476,7 @@ BAD = {
     ),
     "zip": (zipped, r"train.zip can't be read in place: .*python scripts/pack.py ARCHIVE --output DIR"),
     "cut in the last member": (lambda p: cut(p, 2048), "train.tar is cut off: it has 2,048 bytes, .* until 2,"),
+    "cut in padding": (lambda p: cut(p, 800), "train.tar is cut off: it has 800 bytes, .* until 1,024"),
     "cut in a header": (lambda p: cut(p, 1300), r"train.tar is cut off \(at byte 1,024\)"),
     "empty file": (lambda p: write_bytes(p, b""), "train.tar is an empty file"),
     "nothing in it": (lambda p: archives.write(p / "train.tar", {}), "no images in .*train.tar: are they complete"),

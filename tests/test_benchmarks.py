@@ -13,7 +13,7 @@ TINY = {
     "masking": ("--models mae_vit_tiny_patch16 --batch_size 2 --steps 1 --device cpu", ["tokens", "8", "1"]),
     "loader": (
         "--data_path {images} --batch_size 8 --workers 1 --images 80 --repeat 1 --files 10000",
-        ["classic", "ours", "decode"] * 2,
+        ["classic", "ours", "tar", "decode", "finetune_classic", "finetune_ours", "finetune_no_aa"] * 2,
     ),
 }
 

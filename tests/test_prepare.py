@@ -1,5 +1,6 @@
 """scripts/prepare_imagenet.py: every image gets to its class, archives are checked, and nothing is done twice."""
 
+import gzip
 import io
 import sys
 import tarfile
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from util.data import splits
+from util.data.archive_index import has_current_index
 from util.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -34,6 +37,7 @@ def archives(tmp_path, monkeypatch):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as part:
                 add_file(part, f"{name}_1.JPEG", name.encode())
+                add_file(part, "notes.txt", b"no image")
             add_file(tar, f"{name}.tar", inner.getvalue())
     (tmp_path / "labels.txt").write_text("\n".join(LABELS))
     rows = [f"ILSVRC2012_val_{n:08d},{label} 1 2 3 4" for n, label in reversed(list(enumerate(LABELS, 1)))]
@@ -103,3 +107,140 @@ def test_what_is_not_whole_is_refused(archives, spoil):
         (archives / "labels.txt").unlink()
     with pytest.raises(UserError):
         prepare(archives, val="flat" if spoil == "missing image" else "val.tar")
+
+
+# Packed: the same images in shards.
+
+
+def listed(folder):
+    """Return the classes of a split in a folder or in its archives, and (name, class, content) of each image."""
+    found = splits.list_split(splits.source_at(folder), folder.name)
+    contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
+    return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/shard-*")}
+
+
+def prepare_packed(where, *more, out="packed", val="val.tar"):
+    words = ["--packed", "--output", where / out, "--val", where / val, "--labels", where / "labels.txt"]
+    prepare_imagenet.main(list(map(str, [*words, "--train", where / "train.tar", *more])))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards that hold at most three or four of the images."""
+    monkeypatch.setattr(prepare_imagenet, "SHARD_SIZE", 5120)
+    monkeypatch.setattr(tarfile, "RECORDSIZE", 512)
+
+
+@pytest.mark.parametrize("val", ["val.tar", "flat"])
+def test_packed_lists_what_the_folders_list(val, archives, small_shards, capsys):
+    with tarfile.open(archives / "val.tar") as tar:
+        tar.extractall(archives / "flat", filter="data")
+    prepare(archives, "labels.txt", "val.tar", "--train", archives / "train.tar")
+    prepare_packed(archives, val=val)
+    for split, count in (("train", 3), ("val", 6)):
+        assert listed(archives / "packed" / split) == listed(archives / "out" / split)
+        assert len(listed(archives / "out" / split)[1]) == count
+    shards = sorted((archives / "packed/val").glob("*.tar"))
+    assert [path.name for path in shards] == ["shard-00000.tar", "shard-00001.tar"]
+    assert all(has_current_index(path) for path in shards)
+    assert not [path for path in (archives / "packed").rglob("*") if path.suffix == ".JPEG"]
+    printed = capsys.readouterr().out
+    assert "val: 6 images of 3 classes, 2 shards, " in printed and "train: 3 images of 3 classes, 1 shard, " in printed
+
+
+def test_packed_a_second_run_writes_nothing_and_a_cut_off_one_goes_on(archives, small_shards, capsys):
+    prepare_packed(archives)
+    before = times(archives / "packed")
+    prepare_packed(archives)
+    assert times(archives / "packed") == before
+    whole = (archives / "packed/val/shard-00001.tar").read_bytes()
+    (archives / "packed/val/shard-00001.tar").unlink()
+    (archives / "packed/val/.unfinished-1.tar").write_bytes(b"cut off")
+    prepare_packed(archives)
+    assert (archives / "packed/val/shard-00001.tar").read_bytes() == whole
+    after = times(archives / "packed")
+    assert [path.name for path in before if before[path] != after[path]] == ["shard-00001.tar", "shard-00001.tar.index"]
+    assert not list((archives / "packed").rglob(".unfinished*"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("; ")[2] for line in lines[::2]] == [
+        "2 shards written now",
+        "nothing to write",
+        "1 shard written now",
+    ]
+
+
+def test_shards_and_folders_are_not_mixed(archives):
+    prepare(archives, "labels.txt", "val.tar", "--train", archives / "train.tar")
+    with pytest.raises(UserError, match="out/val holds n00000001, n00000002, n00000003"):
+        prepare_packed(archives, out="out")
+    prepare_packed(archives)
+    (archives / "packed").rename(archives / "again")
+    (archives / "out").rename(archives / "folders")
+    (archives / "again").rename(archives / "out")
+    with pytest.raises(UserError, match="out/val holds archives: .*add --packed"):
+        prepare(archives)
+
+
+def compressed(path):
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def damaged_inside(path):
+    """Damage the header of the second image in the last class's archive, which tarfile takes for the archive's end."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as part:
+        add_file(part, "n00000003_1.JPEG", b"1")
+        add_file(part, "n00000003_2.JPEG", b"2")
+    data = bytearray(inner.getvalue())
+    data[1024] ^= 1
+    with tarfile.open(path, "w") as tar:
+        for name in sorted(set(LABELS)):
+            add_file(tar, f"{name}.tar", bytes(data))
+
+
+def with_a_stranger(path):
+    with tarfile.open(path, "a") as tar:
+        add_file(tar, "images.tar", b"")
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-20000])
+
+
+def of_two_classes(path):
+    with tarfile.open(path, "w") as tar:
+        for name in sorted(set(LABELS))[:2]:
+            add_file(tar, f"{name}.tar", bytes(10240))
+
+
+SPOILT = {  # file, what happens to it, the message, and whether it is one of the unpacked way as well
+    "val cut off": ("val.tar", lambda path: path.write_bytes(path.read_bytes()[:1100]), "cut off", False),
+    "val compressed": ("val.tar", compressed, "compressed: gunzip it", False),
+    "val incomplete": ("flat/ILSVRC2012_val_00000003.JPEG", Path.unlink, "must hold 2 images of each", True),
+    "labels": ("labels.txt", lambda path: path.write_text("tench\n" * 6), "--labels must name 2 images", True),
+    "no labels": ("labels.txt", Path.unlink, "no such file", True),
+    "train cut off": ("train.tar", cut_off, "Are the files complete", True),
+    "train of two classes": ("train.tar", of_two_classes, "holds 2 classes instead of 3", True),
+    "train with another archive": ("train.tar", with_a_stranger, "holds images.tar instead of archives like", True),
+    "train damaged inside": ("train.tar", damaged_inside, "bad checksum", True),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+def test_what_is_not_whole_is_named(case, packed, archives, refusal):
+    file, spoil, expected, both = SPOILT[case]
+    with tarfile.open(archives / "val.tar") as tar:
+        tar.extractall(archives / "flat", filter="data")
+    spoil(archives / file)
+    val = "flat" if file.startswith("flat") else "val.tar"
+    if packed:
+        assert expected in refusal(lambda: prepare_packed(archives, val=val))
+        split = "train" if file == "train.tar" else "val"
+        assert not times(archives / "packed") or split == "train" and not list((archives / "packed/train").glob("*"))
+    elif both:
+        assert expected in refusal(lambda: prepare(archives, "labels.txt", val, "--train", archives / "train.tar"))

@@ -8,6 +8,8 @@ that it states, and where it says that the first and the last file begin, their 
 import json
 import os
 import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -45,19 +47,32 @@ def load_index(path: Path) -> ArchiveIndex:
     Raises:
         BadArchive: The archive can't be read, is no plain tar archive, or is cut off or damaged.
     """
+    with _open(path) as fd:
+        return _read_saved(path, fd) or _read_headers(path, fd)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[int]:
+    """Return a context that opens an archive and gives its descriptor; errors as of load_index."""
     if not hasattr(os, "pread"):
         raise BadArchive(f"{path} can't be read in place on Windows: unpack it into folders")
     try:
         with path.open("rb", buffering=0) as file:
-            return read_saved_index(path, file.fileno()) or _read_headers(path, file.fileno())
+            yield file.fileno()
     except OSError as error:
         raise BadArchive(f"cannot read {path}: {error.strerror}. Check the file and its permissions") from error
 
 
+def has_current_index(path: Path) -> bool:
+    """Return whether an archive has a saved index that belongs to it as it is; errors as of load_index."""
+    with _open(path) as fd:
+        return _read_saved(path, fd) is not None
+
+
 def write_index(path: Path, out: BinaryIO) -> ArchiveIndex:
     """Read an archive's headers, write the index to an open file, and return it; errors as of load_index."""
-    with path.open("rb", buffering=0) as file:
-        index, status = _read_headers(path, file.fileno()), os.fstat(file.fileno())
+    with _open(path) as fd:
+        index, status = _read_headers(path, fd), os.fstat(fd)
     np.savez(
         out,
         archive=np.array([VERSION, status.st_size, status.st_mtime_ns]),
@@ -79,7 +94,7 @@ def _split(names: np.ndarray) -> list[str]:
     return os.fsdecode(names.tobytes()).split("\0")[:-1]
 
 
-def read_saved_index(path: Path, fd: int) -> ArchiveIndex | None:
+def _read_saved(path: Path, fd: int) -> ArchiveIndex | None:
     """Return the saved index of an archive; None if there is none, or it does not belong to the archive as it is."""
     try:
         with np.load(f"{path}.index", allow_pickle=False) as saved:

@@ -96,10 +96,10 @@ class HeaderReader:
                 yield Member(name, data, size, kind)
                 pax, long_name = {}, b""
             position = data + (size + BLOCK - 1) // BLOCK * BLOCK
-            if data + size > self.end:
+            if position > self.end:
                 raise BadArchive(
-                    f"{self.path} is cut off: it has {self.end:,} bytes, and a member goes on until {data + size:,}: "
-                    "copy or download it again"
+                    f"{self.path} is cut off: it has {self.end:,} bytes, and a member goes on until {position:,}: copy "
+                    "or download it again"
                 )
 
     def _describe_damage(self, start: bytes, position: int) -> str:

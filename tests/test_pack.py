@@ -1,0 +1,981 @@
+"""scripts/pack.py: whatever the source is, the shards list what it holds, and a run that was cut off can go on."""
+
+import bz2
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tarfile
+import tracemalloc
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import archives
+import pytest
+from PIL import Image
+
+from scripts import pack
+from util.data import archive_index, splits
+from util.errors import UserError
+from util.packing import shards, writing
+
+SMALL = 20480  # bytes of a shard that holds about 14 of the samples: 80 of them need several
+NAMES = {"train": 80, "val": 30}
+
+
+def png(value=9, size=8, form="png"):
+    buffer = io.BytesIO()
+    Image.new("L", (size, size), value).save(buffer, form)
+    return buffer.getvalue()
+
+
+PNG = png()
+
+
+def run(*words):
+    pack.main(list(map(str, words)))
+
+
+def listed(folder, split="train", flat=False):
+    """Return the classes of a split in a folder or in its archives, and (name, class, content) of each image."""
+    found = splits.list_split(splits.source_at(Path(folder)), split, flat)
+    contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
+    return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
+
+
+def tree(folder, members):
+    """Write files, and folders, whose content is None."""
+    for name, data in members.items():
+        path = folder / name
+        (path if data is None else path.parent).mkdir(parents=True, exist_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+    return folder
+
+
+def times(folder):
+    """Return when each file was written; nothing where there is no folder."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.name != ".lock"}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+@pytest.fixture(scope="session")
+def packed(images, tmp_path_factory):
+    """The training split of the fixture in several shards."""
+    folder = tmp_path_factory.mktemp("packed") / "train"
+    run(images / "train", "--output", folder, "--shard_size", SMALL)
+    return folder
+
+
+# Folders.
+
+
+def test_both_splits_of_a_folder_list_what_it_lists(images, tmp_path, capsys):
+    run(images, "--output", tmp_path / "packed")
+    for split, count in NAMES.items():
+        assert listed(tmp_path / "packed" / split) == listed(images / split)
+        assert len(listed(images / split)[1]) == count
+    printed = capsys.readouterr()
+    assert "train: 80 images of 10 classes, 1 shard, 112,640 bytes; 1 shard written now" in printed.out
+    assert printed.err == ""
+
+
+def test_several_shards_list_what_the_folder_lists_and_none_is_too_large(images, packed):
+    assert listed(packed) == listed(images / "train")
+    files = sorted(packed.glob("*.tar"))
+    assert [file.name for file in files] == [f"shard-{number:05d}.tar" for number in range(len(files))]
+    assert len(files) == 6 and all(file.stat().st_size <= SMALL for file in files)
+    assert all(archive_index.has_current_index(file) for file in files)
+
+
+def test_an_image_that_is_larger_than_a_shard_gets_one_of_its_own(tmp_path):
+    large = PNG + bytes(50000)
+    source = tree(tmp_path / "in", {"a/1.png": large, "a/2.png": PNG, "a/3.png": large, "a/4.png": PNG})
+    run(source, "--output", tmp_path / "out", "--shard_size", "10K")
+    sizes = [path.stat().st_size for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert [size > 10240 for size in sizes] == [True, False, True, False]
+    assert listed(tmp_path / "out") == listed(source)
+
+
+def test_a_shard_may_be_exactly_as_large_as_allowed(tmp_path):
+    """Two files of 3,584 bytes with headers of 512, and the end mark of 1,024, are within 10,240 bytes; three not."""
+    source = tree(tmp_path / "in", {f"a/{number}.png": bytes(3584) for number in range(4)})
+    run(source, "--output", tmp_path / "out", "--shard_size", 10240)
+    assert [path.stat().st_size for path in (tmp_path / "out").glob("*.tar")] == [10240, 10240]
+
+
+def test_a_second_run_writes_nothing_and_another_place_gets_the_same_bytes(images, packed, tmp_path, capsys):
+    before = times(packed)
+    run(images / "train", "--output", packed, "--shard_size", SMALL)
+    assert times(packed) == before and "6 shards, 112,640 bytes; nothing to write" in capsys.readouterr().out
+    run(images / "train", "--output", tmp_path / "again", "--shard_size", "20K")
+    assert contents(tmp_path / "again") == contents(packed)
+
+
+def killed(main, *words):
+    """Run the script in a process that kills itself, which `main` provides for."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            main()
+            run(*words)
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def dying(function, call, before):
+    """Return a function that does the same, but whose call of this number, from 1, ends the process."""
+    calls = [0]
+
+    def count(*args, **kwargs):
+        calls[0] += 1
+        if before and calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if calls[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return count
+
+
+POINTS = {  # object, function, call and whether the process ends before it; complete shards by then, indexes
+    "within the first shard": (tarfile.TarFile, "addfile", 5, True, 0, 0),
+    "within the third shard": (tarfile.TarFile, "addfile", 40, True, 2, 2),
+    "while a shard is read back": (shards, "_compare", 2, True, 1, 1),
+    "before a shard gets its name": (os, "replace", 3, True, 1, 1),
+    "before a shard's index": (writing, "write_saved_index", 2, True, 2, 1),
+    "between shards": (writing, "write_saved_index", 2, False, 2, 2),
+    "after the last shard": (writing, "write_saved_index", 6, True, 6, 5),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_goes_on_with_the_first_missing_shard(point, images, packed, tmp_path, capsys):
+    place, name, call, before, whole, indexes = POINTS[point]
+    words = (images / "train", "--output", tmp_path, "--shard_size", SMALL)
+    killed(lambda: setattr(place, name, dying(getattr(place, name), call, before)), *words)
+    there = times(tmp_path)
+    assert sum(name.endswith(".tar") and name[0] != "." for name in there) == whole
+    assert sum(name.endswith(".index") and name[0] != "." for name in there) == indexes
+
+    # Whole shards are left as they are, and nothing unfinished remains.
+    run(*words)
+    printed = capsys.readouterr().out
+    assert (f"{6 - whole} shards written now" if whole < 6 else "nothing to write") in printed
+    assert ("1 index added" in printed) == (whole > indexes)
+    assert {name: time for name, time in times(tmp_path).items() if name in there} == {
+        name: time for name, time in there.items() if name[0] != "."
+    }
+    assert contents(tmp_path) == contents(packed) and times(tmp_path).keys() == times(packed).keys()
+    assert all(archive_index.has_current_index(path) for path in tmp_path.glob("*.tar"))
+
+
+def test_a_shard_that_was_removed_is_written_again(images, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    (folder / "shard-00002.tar").unlink()
+    run(images / "train", "--output", folder, "--shard_size", SMALL)
+    assert contents(folder) == contents(packed) and archive_index.has_current_index(folder / "shard-00002.tar")
+
+
+def test_two_processes_do_not_write_to_one_folder(images, tmp_path, refusal):
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        writing._lock(tmp_path / "out")
+        os.write(write_end, b"locked")
+        signal.pause()
+    os.read(read_end, 6)
+    try:
+        message = refusal(lambda: run(images / "train", "--output", tmp_path / "out"))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert f"is being written to by process {pid}" in message
+
+
+NAMES_THAT_ARE_ODD = [
+    "a/z.png",
+    "a b/1.png",
+    "a/b/1.png",
+    "a/b c/1.png",
+    "a/B.PNG",
+    "ä/1.png",
+    "a/日本.png",
+    "a/\udce9t\udce9.png",  # bytes that are no UTF-8
+    "\udcff/1.png",
+    "a/new\nline.png",
+    "a/back\\slash.png",
+    "a/" + "f" * 94 + ".png",  # 100 bytes, as many as a header has room for, and one more
+    "a/" + "f" * 95 + ".png",
+    "a/" + "f" * 120 + "/" + "g" * 150 + ".png",
+    "ü" * 120 + "/" + "ü" * 120 + ".png",
+    "a/empty.png",
+]
+
+
+def test_odd_names_and_empty_classes_survive(tmp_path, capsys):
+    members = {name: b"" if "empty" in name else png(number) for number, name in enumerate(NAMES_THAT_ARE_ODD)}
+    others = {"a/.hidden.png": PNG, ".hidden/1.png": PNG, "a/notes.txt": b"", "no images": None, "n" * 150: None}
+    source = tree(tmp_path / "in", members | others)
+    run(source, "--output", tmp_path / "out", "--shard_size", "10K")
+    assert listed(tmp_path / "out") == listed(source)
+    assert {"no images", "n" * 150} <= set(listed(tmp_path / "out")[0]) and len(listed(source)[1]) == len(members)
+    assert "left out: 1 file of other kinds (.txt 1)" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "out/shard-00000.tar") as archive:
+        assert archive.getnames()[:2] == ["n" * 150, "no images"]
+
+
+@pytest.mark.parametrize("folders", [{}, {"b/c/3.png": png(3)}], ids=["alone", "with folders"])
+def test_images_without_classes_go_into_one_folder(folders, tmp_path, capsys):
+    source = tree(tmp_path / "in", {f"{number}.png": png(number) + bytes(5000) for number in range(4)} | folders)
+    run(source, "--output", tmp_path / "out/train", "--shard_size", "10K")
+    assert len(list((tmp_path / "out/train").glob("*.tar"))) == 4
+    expected = [(f"images/{name}", *rest) for name, *rest in listed(source, flat=True)[1]]
+    assert listed(tmp_path / "out/train", flat=True) == (["images"], expected)
+    printed = capsys.readouterr().out
+    assert (
+        "no class folders, and go into one folder, images/" in printed and "images without classes, 4 shards" in printed
+    )
+
+
+def test_a_folder_of_one_split_alone_keeps_its_name(images, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/train").symlink_to(images / "train")
+    run(tmp_path / "in", "--output", tmp_path / "out")
+    assert listed(tmp_path / "out/train") == listed(images / "train")
+
+
+def test_train_is_a_class_among_others(tmp_path):
+    source = tree(tmp_path / "in", {"bus/1.png": PNG, "train/1.png": PNG})
+    run(source, "--output", tmp_path / "out")
+    assert listed(tmp_path / "out") == listed(source)
+
+
+def test_a_third_split_is_named_and_not_packed(images, tmp_path, capsys):
+    for split in NAMES:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / split).symlink_to(images / split)
+    tree(tmp_path / "in", {"test/a/1.png": PNG})
+    run(tmp_path / "in", "--output", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train", "val"]
+    assert "not packed: test in" in capsys.readouterr().err
+
+
+# Other sources. Each function writes the training split in one form and returns what to pack.
+
+
+def as_zip(images, folder):
+    with zipfile.ZipFile(folder / "any.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in reversed(archives.read_folder(images / "train").items()):
+            archive.writestr(f"./data/train/{name}", data)
+        archive.writestr("data/train/", "")
+        archive.writestr("__MACOSX/data/train/a/._1.png", "")
+    return [folder / "any.zip"]
+
+
+def as_compressed(ending):
+    def write(images, folder):
+        path = folder / f"train.{ending}"
+        mode = {"tgz": "gz"}.get(ending, ending.rpartition(".")[2])
+        archives.write(folder / "train.tar", archives.read_folder(images / "train"), format=tarfile.GNU_FORMAT)
+        with tarfile.open(path, f"w:{mode}") as archive, tarfile.open(folder / "train.tar") as plain:
+            for member in plain:
+                data = plain.extractfile(member).read()
+                member.name = f"train/{member.name}"
+                archive.addfile(member, io.BytesIO(data))
+        (folder / "train.tar").unlink()
+        return [path]
+
+    return write
+
+
+def as_tars(form):
+    def write(images, folder):
+        data = archives.pack(images, folder / "data", form)
+        return [data / "train.tar"] if form == "one" else [data / "train"]
+
+    return write
+
+
+def as_files_of_a_folder(images, folder):
+    return sorted((archives.pack(images, folder / "data", "shards") / "train").glob("*.tar"))
+
+
+def table(rows, labels=None, names=None, column="image", **columns):
+    """Return a table as the Hugging Face hub stores image sets."""
+    import pyarrow
+
+    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns[column] = pyarrow.array([row and dict(zip(("bytes", "path"), row, strict=True)) for row in rows], image)
+    features = {column: {"_type": "Image"}}
+    if labels is not None:
+        columns["label"] = pyarrow.array(labels)
+    if names is not None:
+        features["label"] = {"names": names, "_type": "ClassLabel"}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pyarrow.table(columns).replace_schema_metadata(metadata)
+
+
+def write_parquet(path, *args, group=7, **more):
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table(*args, **more), path, row_group_size=group, write_page_checksum=True)
+    return path
+
+
+def as_parquets(images, folder):
+    """Write files whose rows are in another order than the names of the classes, with each image's name."""
+    pytest.importorskip("pyarrow")
+    files = archives.read_folder(images / "train")
+    names = sorted({name.partition("/")[0] for name in files}, reverse=True)
+    order = sorted(files, key=lambda name: name[::-1])
+    for number in range(3):
+        chosen = order[number::3]
+        rows = [(files[name], name.rpartition("/")[2]) for name in chosen]
+        labels = [names.index(name.partition("/")[0]) for name in chosen]
+        write_parquet(folder / f"data/train-{number:05d}-of-00003.parquet", rows, labels, names)
+    return [folder / "data"]
+
+
+FORMS = {
+    "zip": as_zip,
+    **{ending: as_compressed(ending) for ending in ("tar.gz", "tgz", "tar.bz2", "tar.xz")},
+    **{f"archives: {form}": as_tars(form) for form in archives.FORMS},
+    "files": as_files_of_a_folder,
+    "parquet": as_parquets,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_lists_what_the_folder_lists(form, images, tmp_path):
+    sources = FORMS[form](images, tmp_path)
+    words = (*sources, "--output", tmp_path / "out", "--shard_size", SMALL)
+    run(*words)
+    assert listed(tmp_path / "out") == listed(images / "train")
+    before, whole = times(tmp_path / "out"), contents(tmp_path / "out")
+    run(*words)
+    assert times(tmp_path / "out") == before
+
+    # A run that goes on writes the same, though it begins to read in the middle.
+    for number in (1, 3):
+        (tmp_path / f"out/shard-{number:05d}.tar").unlink()
+    run(*words)
+    assert contents(tmp_path / "out") == whole
+
+
+def test_folders_zips_and_archives_give_the_same_shards(images, packed, tmp_path):
+    for form in ("zip", "files", "archives: webdataset"):
+        (tmp_path / form).mkdir()
+        run(*FORMS[form](images, tmp_path / form), "--output", tmp_path / form / "out", "--shard_size", SMALL)
+        assert contents(tmp_path / form / "out") == contents(packed)
+
+
+def zipped(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def gzipped(path, members, **header):
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, data in members.items():
+            archives.add(archive, name, data, **header)
+    return path
+
+
+PREFIXES = {  # names in the archive set.zip or set.tar.gz, and what the shards list
+    "the archive's name": (["set/a/1.png", "set/b/1.png"], ["a/1.png", "b/1.png"]),
+    "the archive's name, which is a class": (["set/1.png", "set/2.png"], ["set/1.png", "set/2.png"]),
+    "the split within the archive's name": (["set/val/a/1.png", "set/val/b/1.png"], ["a/1.png", "b/1.png"]),
+    "a split of flat images": (["train/1.png", "train/2.png"], ["images/1.png", "images/2.png"]),
+    "no common folder": (["set/a/1.png", "b/1.png"], ["b/1.png", "set/a/1.png"]),
+    "flat": (["1.png", "2.png"], ["images/1.png", "images/2.png"]),
+}
+
+
+@pytest.mark.parametrize("form", ["zip", "tar.gz", "tar"])
+@pytest.mark.parametrize("case", PREFIXES)
+def test_leading_folders_are_dropped(case, form, tmp_path):
+    names, expected = PREFIXES[case]
+    write = {"zip": zipped, "tar.gz": gzipped, "tar": archives.write}[form]
+    run(write(tmp_path / f"set.{form}", dict.fromkeys(names, PNG)), "--output", tmp_path / "out")
+    assert [name for name, *_ in listed(tmp_path / "out")[1]] == expected
+
+
+@pytest.mark.parametrize("file", ["x.tar", "x.zip", "x"])
+@pytest.mark.parametrize("name", ["PK/1.png", "BZh/1.png", "PAR1/1.png"])
+def test_a_tar_is_one_whatever_it_begins_with_and_is_called(name, file, tmp_path):
+    run(archives.write(tmp_path / file, {name: PNG, "a/1.png": PNG}), "--output", tmp_path / "out")
+    assert sorted(["a/1.png", name]) == sorted(found for found, *_ in listed(tmp_path / "out")[1])
+
+
+def test_empty_classes_and_other_files_of_archives(tmp_path, capsys):
+    members = {"a/1.png": PNG, "empty/": b"", "a/x.txt": b"", "README": b"", ".x/1.png": PNG, "__MACOSX/": b""}
+    zipped(tmp_path / "1.zip", members)
+    gzipped(tmp_path / "1.tgz", members)
+    for name in ("1.zip", "1.tgz"):
+        run(tmp_path / name, "--output", tmp_path / name[2:])
+        assert listed(tmp_path / name[2:]) == (["a", "empty"], [("a/1.png", 0, PNG)])
+        assert "left out: 2 files of other kinds (" in capsys.readouterr().err
+
+
+def test_several_zips_may_share_classes_or_be_classes(tmp_path):
+    for name in ("cat", "dog"):
+        zipped(tmp_path / f"{name}.zip", {f"{name}{number}.png": PNG for number in range(2)})
+        zipped(tmp_path / f"part-{name}.zip", {f"part-{name}/a/{name}.png": PNG, f"part-{name}/b/1{name}.png": PNG})
+    run(tmp_path / "cat.zip", tmp_path / "dog.zip", "--output", tmp_path / "classes")
+    assert [name for name, *_ in listed(tmp_path / "classes")[1]][1:3] == ["cat/cat1.png", "dog/dog0.png"]
+    run(*tmp_path.glob("part-*"), "--output", tmp_path / "parts")
+    assert [name for name, *_ in listed(tmp_path / "parts")[1]] == [
+        "a/cat.png",
+        "a/dog.png",
+        "b/1cat.png",
+        "b/1dog.png",
+    ]
+
+
+def test_samples_of_one_name_in_several_webdataset_shards(tmp_path, capsys):
+    for number in range(2):
+        members = {"0.png": png(number), "0.cls": b"11", "1.png": png(5), "1.cls": b"%d" % (2 + number)}
+        archives.write(tmp_path / f"in/{number}.tar", members)
+    run(tmp_path / "in", "--output", tmp_path / "out")
+    classes, found = listed(tmp_path / "out")
+    assert classes == sorted(f"class_{number}" for number in range(12))
+    assert [name for name, *_ in found] == ["class_11/0/0.png", "class_11/1/0.png", "class_2/1.png", "class_3/1.png"]
+    assert [content for *_, content in found[:2]] == [png(0), png(1)]
+    assert "classes are numbered in the order of their names from now on" in capsys.readouterr().err
+
+
+# Parquet files.
+
+
+@pytest.fixture
+def arrow():
+    pytest.importorskip("pyarrow.parquet")
+    return sys.modules["pyarrow"]
+
+
+def names_in(folder, **more):
+    return [name for name, *_ in listed(folder, **more)[1]]
+
+
+JPEG = png(3, form="jpeg")
+
+
+@pytest.mark.parametrize("paths", [(None, None), ("1.png", None), ("1.png", "x/1.png"), ("1.png", "notes.txt")])
+def test_files_without_names_of_their_own_get_one_that_fits_their_content(paths, arrow, tmp_path):
+    rows = [(PNG, paths[0]), (JPEG, paths[1]), (png(form="webp"), "2.png"), (png(form="tiff"), "3.png")]
+    source = write_parquet(tmp_path / "train-0.parquet", rows, [0] * 4, ["a"])
+    run(source, "--output", tmp_path / "out")
+    expected = ["a/train-0-000000.png", "a/train-0-000001.jpg", "a/train-0-000002.webp", "a/train-0-000003.tif"]
+    assert names_in(tmp_path / "out") == expected
+    assert [content for *_, content in listed(tmp_path / "out")[1]] == [data for data, _ in rows]
+
+
+def test_one_name_in_two_classes_is_no_matter(arrow, tmp_path):
+    source = write_parquet(tmp_path / "0.parquet", [(PNG, "x/1.png"), (JPEG, "1.png")], [1, 0], ["a", "b", "c"])
+    run(source, "--output", tmp_path / "out")
+    assert listed(tmp_path / "out") == (["a", "b", "c"], [("a/1.png", 0, JPEG), ("b/1.png", 1, PNG)])
+
+
+LABELS = {  # labels, names of the classes, and the names that are listed
+    "names": (["b", "a/c"], None, ["a_c/1.png", "b/0.png"]),
+    "numbers with names": ([1, 0], ["x y", "a/b"], ["a_b/0.png", "x y/1.png"]),
+    "numbers alone": ([10, 2], None, ["class_10/0.png", "class_2/1.png"]),
+    "none": (None, None, ["images/0.png", "images/1.png"]),
+    "-1": ([-1, -1], ["a", "b"], ["images/0.png", "images/1.png"]),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels_of_parquet_files(case, arrow, tmp_path, capsys):
+    labels, names, expected = LABELS[case]
+    rows = [(PNG, "0.png"), (PNG, "1.png")]
+    run(write_parquet(tmp_path / "0.parquet", rows, labels, names, column="img"), "--output", tmp_path / "out")
+    assert names_in(tmp_path / "out") == expected
+    assert ("/ becomes _ in the names of 1 class (a/" in capsys.readouterr().err) == ("a_" in str(expected))
+
+
+def test_another_column_of_classes_and_another_of_texts(arrow, tmp_path):
+    fine = table([(PNG, "0.png")], [0], ["a"], caption=["a cat"])
+    stored = fine.schema.metadata[b"huggingface"].replace(b'"label"', b'"fine"')
+    fine = fine.rename_columns(["caption", "image", "fine"]).replace_schema_metadata({"huggingface": stored})
+    arrow.parquet.write_table(fine, tmp_path / "0.parquet")
+    run(tmp_path / "0.parquet", "--output", tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["a/0.png"]
+
+
+def test_rows_without_an_image_are_left_out_and_counted(arrow, tmp_path, capsys):
+    rows = [None, (PNG, None), (b"no image", None), (None, None)]
+    run(write_parquet(tmp_path / "0.parquet", rows, [0] * 4, ["a"]), "--output", tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["a/0-000001.png"]
+    assert "left out: 3 rows without an image (" in capsys.readouterr().err
+
+
+# Indexes of existing archives.
+
+
+def test_index_writes_what_is_missing_or_outdated(images, tmp_path, capsys):
+    folder = archives.pack(images, tmp_path / "data", "shards") / "train"
+    first, second, *_ = sorted(folder.glob("*.tar"))
+    run("--index", first, second)
+    before = times(folder)
+    assert len([name for name in before if name.endswith(".index")]) == 2
+    run("--index", folder)
+    assert {name: time for name, time in times(folder).items() if name in before} == before
+    assert capsys.readouterr().out.splitlines() == [
+        "2 indexes written, 0 current already",
+        "6 indexes written, 2 current already",
+    ]
+    assert listed(folder) == listed(images / "train")
+
+    # An archive that was touched, or has grown, is not the one that the index is of.
+    os.utime(first, ns=(0, 0))
+    with tarfile.open(second, "a") as archive:
+        archives.add(archive, "a/new.png", PNG)
+    assert not archive_index.has_current_index(first) and not archive_index.has_current_index(second)
+    assert "a/new.png" in archive_index.load_index(second).names
+    run("--index", folder)
+    assert capsys.readouterr().out == "2 indexes written, 6 current already\n"
+    assert archive_index.has_current_index(second) and "a/new.png" in archive_index.load_index(second).names
+
+
+def test_an_index_that_is_believed_is_not_read_from_the_headers(tmp_path):
+    """Else the tests above would prove nothing: damage that only the headers show goes unnoticed."""
+    archive = archives.write(tmp_path / "train.tar", {f"a/{number}.png": PNG for number in range(3)})
+    run("--index", archive)
+    status = archive.stat()
+    with archive.open("r+b") as file:
+        file.seek(1024)  # the second member's header
+        file.write(b"damage")
+    os.utime(archive, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert len(archive_index.load_index(archive).names) == 3
+    Path(f"{archive}.index").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        archive_index.load_index(archive)
+
+
+def test_an_index_lies_beside_a_link(images, tmp_path):
+    target = archives.pack(images, tmp_path / "data", "one") / "train.tar"
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/train.tar").symlink_to(target)
+    run("--index", tmp_path / "links/train.tar")
+    assert archive_index.has_current_index(tmp_path / "links/train.tar") and not Path(f"{target}.index").exists()
+
+
+# What is refused, before anything is written.
+
+
+def other_size(folder):
+    with tarfile.open(folder / "shard-00001.tar", "w") as archive:
+        archives.add(archive, "a/1.png", PNG)
+
+
+def grown(folder):
+    with (folder / "shard-00001.tar").open("ab") as file:
+        file.write(bytes(10240))
+
+
+LEFTOVERS = {
+    "shards beyond the last": lambda folder: shutil.copy(folder / "shard-00000.tar", folder / "shard-00006.tar"),
+    "another archive": lambda folder: archives.write(folder / "x.TAR", {"a/1.png": PNG}),
+    "a folder": lambda folder: (folder / "cat").mkdir(),
+    "an image": lambda folder: (folder / "1.png").write_bytes(PNG),
+    "other images": other_size,
+    "more bytes": grown,
+    "a cut shard": lambda folder: os.truncate(folder / "shard-00001.tar", 3000),
+    "a shard with other classes": lambda folder: shutil.copy(
+        archives.write(folder.parent / "0.tar", {"z/": b""}), folder / "shard-00001.tar"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFTOVERS)
+def test_what_does_not_belong_is_refused_and_nothing_is_written(case, images, packed, tmp_path, refusal):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    (folder / "shard-00003.tar").unlink()
+    LEFTOVERS[case](folder)
+    before = times(folder)
+    message = refusal(lambda: run(images / "train", "--output", folder, "--shard_size", SMALL))
+    assert ("remove it" if case == "a cut shard" else "remove what is there") in message
+    assert times(folder) == before
+
+
+def test_shards_of_other_classes_are_refused(tmp_path, refusal):
+    """Also where the classes differ only by one that has no images."""
+    source = tree(tmp_path / "in", {"a/1.png": PNG, "b": None})
+    run(source, "--output", tmp_path / "out")
+    (source / "b").rmdir()
+    assert "holds shard-00000.tar" in refusal(lambda: run(source, "--output", tmp_path / "out"))
+
+
+def test_shards_of_another_size_are_refused(images, packed, tmp_path, refusal):
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    for size in (SMALL * 2, "1G"):
+        message = refusal(lambda size=size: run(images / "train", "--output", folder, "--shard_size", size))
+        assert "shard-00000.tar" in message and "--shard_size" in message
+    assert contents(folder) == contents(packed)
+
+
+def damaged_zip(folder):
+    path = zipped(folder / "x.zip", {"a/1.png": PNG, "a/2.png": PNG})
+    path.write_bytes(path.read_bytes().replace(PNG, PNG[:-1] + b"x", 1))
+    return path
+
+
+def cut(path, share=0.6):
+    os.truncate(path, int(path.stat().st_size * share))
+    return path
+
+
+def encrypted_zip(folder):
+    """Set the flags that say so, in the member's own header and in the directory."""
+    path = zipped(folder / "x.zip", {"a/1.png": PNG})
+    data = bytearray(path.read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    return path
+
+
+def zip_of_unknown_kind(folder):
+    path = zipped(folder / "x.zip", {"a/1.png": PNG})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 10] = 99
+    path.write_bytes(data)
+    return path
+
+
+def zip_with_a_link(folder):
+    info = zipfile.ZipInfo("a/1.png")
+    info.external_attr = 0o120777 << 16
+    return zipped(folder / "x.zip", {info: "2.png"})
+
+
+def twice_in_a_zip(folder):
+    with zipfile.ZipFile(folder / "x.zip", "w") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("a/1.png", PNG)
+        archive.writestr("a/1.png", PNG)
+    return folder / "x.zip"
+
+
+def tar_with_a_damaged_header(folder):
+    """Compress it after the damage, so that no checksum of the whole tells."""
+    path = archives.write(folder / "x.tar", {f"a/{number}.png": PNG for number in range(3)})
+    data = bytearray(path.read_bytes())
+    data[1024] ^= 1
+    (folder / "x.tar.bz2").write_bytes(bz2.compress(data))
+    return folder / "x.tar.bz2"
+
+
+def joined_tars(folder):
+    data = archives.write(folder / "x.tar", {"a/1.png": PNG}).read_bytes()
+    (folder / "x.tar.bz2").write_bytes(bz2.compress(data + data))
+    return folder / "x.tar.bz2"
+
+
+def bad_checksum(folder):
+    path = gzipped(folder / "x.tgz", {"a/1.png": PNG})
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 1
+    path.write_bytes(data)
+    return path
+
+
+def written(name, data):
+    def write(folder):
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return write
+
+
+def both(*functions):
+    return lambda folder: [function(folder) for function in functions]
+
+
+def a_zip(*names, name="x.zip"):
+    return lambda folder: zipped(folder / name, dict.fromkeys(names, PNG))
+
+
+def a_tgz(*names, **header):
+    return lambda folder: gzipped(folder / "x.tgz", dict.fromkeys(names, PNG), **header)
+
+
+def a_tar(*names, **header):
+    def write(folder):
+        with tarfile.open(folder / "x.tar", "w") as archive:
+            for name in names:
+                archives.add(archive, name, PNG, **header)
+        return folder / "x.tar"
+
+    return write
+
+
+def a_tree(*names):
+    return lambda folder: tree(folder / "in", dict.fromkeys(names, PNG))
+
+
+LINK = {"type": tarfile.SYMTYPE, "linkname": "2.png", "size": 0}
+
+SOURCES = {  # what is written and named, and the message
+    "missing": (lambda folder: folder / "nowhere", "no such file or folder: .*nowhere"),
+    "empty folder": (lambda folder: tree(folder, {"in": None}) / "in", "no class folders"),
+    "folder without images": (
+        lambda folder: tree(folder / "in", {"a/1.txt": b""}),
+        r"no images in .*\(.txt 1\).*end in",
+    ),
+    "folder of zips": (
+        lambda folder: a_zip("a/1.png")(tree(folder, {"in": None}) / "in").parent,
+        "python scripts/pack",
+    ),
+    "training and testing": (a_tree("training/a/1.png", "testing/a/1.png"), r"several splits \(testing, training\)"),
+    "train and test": (a_tree("train/a/1.png", "test/a/1.png"), r"several splits \(test, train\)"),
+    "split as a class": (a_tree("a/train/1.png", "a/train/2.png"), "all images lie in a/train/.*rename it"),
+    "broken link": (lambda folder: tree(folder, {"in/a": None}) / "in", "no images in"),
+    "text": (written("x.txt", b"text"), "x.txt is no archive that can be read"),
+    "empty tar": (written("x.tar", b""), "is an empty file"),
+    "no zip": (written("x.zip", b"text" * 200), "x.zip is no tar archive"),
+    "zst": (written("x.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(600)), "unzstd it"),
+    "two folders": (both(a_tree("a/1.png"), lambda folder: tree(folder / "on", {"a/1.png": PNG})), "can't be packed t"),
+    "two kinds": (both(a_zip("a/1.png"), a_tgz("a/2.png")), "can't be packed together: name one folder, or archives"),
+    "link in a tar": (a_tar("a/1.png", **LINK), "a/1.png is a link"),
+    "link in a tgz": (a_tgz("a/1.png", **LINK), "x.tgz/a/1.png is a link.*: unpack the archive"),
+    "link in a zip": (zip_with_a_link, "x.zip/a/1.png is a link.*: unpack the archive"),
+    "encrypted zip": (encrypted_zip, "x.zip/a/1.png is encrypted: unpack the archive"),
+    "unknown compression": (zip_of_unknown_kind, "x.zip can't be read .*: unpack it"),
+    "damaged zip": (damaged_zip, r"x.zip is damaged or cut off \(Bad CRC-32 for file 'a/1.png'\): copy or download"),
+    "cut zip": (lambda folder: cut(a_zip("a/1.png", "a/2.png")(folder)), "x.zip is damaged or cut off"),
+    "cut tgz": (lambda folder: cut(a_tgz("a/1.png", "a/2.png")(folder)), "x.tgz is damaged or cut off"),
+    "bad checksum": (bad_checksum, r"x.tgz is damaged or cut off \(CRC"),
+    "damaged header": (tar_with_a_damaged_header, r"x.tar.bz2 is damaged or cut off \(bad checksum\)"),
+    "joined tars": (joined_tars, "goes on after its end mark"),
+    ".. in a zip": (a_zip("a/1.png", "../b/1.png"), r"a member named \.\./b/1.png, outside of any folder"),
+    ".. in a tgz": (a_tgz("a/1.png", "a/../../1.png"), "outside of any folder"),
+    ".. in a tar": (a_tar("../a/1.png"), "outside of any folder"),
+    "one name twice in a zip": (twice_in_a_zip, "two images have one name, a/1.png"),
+    "one name twice in a tgz": (a_tgz("a/1.png", "./a/1.png"), "two images have one name, a/1.png"),
+    "one name in two zips": (both(a_zip("a/1.png"), a_zip("a/1.png", name="y.zip")), "two images have one name"),
+    "some in folders": (a_zip("a/1.png", "2.png"), r"in folders \(a/1.png\) and some are not \(2.png\)"),
+    "several splits in a zip": (a_zip("train/a/1.png", "val/a/1.png"), r"several splits \(train, val\)"),
+    "several splits in a tar": (a_tar("x/train/a/1.png", "x/val/a/1.png"), r"several splits \(train, val\)"),
+    "hidden class": (
+        lambda folder: archives.write(folder / "x.tar", {"0.png": PNG, "0.cls": b".x"}),
+        "'.x/0.png' would",
+    ),
+    "webdataset in a tgz": (a_tgz("0.png", "0.cls"), r"labels beside them \(0.cls\).*decompress"),
+    "no images in a zip": (a_zip("a/1.txt"), "no images in .*x.zip. left out: 1 file of other kinds"),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_sources_that_are_refused(case, tmp_path, refusal):
+    write, expected = SOURCES[case]
+    sources = write(tmp_path)
+    sources = sources if isinstance(sources, list) else [sources]
+    message = refusal(lambda: run(*sources, "--output", tmp_path / "out"))
+    assert message.startswith("error: ") and message.count("\n") <= 2
+    assert re.search(expected, message), message
+    assert not times(tmp_path / "out")
+
+
+def damaged_parquet(folder):
+    path = write_parquet(folder / "x.parquet", [(PNG * 9, "1.png")], [0], ["a"])
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT")] ^= 255
+    path.write_bytes(data)
+    return path
+
+
+def a_parquet(*args, name="x.parquet", **more):
+    return lambda folder: write_parquet(folder / name, *args, **more)
+
+
+ROW = (PNG, "1.png")
+
+PARQUETS = {
+    "splits": (
+        both(*(a_parquet([ROW], name=f"{word}-0.parquet") for word in ("train", "test"))),
+        "several splits .*te",
+    ),
+    "splits in a folder": (
+        lambda folder: (
+            [a_parquet([ROW], name=f"in/{word}-0.parquet")(folder) for word in ("train", "validation")][:0]
+            or folder / "in"
+        ),
+        r"several splits \(.*in/train-0.parquet, .*in/validation-0.parquet\): pack those of one at a time",
+    ),
+    "splits by their folders": (
+        both(*(a_parquet([ROW], name=f"{word}/0.parquet") for word in ("train", "val"))),
+        "sev",
+    ),
+    "other classes": (
+        both(a_parquet([ROW], [0], ["a"]), a_parquet([ROW], [0], ["b"], name="y.parquet")),
+        "other columns",
+    ),
+    "no images": (a_parquet([]), "no images in .*x.parquet"),
+    "no image column": (lambda folder: _other_table(folder, {"x": [1]}), "has no columns of images"),
+    "two image columns": (lambda folder: _two_images(folder), "has 2 columns of images"),
+    "paths alone": (a_parquet([(None, "x/1.png")]), r"row 0, has only the path of an image \(x/1.png\)"),
+    "label out of range": (a_parquet([ROW, (PNG, "2.png")], [0, 1], ["a"]), "row 1, has 1 as its label"),
+    "negative label": (a_parquet([ROW, ROW], [0, -1]), "row 1, has -1 as its label"),
+    "missing label": (a_parquet([ROW, ROW], ["a", None]), "row 1, has None as its label"),
+    "label of numbers and points": (a_parquet([ROW], [0.5]), "has 0.5 as its label"),
+    "class ..": (a_parquet([ROW], [".."]), r"a class named '\.\.', which can't be a folder's name"),
+    "class without name": (a_parquet([ROW], [0], [""]), "a class named ''"),
+    "classes of one name": (a_parquet([ROW], [0], ["a/b", "a_b"]), "a class named 'a_b'"),
+    "damaged": (damaged_parquet, "x.parquet"),
+    "cut": (lambda folder: cut(a_parquet([ROW], [0])(folder)), "x.parquet is damaged or cut off"),
+}
+
+
+def _other_table(folder, columns):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+def _two_images(folder):
+    pair = [{"bytes": PNG, "path": None}]
+    return _other_table(folder, {"x": pair, "y": pair})
+
+
+@pytest.mark.parametrize("case", PARQUETS)
+def test_parquet_files_that_are_refused(case, arrow, tmp_path, refusal):
+    write, expected = PARQUETS[case]
+    sources = write(tmp_path)
+    message = refusal(lambda: run(*(sources if isinstance(sources, list) else [sources]), "--output", tmp_path / "out"))
+    assert re.search(expected, message), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch, refusal):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refusal(lambda: run(tmp_path / "x.parquet", "--output", tmp_path / "out"))
+    assert "which pyarrow reads: pip install pyarrow" in message
+
+
+WORDS = {
+    "no output": ((), "give --output DIR"),
+    "output and index": (("--output", "{}/out", "--index"), "give --output DIR"),
+    "no size": (("--output", "{}/out", "--shard_size", "big"), "big is no size"),
+    "size 0": (("--output", "{}/out", "--shard_size", "0G"), "0G is no size"),
+    "output in the source": (("--output", "{}/in/a/out"), "lie in each other"),
+    "output around the source": (("--output", "{}"), "lie in each other"),
+    "output is a file": (("--output", "{}/in/a/1.png/out"), "in/a/1.png is a file"),
+    "index of a folder of images": (("--index",), "in holds no archives"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_flags_that_are_refused(case, tmp_path, refusal):
+    words, expected = WORDS[case]
+    source = tree(tmp_path / "in", {"a/1.png": PNG})
+    assert expected in refusal(lambda: run(source, *(word.format(tmp_path) for word in words)))
+
+
+@pytest.mark.parametrize(("text", "size"), [("500M", 500 << 20), ("1g", 1 << 30), ("2T", 2 << 40), ("4096", 4096)])
+def test_sizes_of_shards(text, size):
+    assert pack.parse_size(text) == size
+
+
+# What goes wrong while shards are written.
+
+
+def test_a_shard_that_reads_back_differently_is_named_and_gets_no_name(images, tmp_path, monkeypatch, refusal):
+    sync = os.fsync
+
+    def spoil(descriptor):
+        sync(descriptor)
+        if os.fstat(descriptor).st_size == SMALL:
+            os.pwrite(descriptor, b"?", 700)  # within the first image
+
+    monkeypatch.setattr(os, "fsync", spoil)
+    message = refusal(lambda: run(images / "train", "--output", tmp_path / "out", "--shard_size", SMALL))
+    assert "shard-00000.tar/ankle_boot/00000.png reads back differently" in message and "check the disk" in message
+    assert not contents(tmp_path / "out") and not list((tmp_path / "out").glob(".unf*"))
+
+
+def test_a_header_that_reads_back_differently_is_an_error(images, tmp_path, monkeypatch, refusal):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.pwrite(descriptor, b"?", 3))
+    message = refusal(lambda: run(images / "train", "--output", tmp_path / "out"))
+    assert "shard-00000.tar can't be read back" in message and not contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["grown", "gone"])
+def test_a_source_that_changes_is_an_error(change, tmp_path, monkeypatch, refusal):
+    source = tree(tmp_path / "in", {"a/1.png": PNG, "a/2.png": PNG})
+    plan = shards.plan_shards
+
+    def disturb(*args):
+        path = source / "a/2.png"
+        path.write_bytes(PNG + b"more") if change == "grown" else path.unlink()
+        return plan(*args)
+
+    monkeypatch.setattr(writing, "plan_shards", disturb)
+    message = refusal(lambda: run(source, "--output", tmp_path / "out"))
+    assert ("a/2.png has" if change == "grown" else "cannot read") in message and "a/2.png" in message
+    assert not contents(tmp_path / "out")
+
+
+@contextmanager
+def full_disk(limit):
+    """Let no file grow beyond a number of bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_message_and_the_next_run_goes_on(images, tmp_path, refusal):
+    with full_disk(30000):
+        message = refusal(lambda: run(images / "train", "--output", tmp_path / "out"))
+    assert message.startswith("error: cannot write") and "shard-00000.tar: File too large. Make room" in message
+    assert not times(tmp_path / "out")
+    run(images / "train", "--output", tmp_path / "out")
+    assert listed(tmp_path / "out") == listed(images / "train")
+
+
+def denied(*_):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("words", [("--output", "/proc/out"), ("--index",)])
+def test_a_place_that_cannot_be_written_to_is_named(words, tmp_path, refusal, monkeypatch):
+    archive = archives.write(tmp_path / "x.tar", {"a/1.png": PNG})
+    if words == ("--index",):
+        monkeypatch.setattr(os, "replace", denied)
+    message = refusal(lambda: run(archive, *words))
+    assert ("x.tar.index: Permission denied" if words == ("--index",) else "/proc") in message
+
+
+@pytest.mark.parametrize("form", ["folder", "zip", "tgz"])
+def test_the_images_are_never_in_memory_together(form, tmp_path):
+    """12 images of a megabyte, all in one shard, take a few megabytes."""
+    members = {f"a/{number}.png": os.urandom(1 << 20) for number in range(12)}
+    write = {"folder": lambda path, members: tree(path, members), "zip": zipped, "tgz": gzipped}[form]
+    source = write(tmp_path / f"x.{form}", members)
+    members.clear()
+    tracemalloc.start()
+    try:
+        run(source, "--output", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 5 << 20
+    finally:
+        tracemalloc.stop()

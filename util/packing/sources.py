@@ -1,0 +1,135 @@
+"""Images to be packed from folders, and from tar archives that are read in place; what all sources share."""
+
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from util.data.archive_forms import common_prefix, list_members
+from util.data.listing import Listing, join_names
+from util.data.splits import ENDINGS, OTHER_NAMES, is_image
+from util.errors import UserError
+from util.packing.shards import Images
+
+SPLITS = ("train", "val")
+# What libraries raise when a file is damaged or cut off.
+DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+
+
+def check_images(images: Images, sources: list[Path]) -> Images:
+    """Return images of one split as they are.
+
+    Raises:
+        UserError: There are none, or their classes are the names of splits.
+    """
+    where = join_names(map(str, sources), 3)
+    if not images.names:
+        raise UserError(f"no images in {where}. {'; '.join([*images.notices, ENDINGS])}")
+    groups = [{split, *OTHER_NAMES[split]} for split in SPLITS]
+    found = [group.intersection(images.classes) for group in groups]
+    if all(found):
+        raise UserError(
+            f"{where} holds several splits ({join_names(sorted(set.union(*found)))}), not classes: unpack archives, "
+            "name the folders train and val, and pack the folder of both, or one of them"
+        )
+    if images.classes != sorted(images.classes):
+        images.notices.append(
+            "classes are numbered in the order of their names from now on: a model that was trained with other numbers "
+            "does not fit"
+        )
+    return images
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the errors by which libraries say that a file can't be read, or is damaged, into a UserError."""
+    try:
+        yield
+    except NotImplementedError as error:  # a compression that zipfile does not know
+        raise UserError(f"{path} can't be read ({error}): unpack it, and pack the folder") from error
+    except DAMAGE as error:
+        # The system's own errors have a number; libraries say with others that a checksum is wrong.
+        if isinstance(error, OSError) and error.errno:
+            reason = f"cannot read {path}: {error.strerror}. Check the file and its permissions"
+        else:
+            reason = f"{path} is damaged or cut off ({error}): copy or download it again"
+        raise UserError(reason) from error
+
+
+def list_tars(archives: list[Path], alone: bool) -> Listing:
+    """List the images in tar archives, as training would if they were a split.
+
+    Args:
+        archives: The archives.
+        alone: There is but one, whose name is no class.
+
+    Raises:
+        BadArchive: An archive can't be read, or has none of the forms that training reads.
+    """
+    listing = list_members(archives, archives[0].absolute().parent.name, is_image, flat=True, single=alone)
+    if len(listing.classes) > 1 or listing.classes == [""]:
+        return listing
+
+    # What looks like a single class may be the folder of the split.
+    names = [listing.name(index) for index in range(len(listing))]
+    for word in (*SPLITS, archives[0].stem):
+        if droppable_prefix(names, [word]):
+            return list_members(archives, word, is_image, flat=True, single=alone)
+    return listing
+
+
+def droppable_prefix(names: list[str], words: list[str]) -> str:
+    """Return the folders that all names begin with, up to one that is one of the words, if these are no classes.
+
+    Where the word is not that of a split, what remains must have folders.
+    """
+    for word in words:
+        prefix = common_prefix(names, word)
+        if prefix and (word in SPLITS or all("/" in name[len(prefix) :] for name in names)):
+            return prefix
+    return ""
+
+
+def from_listing(listing: Listing, sources: list[Path]) -> Images:
+    """Return the images of a listing, for packing; errors as of check_images, and if a file can't be read."""
+
+    def read(numbers: list[int]) -> Iterator[bytes]:
+        for number in numbers:
+            path = listing[number][0]
+            path = Path(path) if isinstance(path, str) else path
+            with readable(path):
+                data = path.read_bytes()
+            yield data
+
+    names = [listing.name(number) for number in range(len(listing))]
+    if listing.members:
+        sizes, names = listing.members.sizes.tolist(), _make_unique(names, listing)
+    else:
+        sizes = [_file_size(path) for path, _ in listing]
+    notices = [f"left out: {listing.left_out}"] if str(listing.left_out) else []
+    return check_images(Images(names, sizes, list(listing.classes), read, notices), sources)
+
+
+def _file_size(path: str) -> int:
+    with readable(Path(path)):
+        return Path(path).stat().st_size
+
+
+def _make_unique(names: list[str], listing: Listing) -> list[str]:
+    """Return names of images in archives, those that occur several times with their archive's name as a folder.
+
+    WebDataset's names are unique within an archive only.
+    """
+    repeated = {name for name, times in Counter(names).items() if times > 1}
+    if not repeated:
+        return names
+    stems = [Path(archive).stem for archive in listing.members.archives]
+    unique = []
+    for name, owner in zip(names, listing.members.numbers.tolist(), strict=True):
+        folder, slash, file = name.rpartition("/")
+        unique.append(f"{folder}{slash}{stems[owner]}/{file}" if name in repeated else name)
+    return unique
