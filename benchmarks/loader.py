@@ -12,7 +12,7 @@ and those of fine-tuning's (crop of 0.08 to 1 of the area, flip, rand-m9-mstd0.5
 quarter of the images):
     finetune_classic   ImageFolder, Pillow, timm's transform; only its posterize to 0 bits, which Pillow 13 refuses, is
                        replaced
-    finetune_ours      the scripts' loader, whose batches are normalised already
+    finetune_ours      the scripts' loader up to the batch of bytes, which the device normalises and erases
     finetune_no_aa     the same without RandAugment: what that costs is the difference to finetune_ours
 Ratios are to the classic row of the same augmentation. Every repetition runs each row once over the images, which are
 linked as often as it takes to have --images of them. The figures are medians of --repeat repetitions, after one that

@@ -11,6 +11,7 @@ from timm.data import auto_augment, create_transform
 
 from util.data import transforms
 from util.data.images import Pixels, load_array
+from util.data.loaders import DeviceLoader, collate
 from util.data.transforms import CentreCrop, Crop, FinetuneTransform, random_box, replace_posterize
 from util.rng import seed_all
 
@@ -29,6 +30,14 @@ def create_timms(size, pixels=AS_THEY_ARE, aa=None, **more):
     for part in created if isinstance(created, tuple) else (created,):
         replace_posterize(part)
     return created
+
+
+def load(transform, image, pixels=AS_THEY_ARE):
+    """Transform an image, and normalise and erase it as a loader's batches are; return [C, H, W]."""
+    cpu = torch.device("cpu")
+    batches = torch.utils.data.DataLoader([(transform(image), 0)], 1, collate_fn=collate)
+    ((imgs, _),) = DeviceLoader(batches, cpu, pixels)
+    return imgs[0]
 
 
 def distance(ours, theirs):
@@ -74,7 +83,7 @@ def test_the_strongest_draws_of_randaugment_do_not_stop_a_run():
     assert strongest.aug_fn(image, 4) == auto_augment.posterize(image, 4)
     random.seed(0)
     pixels = np.array(image)
-    assert all(transform(pixels).isfinite().all() for _ in range(300))
+    assert all(load(transform, pixels).isfinite().all() for _ in range(300))
 
 
 @pytest.mark.parametrize("policy", ["original", "v0", "3a", "rand-m9", "augmix-m5-w4-d2"])
@@ -106,7 +115,7 @@ def test_finetuning_augments_as_timm_does():
     assert [type(step).__name__ for step in on.augment.transforms] == ["RandAugment"] and on.erase.probability == 1
     off = FinetuneTransform(32, (0.08, 1.0), None, "none", 0.0, "pixel", 1)
     assert not off.augment.transforms and off.erase.probability == 0
-    assert on(np.zeros((40, 50, 3), np.uint8)).shape == (3, 32, 32)
+    assert load(on, np.zeros((40, 50, 3), np.uint8)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("shape", [(300, 500), (400, 90)])
@@ -123,7 +132,7 @@ def test_finetuning_crops_and_flips_are_distributed_as_timms(shape, monkeypatch)
     pixels = np.broadcast_to(np.linspace(0, 255, shape[1]).astype(np.uint8)[None, :, None], (*shape, 3)).copy()
     ours = FinetuneTransform(4, (0.08, 1.0), None, "none", 0.0, "pixel", 1)
     seed_all(1)
-    results = [ours(pixels)[0, 0] for _ in range(2500)]
+    results = [ours(pixels).img[0, 0].int() for _ in range(2500)]
     flips = np.mean([(row[0] > row[-1]).item() for row in results])
 
     crop, flip = create_timms(4).transforms[:2]
@@ -157,7 +166,7 @@ def test_finetuning_pixels_are_those_of_timms_crop_of_the_same_box(monkeypatch):
         pixels = load_array(str(file))
         for seed in range(3):
             random.seed(seed)
-            mine = ours(pixels) * 255
+            mine = load(ours, pixels) * 255
             random.seed(seed)
             box, flip.p = random_box(*pixels.shape[:2], crop.scale), random.random() < 0.5
             monkeypatch.setattr(crop, "get_params", lambda *_, box=box: box)
@@ -187,7 +196,7 @@ def test_what_follows_the_crop_is_timms_bit_for_bit(policy, jitter, channels, si
     _, secondary, final = create_timms(size, pixels, None if policy == "none" else policy, **more)
     for seed in range(20):
         seed_all(seed)
-        mine = ours(image)
+        mine = load(ours, image, pixels)
         seed_all(seed)
         crop = Crop(size, (0.08, 1.0))(image).permute(1, 2, 0).numpy()
         others = final(secondary(Image.fromarray(crop[..., 0] if channels == 1 else crop)))
@@ -236,8 +245,43 @@ def test_erased_boxes_are_distributed_as_timms(mode, count, dtype):
     transform = FinetuneTransform(32, (0.08, 1.0), None, "none", 0.25, mode, count, moments)
     _, _, final = create_timms(32, moments, re_prob=0.25, re_mode=mode, re_count=count, separate=True)
     normalised, areas = (200 / 255 - 0.4) / 0.25, []
-    for seed, run in ((5, lambda: transform(pixels)), (6, lambda: final(Image.fromarray(grey[:32, :32])))):
+    for seed, run in (
+        (5, lambda: load(transform, pixels, moments)),
+        (6, lambda: final(Image.fromarray(grey[:32, :32]))),
+    ):
         seed_all(seed)
         areas.append(np.array([np.mean(np.abs(run()[0].numpy() - normalised) > 1e-4) for _ in range(2000)]))
     assert [np.mean(side > 0) for side in areas] == pytest.approx([0.25, 0.25], abs=0.025), "1 %"
     assert distance(*[side[side > 0] for side in areas]) < 1
+
+
+class Augmented:
+    """Dataset of an image that is augmented with the random streams of each index."""
+
+    def __init__(self, transform, image):
+        self.transform, self.image = transform, image
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        seed_all(index)
+        return self.transform(self.image), index
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("count", [1, 4])
+def test_batches_erase_what_is_erased_of_each_image_alone(count, workers):
+    transform = FinetuneTransform((20, 30), (0.08, 1.0), None, "none", 0.5, "pixel", count)
+    data = Augmented(transform, load_array(str(PHOTO)))
+    expected = []
+    for index in range(len(data)):
+        seed_all(index)
+        expected.append(load(transform, data.image))
+    batches = torch.utils.data.DataLoader(data, 8, num_workers=workers, collate_fn=collate)
+    found = list(DeviceLoader(batches, torch.device("cpu"), AS_THEY_ARE))
+    assert torch.equal(torch.cat([imgs for imgs, _ in found]), torch.stack(expected))
+    assert all(imgs.is_contiguous() and imgs.dtype == torch.float32 for imgs, _ in found)
+    erased = [data[index][0].erasure for index in range(len(data))]
+    assert 4 < sum(erasure is not None for erasure in erased) < 20
+    assert any(erasure.values.isnan().any() for erasure in erased if erasure) == (count > 1)

@@ -28,7 +28,6 @@ that is unknown or unreadable means the picture as it is stored. Damaged or miss
 
 import io
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +109,11 @@ def load_array(path: str | ImagePath, pixels: Pixels = Pixels()) -> np.ndarray: 
         LocalError: The archive has changed, or is gone.
     """
     try:
-        data = (Path(path) if isinstance(path, str) else path).read_bytes()
+        if isinstance(path, str):
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (Path takes twice as long, of a tiny image's time)
+                data = file.read()
+        else:
+            data = path.read_bytes()
     except OSError as error:
         raise BadImage(f"{path}: {error.strerror}") from error
     return decode(str(path), data, pixels)

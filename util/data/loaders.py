@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
+from util.data.erasing import ErasableImage, apply_erasures, pack_erasures
 from util.data.images import Pixels
 from util.data.listing import UnreadableFolder
 from util.data.splits import find_split, similar
@@ -96,23 +97,19 @@ class Normalise:
 
 
 class DeviceLoader:
-    """Loader of batches that are on the device and normalised.
+    """Loader of batches that are on the device and normalised there: 8 bits are a quarter of the bytes to send."""
 
-    Batches are normalised on the device unless the transform has done so: 8 bits are a quarter of the bytes to send.
-    """
-
-    def __init__(self, loader: DataLoader, device: torch.device, pixels: Pixels, normalised: bool = False) -> None:
+    def __init__(self, loader: DataLoader, device: torch.device, pixels: Pixels) -> None:
         """Wrap a loader.
 
         Args:
-            loader: Yields (imgs [N, C, H, W], targets [N]).
+            loader: Yields what collate returns.
             device: Where to send the batches.
             pixels: Mean and standard deviation to normalise with.
-            normalised: The loader's batches are normalised already.
         """
         self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
         self.problem = ""  # why a rank of a training can't load any more
-        self.device, self.normalised, self.normalise = device, normalised, Normalise(pixels, device)
+        self.device, self.normalise = device, Normalise(pixels, device)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -125,16 +122,18 @@ class DeviceLoader:
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield self._to_device(batch[0]), batch[1].to(self.device, non_blocking=True)
-
-    def _to_device(self, imgs: Tensor) -> Tensor:
-        return imgs.to(self.device, non_blocking=True) if self.normalised else self.normalise(imgs)
+            imgs, targets, *erasures = batch
+            imgs = self.normalise(imgs)
+            if erasures:
+                places, values = erasures
+                apply_erasures(imgs, places, values.to(self.device, non_blocking=True))
+            yield imgs, targets.to(self.device, non_blocking=True)
 
     def sample_evenly(self, count: int) -> tuple[Tensor, list[str]]:
         """Return at most `count` images, normalised and evenly spread over the dataset, and their names."""
         chosen = spread(len(self.dataset), count)
         imgs, _ = collate([self.dataset[index] for index in chosen])
-        return self._to_device(imgs), [self.dataset.name(index) for index in chosen]
+        return self.normalise(imgs), [self.dataset.name(index) for index in chosen]
 
 
 class TrainLoader(DeviceLoader):
@@ -158,15 +157,21 @@ class TrainLoader(DeviceLoader):
             yield from [last] * left
 
 
-def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Stack samples to a batch: imgs [N, C, H, W] and class numbers [N].
+def collate(samples: list[tuple[Tensor | ErasableImage, int]]) -> tuple[Tensor, ...]:
+    """Stack samples to a batch: imgs [N, C, H, W] and class numbers [N], then, if images may be erased, how.
 
     If 8-bit and float32 images meet in a batch, the 8-bit ones become float32 from 0 to 1; the others are kept.
+
+    Returns:
+        The two tensors, or these and the two of pack_erasures.
     """
-    imgs = [img for img, _ in samples]
+    imgs, erasures = [img for img, _ in samples], ()
+    if isinstance(imgs[0], ErasableImage):
+        erasures = pack_erasures([image.erasure for image in imgs])
+        imgs = [image.img for image in imgs]
     if len({img.dtype for img in imgs}) > 1:
         imgs = [img / 255 if img.dtype == torch.uint8 else img for img in imgs]
-    return default_collate(imgs), torch.tensor([target for _, target in samples])
+    return default_collate(imgs), torch.tensor([target for _, target in samples]), *erasures
 
 
 def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
@@ -265,7 +270,7 @@ def train_loader(
             f"--batch_size to {count // ranks} or less"
         )
     loader = _data_loader(dataset, loading, sampler)
-    return TrainLoader(loader, loading.device, pixels, getattr(transform, "normalised", False))
+    return TrainLoader(loader, loading.device, pixels)
 
 
 def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceLoader:

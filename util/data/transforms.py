@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
+from util.data.erasing import ErasableImage, draw_erasure
 from util.data.images import Pixels
 
 LONG = 16  # above this aspect ratio an image is a strip, of which evaluation resizes the middle only
@@ -196,12 +197,11 @@ class CentreCrop:
 class FinetuneTransform:
     """Crop, flip, RandAugment or colour jitter, and random erasing, the augmentation of fine-tuning.
 
-    Takes an array [H, W, C] to a normalised tensor [C, *size]. Crop and flip are Crop's, distributed as timm's;
-    policies, jitter and erasing are timm's own. The first two work on Pillow's images, which hold 8 bits and one
-    or three channels: other arrays are only cropped, flipped, normalised and erased.
+    Takes an array [H, W, C] to an image [C, *size] of the same type, 8 bits or float32, and what is to be erased of it
+    once it is normalised. Crop and flip are Crop's, distributed as timm's; policies, jitter and erasing are timm's own.
+    Policies and jitter work on Pillow's images, which hold 8 bits and one or three channels: other arrays are only
+    cropped, flipped and erased.
     """
-
-    normalised = True  # the loader need not do it
 
     def __init__(
         self,
@@ -224,11 +224,10 @@ class FinetuneTransform:
             reprob: Probability of random erasing.
             remode: Fill of the erased boxes, as timm's re_mode.
             recount: Largest number of erased boxes.
-            pixels: Channels of the images, their mean and standard deviation.
+            pixels: Channels of the images, and their mean, with which some operations fill what they uncover.
         """
         self.fits_pillow = pixels.channels in (1, 3)
         self.crop = Crop(input_size, crop_scale)
-        self.mean, self.std = (torch.tensor(x)[:, None, None] for x in (pixels.mean, pixels.std))
         self.erase = RandomErasing(reprob, mode=remode, max_count=recount, device="cpu")
 
         # The second of timm's three parts: what stands between its crop and flip and its conversion to a tensor.
@@ -243,18 +242,13 @@ class FinetuneTransform:
         )
         replace_posterize(self.augment)
 
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """Augment and normalise an image."""
+    def __call__(self, pixels: np.ndarray) -> ErasableImage:
+        """Augment an image, and draw what is to be erased of it."""
         as_picture = self.fits_pillow and pixels.dtype == np.uint8
         img = self.crop(pixels, channels_last=as_picture)
         if as_picture:
             # Pillow's grey images have no dimension of channels.
             array = img.permute(1, 2, 0).numpy()
             picture = self.augment(Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array))
-            img = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
-
-        # By hand since torchvision's ToTensor and Normalize, whose bits these are, take 1.6 times as long: they
-        # rearrange, convert and divide in passes of their own, each to new memory.
-        if img.dtype == torch.uint8:
-            img = img.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-        return self.erase(img.sub_(self.mean).div_(self.std))
+            img = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1).contiguous()
+        return ErasableImage(img, draw_erasure(self.erase, img.shape))

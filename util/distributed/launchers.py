@@ -117,21 +117,22 @@ def cores() -> int:
     return max(1, min(visible, cores_of_job) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def open_files_needed(workers: int) -> int:
+def open_files_needed(workers: int, tensors: int = 2) -> int:
     """Return about how many files this process and each of its loader processes will have open at once.
 
     The numbers added to the files that are open now were counted on Linux with torch 2.14, at most, and rounded up: 8
-    for checkpoints, logs and an image; with several ranks 20, and 3 for each; with loader processes 8, and 15 for each.
-    A loader process needs pipes, and the tensors of its 4 batches, which lie in shared memory, count as files, too; and
-    training's and the validation's processes are there at once.
+    for checkpoints, logs and an image; with several ranks 20, and 3 for each; with loader processes 8, and for each 7
+    and the tensors of its 4 batches, which lie in shared memory and count as files, too. Training's and the
+    validation's processes are there at once.
 
     Args:
         workers: Loader processes of one loader.
+        tensors: Tensors of a batch.
     """
     listing = Path("/dev/fd")
     open_now = len(list(listing.iterdir())) if listing.is_dir() else 8
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    return open_now + 8 + (8 + 15 * workers if workers else 0) + (20 + 3 * ranks if ranks > 1 else 0)
+    return open_now + 8 + (8 + (7 + 4 * tensors) * workers if workers else 0) + (20 + 3 * ranks if ranks > 1 else 0)
 
 
 def allow_open_files(needed: int) -> int:
