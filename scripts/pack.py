@@ -27,11 +27,11 @@ from util import errors
 from util.checkpoint.output_dir import unwritable
 from util.data import splits, tar
 from util.data.listing import join_names, read_folder
-from util.data.splits import ARCHIVE, OTHER_ARCHIVES, is_image
+from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.parquet import read_parquets
 from util.packing.shards import Images
-from util.packing.sources import SPLITS, check_images, from_listing, list_tars, readable
+from util.packing.sources import check_images, from_listing, list_tars, readable
 from util.packing.streams import OPENERS, read_compressed, read_zips
 from util.packing.writing import index_archives, pack_split
 

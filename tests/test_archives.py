@@ -1,5 +1,6 @@
 """Archives: a split in tar archives of any form is the split that its folders are, and bad archives are named."""
 
+import errno
 import io
 import multiprocessing
 import os
@@ -127,7 +128,7 @@ def test_a_size_in_a_pax_header_counts(tmp_path):
 
 def test_a_folder_written_as_a_file_is_a_folder(tmp_path):
     """As the oldest programs write them."""
-    (tmp_path / "val.tar").write_bytes(raw("a/", b"", b"\0") + raw("b/1.png", PNG, b"\0"))
+    (tmp_path / "val.tar").write_bytes(raw("a/", b"", b"\0") + raw("b/1.png", PNG, b"\0") + bytes(1024))
     assert listed(tmp_path, "val")[0] == ["a", "b"]
     assert str(opened(tmp_path, "val", datasets.EvalImages).listing.left_out) == ""
 
@@ -197,6 +198,28 @@ def test_samples_of_several_shards_may_share_a_name(tmp_path):
     assert [content for *_, content in listed(tmp_path)[1]] == [png(0), png(1)]
 
 
+@pytest.mark.parametrize("label", [b'{"label": [1, 2]}', b'{"label": "a photograph / of"}', b'{"label": -1}'])
+def test_pretraining_needs_no_labels_that_are_classes(label, tmp_path):
+    archives.write(tmp_path / "train/0.tar", {**sample("1", label, "json"), **sample("2", label, "json")})
+    assert listed(tmp_path, flat=True) == ([""], [("1.png", 0, PNG), ("2.png", 0, PNG)])
+    with pytest.raises(UserError, match="which is no class|needs a .cls"):
+        opened(tmp_path)
+
+
+def test_a_byte_order_mark_belongs_to_no_name(tmp_path):
+    archives.write(tmp_path / "train/0.tar", sample("x", 0))
+    (tmp_path / "classes.txt").write_bytes("\ufefftench\r\n".encode())
+    assert listed(tmp_path)[0] == ["tench"]
+
+
+def test_different_numbers_of_numbered_classes_are_said_with_the_remedy(tmp_path):
+    archives.write(tmp_path / "train/0.tar", {**sample("x", 0), **sample("y", 1)})
+    archives.write(tmp_path / "val/0.tar", sample("x", 0))
+    splits_ = opened(tmp_path), opened(tmp_path, "val", datasets.EvalImages)
+    with pytest.raises(UserError, match="only in .*train: class_1; a classes.txt in --data_path names"):
+        datasets.check_classes(*splits_, 2)
+
+
 # Pre-training without classes.
 
 
@@ -217,7 +240,54 @@ def test_images_without_classes_for_pretraining(place, tmp_path):
         opened(tmp_path)
 
 
+def test_images_and_archives_of_several_splits_in_data_path_are_refused(tmp_path):
+    archives.write(tmp_path / "in-train-0.tar", {"a/1.png": PNG})
+    archives.write(tmp_path / "in-validation-0.TAR", {"a/1.png": PNG})
+    with pytest.raises(UserError, match="archives of several splits, such as in-validation-0.TAR: move"):
+        opened(tmp_path, flat=True)
+    (tmp_path / "in-validation-0.TAR").unlink()
+    (tmp_path / "1.png").write_bytes(PNG)
+    with pytest.raises(UserError, match=r"holds archives \(in-train-0.tar\) beside images \(1.png\)"):
+        opened(tmp_path, flat=True)
+
+
+def test_an_archive_without_end_mark_is_read_with_a_notice(tmp_path, capsys):
+    (tmp_path / "train.tar").write_bytes(raw("a/1.png", PNG))
+    save_index(tmp_path / "train.tar")
+    for _ in range(2):
+        assert len(opened(tmp_path)) == 1
+        assert "1 archive without an end mark, of which a part may be missing" in capsys.readouterr().out
+        (tmp_path / "train.tar.index").unlink(missing_ok=True)
+
+
 # Reading.
+
+
+@pytest.mark.parametrize("length", [97, 98, 99, 100])
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_names_about_as_long_as_their_field_are_read(length, kind, tmp_path):
+    name = "./a/" + "x" * (length - 8) + ".png"
+    archives.write(tmp_path / "train.tar", {f"./{name}": PNG, name[2:].replace("x.", "y."): PNG}, format=kind)
+    assert [content for *_, content in listed(tmp_path)[1]] == [PNG, PNG]
+
+
+def test_what_stands_in_front_of_all_names_is_no_part_of_them_in_any_form(tmp_path):
+    archives.write(tmp_path / "train/cat.tar", {"x/train/1.png": PNG})
+    archives.write(tmp_path / "train/dog.tar", {"x/train/1.png": PNG})
+    assert [name for name, *_ in listed(tmp_path)[1]] == ["cat/1.png", "dog/1.png"]
+    assert str(opened(tmp_path).samples[0][0]) == f"{tmp_path}/train/cat.tar/x/train/1.png"
+
+
+def test_a_replaced_archive_on_a_network_disk_is_no_bad_image(tmp_path, monkeypatch):
+    good(tmp_path / "train.tar")
+    images = opened(tmp_path)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(LocalError, match="has changed since it was listed"):
+        images[0]
 
 
 def test_a_bad_member_is_a_bad_image_of_which_the_message_names_the_archive(tmp_path):
@@ -455,6 +525,20 @@ def two_shards(path, first, second):
     archives.write(path / "train/1.tar", second)
 
 
+def hole(path, where, size):
+    """Overwrite a part of an archive of a hundred images with zeros, as a download that skipped it."""
+    data = archives.write(path / "train.tar", {f"a/{number:02d}.png": PNG for number in range(100)}).read_bytes()
+    write_bytes(path, data[:where] + bytes(size) + data[where + size :])
+
+
+def with_size(field):
+    header = bytearray(raw("a/1.png", PNG)[:512])
+    header[124:136] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(1024)
+
+
 def write_bytes(path, data):
     (path / "train.tar").write_bytes(data)
 
@@ -493,6 +577,25 @@ BAD = {
         r"train.tar is damaged \(at byte 512\)",
     ),
     "joined": (joined, "train.tar goes on after its end mark"),
+    "a hole": (lambda p: hole(p, 20 << 10, 100), r"train.tar is damaged \(at byte 20,480\)"),
+    "a long hole": (lambda p: hole(p, 20 << 10, 30 << 10), r"train.tar goes on after its end mark \(at byte 20,480\)"),
+    "nothing after a hole": (
+        lambda p: write_bytes(p, raw("a/1.png", PNG) + bytes(9 << 20)),
+        "train.tar ends in 5,[0-9,]* bytes of zeros",
+    ),
+    "joined after long padding": (
+        lambda p: write_bytes(p, raw("a/1.png", PNG) + bytes(1 << 20) + raw("a/2.png", PNG)),
+        "train.tar goes on after its end mark",
+    ),
+    "a negative size": (lambda p: write_bytes(p, with_size(b"-0000001000\0")), r"train.tar is no tar archive"),
+    "a linked class": (
+        lambda p: with_member(p, name="cat", type=tarfile.SYMTYPE, linkname="elsewhere/cat"),
+        "train.tar/cat is a link",
+    ),
+    "a class of other files": (
+        lambda p: archives.write(p / "train.tar", {"a/1.png": PNG, "svgs/2.svg": b""}),
+        r"no images in .*train.tar/svgs: .*\(.svg 1\)",
+    ),
     "archives inside": (nested, r"\(.tar 1\).*prepare_imagenet.py --packed"),
     "symbolic link": (
         lambda p: with_member(p, type=tarfile.SYMTYPE, linkname="0.png"),
@@ -500,15 +603,27 @@ BAD = {
     ),
     "hard link": (lambda p: with_member(p, type=tarfile.LNKTYPE, linkname="a/0.png"), "a/1.png is a link"),
     "pipe": (lambda p: with_member(p, type=tarfile.FIFOTYPE), "a/1.png is a special file"),
-    "sparse, GNU": (sparse_of_gnu_tar, "a/hole.png is a sparse file"),
-    "sparse, pax": (pax_sparse, "1.png is a sparse file"),
+    "sparse, GNU": (sparse_of_gnu_tar, "holds a sparse file, a/hole.png"),
+    "sparse, pax": (pax_sparse, "holds a sparse file, a/"),
     "..": (lambda p: with_member(p, name="../../b/1.png"), r"a member named ../../b/1.png, outside of any folder"),
     "hidden ..": (lambda p: with_member(p, name="a/../../1.png"), "a member named a/../../1.png, outside"),
     "twice": (lambda p: with_member(p, name="a/0.png"), "a/0.png and .*a/0.png have one name, a/0.png"),
     "twice over shards": (lambda p: two_shards(p, {"a/1.png": PNG}, {"./a/1.png": PNG}), "0.tar/a/1.png and .*1.tar/"),
     "twice as sample": (
         lambda p: two_shards(p, {**sample("a", 0), "./a.png": PNG}, sample("b", 0)),
-        "a.png and .*a.png have one name, class_0/a.png",
+        "a.png and .*a.png belong to one sample",
+    ),
+    "two images of a sample": (
+        lambda p: two_shards(p, {**sample("a", 0), "a.seg.png": PNG}, {}),
+        "a.png and .*a.seg.png belong to one sample",
+    ),
+    "two labels of a sample": (
+        lambda p: two_shards(p, {**sample("a.1", 0), **sample("a.2", 1)}, {}),
+        "a.1.cls and .*a.2.cls belong to one sample",
+    ),
+    "labels in folders": (
+        lambda p: archives.write(p / "train.tar", {"00/1.png": PNG, "00/1.cls": b"5"}),
+        "00/1.cls is the label of an image in a folder",
     ),
     "an empty shard": (lambda p: two_shards(p, {"1.png": PNG}, {}), "no images in .*train/1: add some"),
     "some in folders": (

@@ -835,7 +835,7 @@ PARQUETS = {
     "label of numbers and points": (a_parquet([ROW], [0.5]), "has 0.5 as its label"),
     "class ..": (a_parquet([ROW], [".."]), r"a class named '\.\.', which can't be a folder's name"),
     "class without name": (a_parquet([ROW], [0], [""]), "a class named ''"),
-    "classes of one name": (a_parquet([ROW], [0], ["a/b", "a_b"]), "a class named 'a_b'"),
+    "classes of one name": (a_parquet([ROW], [0], ["a/b", "a_b"]), "two classes named 'a_b'"),
     "damaged": (damaged_parquet, "x.parquet"),
     "cut": (lambda folder: cut(a_parquet([ROW], [0])(folder)), "x.parquet is damaged or cut off"),
 }

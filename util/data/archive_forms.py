@@ -19,7 +19,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,7 @@ class Files:
         numbers: Number of its archive [files].
         offsets: Where its bytes begin there [files].
         sizes: Number of its bytes [files].
+        unfinished: The archives that have no end mark.
     """
 
     archives: list[Path]
@@ -53,6 +54,7 @@ class Files:
     numbers: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
+    unfinished: list[Path] = field(default_factory=list)
 
     def pick(self, chosen: list[int]) -> "Files":
         """Return the files of these indices, in their order."""
@@ -76,14 +78,14 @@ class Classes(NamedTuple):
         names: Names of the classes, in the order of their numbers.
         targets: Number of each image's class.
         images: Name of each image in the listing, <class>/<file>.
-        prefix: As of Members.
+        adds_class: As of Members.
         are_samples: Whether the files make up samples of WebDataset, whose names are unique within an archive only.
     """
 
     names: list[str]
     targets: list[int]
     images: list[str]
-    prefix: str | None
+    adds_class: bool = False
     are_samples: bool = False
 
 
@@ -109,7 +111,7 @@ def list_members(
     files, folders = _read_all(archives, is_wanted)
     images = files.pick([number for number, name in enumerate(files.names) if is_wanted(name)])
     labels = files.pick([number for number, name in enumerate(files.names) if name.endswith(LABELS)])
-    left_out = LeftOut()
+    left_out = LeftOut(no_end=[str(archive) for archive in files.unfinished])
     if len(images.names) < len(files.names):
         left_out.sort_out(files.names, is_wanted)
     if not images.names:
@@ -119,25 +121,28 @@ def list_members(
     prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
     in_folders = ["/" in name for name in plain]
+    found = _find_labels(images, labels)
     if all(in_folders):
+        _refuse_class_labels(labels, found)
+        folders += [name for name in files.names if not is_wanted(name)]
         folders = [folder[len(prefix) :] for folder in folders if folder.startswith(prefix)]
-        classes = _by_folder(plain, folders, prefix)
+        classes = _by_folder(plain, folders)
     elif any(in_folders):
         raise BadArchive(
             f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
             f"({images.path(in_folders.index(False))}): pack them anew, all in class folders"
         )
-    elif found := _find_labels(images, labels):
+    elif found:
         classes = _by_label(images, labels, found, split, flat)
         for ending in LABELS:
             del left_out.endings[ending]
     elif single and flat:
-        classes = Classes([""], [0] * len(plain), plain, prefix)
+        classes = Classes([""], [0] * len(plain), plain)
     elif single:
         raise BadArchive(f"{archives[0]} has no class folders: it must hold <class>/<images>")
     else:
-        classes = _by_archive(images)
-    return _arrange(images, classes, left_out)
+        classes = _by_archive(images, plain)
+    return _arrange(images, classes, prefix, left_out)
 
 
 def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[Files, list[str]]:
@@ -145,7 +150,7 @@ def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[F
     indexes = [load_index(archive) for archive in archives]
     for archive, index in zip(archives, indexes, strict=True):
         for name, kind in index.others.items():
-            if is_wanted(name):
+            if kind == "link" or is_wanted(name):
                 raise BadArchive(
                     f"{archive}/{name} is a {kind}, which can't be read in place: pack the images anew as plain files "
                     "(tar --dereference --hard-dereference)"
@@ -156,6 +161,7 @@ def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[F
         np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.names) for index in indexes]),
         np.concatenate([index.offsets for index in indexes]),
         np.concatenate([index.sizes for index in indexes]),
+        [archive for archive, index in zip(archives, indexes, strict=True) if not index.has_end],
     )
     return files, [folder for index in indexes for folder in index.folders]
 
@@ -177,38 +183,86 @@ def common_prefix(names: list[str], split: str) -> str:
     return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
-def _by_folder(names: list[str], folders: list[str], prefix: str) -> Classes:
-    """Take the folder of each image as its class; folders without images are classes, too."""
+def _by_folder(names: list[str], others: list[str]) -> Classes:
+    """Take the folder of each image as its class.
+
+    Args:
+        names: Names of the images.
+        others: Names of folders, and of other files: a folder without images is a class, too.
+    """
     owners = [name.partition("/")[0] for name in names]
-    classes = sorted({*owners, *(folder.partition("/")[0] for folder in folders)} - {""})
+    folders = {other.partition("/")[0] for other in others if other}
+    classes = sorted(folders.union(owners))
     numbers = {name: number for number, name in enumerate(classes)}
-    return Classes(classes, [numbers[owner] for owner in owners], names, prefix)
+    return Classes(classes, [numbers[owner] for owner in owners], names)
 
 
-def _by_archive(images: Files) -> Classes:
-    """Take the archive of each image as its class, without the ending .tar; archives without images count, too."""
+def _by_archive(images: Files, names: list[str]) -> Classes:
+    """Take the archive of each image as its class, without the ending .tar; archives without images count, too.
+
+    Args:
+        images: The images.
+        names: Their names, without what all have in front.
+    """
     stems = [archive.stem for archive in images.archives]
     classes = sorted(set(stems))
     numbers = [classes.index(stem) for stem in stems]
     owners = images.numbers.tolist()
-    names = [f"{stems[owner]}/{name}" for owner, name in zip(owners, images.names, strict=True)]
-    return Classes(classes, [numbers[owner] for owner in owners], names, None)
+    names = [f"{stems[owner]}/{name}" for owner, name in zip(owners, names, strict=True)]
+    return Classes(classes, [numbers[owner] for owner in owners], names, adds_class=True)
 
 
 def _keys(files: Files) -> list[tuple[int, str]]:
     """Return the sample that each file belongs to, as WebDataset tells: archive, and name up to the first dot."""
-    names = (posixpath.basename(name).partition(".")[0] for name in files.names)
-    return list(zip(files.numbers.tolist(), names, strict=True))
+    keys = []
+    for number, name in zip(files.numbers.tolist(), files.names, strict=True):
+        folder, _, file = name.rpartition("/")
+        keys.append((number, f"{folder}/{file.partition('.')[0]}"))
+    return keys
 
 
 def _find_labels(images: Files, labels: Files) -> list[int | None]:
-    """Return for each image the index of its label among the labels, None for one without; [] if none has any."""
+    """Return for each image the index of its label among the labels, None for one without; [] if none has any.
+
+    Raises:
+        BadArchive: Two labels, or two images beside a label, belong to one sample.
+    """
     # Of a sample with both, .cls is taken.
-    order = sorted(range(len(labels.names)), key=lambda number: labels.names[number].endswith(LABELS[0]))
-    keys = _keys(labels)
-    by_key = {keys[number]: number for number in order}
-    found = [by_key.get(key) for key in _keys(images)]
+    by_key = {}
+    for ending in reversed(LABELS):
+        chosen = [number for number, name in enumerate(labels.names) if name.endswith(ending)]
+        keys = _keys(labels)
+        numbers = {keys[number]: number for number in chosen}
+        if len(numbers) < len(chosen):
+            twice = next(number for number in chosen if numbers[keys[number]] != number)
+            raise BadArchive(_describe_sample(labels, twice, numbers[keys[twice]]))
+        by_key |= numbers
+    if not by_key:
+        return []
+
+    keys = _keys(images)
+    found, first = [by_key.get(key) for key in keys], {}
+    for number, key in enumerate(keys):
+        if found[number] is not None and first.setdefault(key, number) != number:
+            raise BadArchive(_describe_sample(images, first[key], number))
     return found if any(number is not None for number in found) else []
+
+
+def _describe_sample(files: Files, first: int, second: int) -> str:
+    return (
+        f"{files.path(first)} and {files.path(second)} belong to one sample, since their names up to the first dot are "
+        "one: pack them anew, with one image and one label per sample"
+    )
+
+
+def _refuse_class_labels(labels: Files, found: list[int | None]) -> None:
+    """Raise a BadArchive for a .cls beside an image in a folder: which of both is its class is not clear."""
+    for number in found:
+        if number is not None and labels.names[number].endswith(LABELS[0]):
+            raise BadArchive(
+                f"{labels.path(number)} is the label of an image in a folder, which stands for a class by itself: pack "
+                "the samples anew without folders"
+            )
 
 
 def _by_label(images: Files, labels: Files, found: list[int | None], split: str, flat: bool) -> Classes:
@@ -224,11 +278,16 @@ def _by_label(images: Files, labels: Files, found: list[int | None], split: str,
     Raises:
         BadArchive: Labels can't be read, are missing, or are no classes.
     """
-    values = [None if number is None else _read_label(labels, number) for number in found]
+    # Pre-training needs no classes: labels that are none, such as lists of several, do not matter there.
     names = [posixpath.basename(name) for name in images.names]
-    prefix = images.names[0][: -len(names[0])]
-    if flat and not any(value is not None for value in values):
-        return Classes([""], [0] * len(names), names, prefix, are_samples=True)
+    try:
+        values = [None if number is None else _read_label(labels, number) for number in found]
+    except BadArchive:
+        if not flat:
+            raise
+        values = [None] * len(found)
+    if flat and None in values:
+        return Classes([""], [0] * len(names), names, are_samples=True)
     if None in values:
         raise BadArchive(
             f'{images.path(values.index(None))} has no label: each image needs a .cls, or a .json with "label", of the '
@@ -249,7 +308,7 @@ def _by_label(images: Files, labels: Files, found: list[int | None], split: str,
             f"{next(value for value in values if isinstance(value, str))!r}: pack them anew with labels of one kind"
         )
     listed = [f"{classes[target]}/{name}" for target, name in zip(targets, names, strict=True)]
-    return Classes(classes, targets, listed, None, are_samples=True)
+    return Classes(classes, targets, listed, adds_class=True, are_samples=True)
 
 
 def _read_label(labels: Files, number: int) -> int | str | None:
@@ -260,13 +319,16 @@ def _read_label(labels: Files, number: int) -> int | str | None:
     """
     path = labels.path(number)
     try:
-        text = labels.read(number).decode()
+        data = labels.read(number)
+        if len(data) < labels.sizes[number]:
+            raise ValueError("it is cut off")
+        text = data.decode()
         if path.endswith(".json"):
             entries = json.loads(text)
             label = entries.get("label", entries.get("cls")) if isinstance(entries, dict) else None
         else:
             label = text.strip()
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadArchive(f"{path} can't be read as a label: {error}") from error
     if label is None:
         return None
@@ -301,7 +363,7 @@ def _class_names(images: Files, count: int, split: str) -> list[str]:
     if file is None:
         return [f"class_{number}" for number in range(count)]
     try:
-        names = file.read_text(encoding="utf-8").rstrip().splitlines()
+        names = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise BadArchive(f"cannot read {file}: {error}") from error
     names = [name.strip() for name in names]
@@ -317,14 +379,25 @@ def _class_names(images: Files, count: int, split: str) -> list[str]:
     return names
 
 
-def _arrange(images: Files, classes: Classes, left_out: LeftOut) -> Listing:
+def folder_and_file(name: str) -> tuple[str, str]:
+    """Return the folder and the file of a name, by which the images of a class are ordered, as in folders."""
+    return name.rpartition("/")[::2]
+
+
+def _arrange(images: Files, classes: Classes, prefix: str, left_out: LeftOut) -> Listing:
     """Return the listing of images, ordered as those of class folders are.
+
+    Args:
+        images: The images.
+        classes: Their classes.
+        prefix: As of Members.
+        left_out: What is not listed.
 
     Raises:
         BadArchive: Two images have one name.
     """
     # Order by class number, folder and file: in the order of folders, "a b/1.png" comes before "a/1.png".
-    keys = ["\0".join(name.rpartition("/")[::2]) for name in classes.images]
+    keys = ["\0".join(folder_and_file(name)) for name in classes.images]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
     targets = np.array(classes.targets, np.int32)
     order = order[np.argsort(targets[order], kind="stable")].tolist()
@@ -343,6 +416,7 @@ def _arrange(images: Files, classes: Classes, left_out: LeftOut) -> Listing:
     images = images.pick(order)
     names = np.frombuffer(os.fsencode("".join(f"{classes.images[number]}\0" for number in order)), np.uint8)
     ends = np.flatnonzero(names == 0) - np.arange(len(order))
+    archives = [str(path) for path in images.archives]
     return Listing(
         str(images.archives[0].parent),
         names[names != 0],
@@ -350,5 +424,5 @@ def _arrange(images: Files, classes: Classes, left_out: LeftOut) -> Listing:
         targets[order],
         left_out,
         classes.names,
-        Members([str(path) for path in images.archives], images.numbers, images.offsets, images.sizes, classes.prefix),
+        Members(archives, images.numbers, images.offsets, images.sizes, prefix, classes.adds_class),
     )

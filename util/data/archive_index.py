@@ -32,6 +32,7 @@ class ArchiveIndex:
         sizes: Number of their bytes [files].
         folders: Names of the folders that have an entry of their own.
         others: What is neither a file nor a folder: its kind by its name.
+        has_end: Whether the archive has the mark with which most programs end it.
     """
 
     names: list[str]
@@ -39,6 +40,7 @@ class ArchiveIndex:
     sizes: np.ndarray
     folders: list[str]
     others: dict[str, str]
+    has_end: bool
 
 
 def load_index(path: Path) -> ArchiveIndex:
@@ -75,7 +77,7 @@ def write_index(path: Path, out: BinaryIO) -> ArchiveIndex:
         index, status = _read_headers(path, fd), os.fstat(fd)
     np.savez(
         out,
-        archive=np.array([VERSION, status.st_size, status.st_mtime_ns]),
+        archive=np.array([VERSION, status.st_size, status.st_mtime_ns, index.has_end]),
         names=_join(index.names),
         offsets=index.offsets,
         sizes=index.sizes,
@@ -99,7 +101,8 @@ def _read_saved(path: Path, fd: int) -> ArchiveIndex | None:
     try:
         with np.load(f"{path}.index", allow_pickle=False) as saved:
             status = os.fstat(fd)
-            if saved["archive"].tolist() != [VERSION, status.st_size, status.st_mtime_ns]:
+            *stated, has_end = saved["archive"].tolist()
+            if stated != [VERSION, status.st_size, status.st_mtime_ns]:
                 return None
             index = ArchiveIndex(
                 _split(saved["names"]),
@@ -107,6 +110,7 @@ def _read_saved(path: Path, fd: int) -> ArchiveIndex | None:
                 saved["sizes"].astype(np.int64),
                 _split(saved["folders"]),
                 json.loads(_split(saved["others"])[0]),
+                bool(has_end),
             )
     except Exception:  # there is none, or it is damaged in whatever way: the headers tell the same
         return None
@@ -122,7 +126,8 @@ def _read_saved(path: Path, fd: int) -> ArchiveIndex | None:
 def _read_headers(path: Path, fd: int) -> ArchiveIndex:
     """Return the index of an archive from its headers; errors as of load_index."""
     names, offsets, sizes, folders, others, kinds = [], [], [], [], [], []
-    for name, offset, size, kind in tar.HeaderReader(str(path), fd).members():
+    reader = tar.HeaderReader(str(path), fd)
+    for name, offset, size, kind in reader.members():
         if kind == "file":
             names.append(name)
             offsets.append(offset)
@@ -142,6 +147,7 @@ def _read_headers(path: Path, fd: int) -> ArchiveIndex:
         np.array(sizes, np.int64)[shown],
         [name for name in clean_names(path, folders) if name],
         {name: kind for name, kind in zip(clean_names(path, others), kinds, strict=True) if name},
+        reader.has_end,
     )
 
 

@@ -1,5 +1,6 @@
 """Read images where they lie in tar archives: nothing is unpacked."""
 
+import errno
 import os
 import posixpath
 from collections import OrderedDict
@@ -49,19 +50,20 @@ class Members:
         numbers: Number of each image's archive [images].
         offsets: Where each image's bytes begin there [images].
         sizes: Number of its bytes [images].
-        prefix: What the names in the archives begin with, and those of the listing don't; None: those of the listing
-            begin with a class that the names in the archives lack.
+        prefix: What the names in the archives begin with, and those of the listing don't.
+        adds_class: Whether the names of the listing begin with a class that those in the archives lack.
     """
 
     archives: list[str]
     numbers: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
-    prefix: str | None
+    prefix: str
+    adds_class: bool
 
     def stored_name(self, name: str) -> str:
         """Return the name in the archive of an image that is called `name` in the listing."""
-        return name.partition("/")[2] if self.prefix is None else self.prefix + name
+        return self.prefix + (name.partition("/")[2] if self.adds_class else name)
 
     def read(self, index: int, name: str) -> bytes:
         """Return the bytes of an image, which is called `name` in the listing.
@@ -72,7 +74,12 @@ class Members:
         """
         archive = self.archives[self.numbers[index]]
         offset, size, stored = int(self.offsets[index]), int(self.sizes[index]), self.stored_name(name)
-        data = os.pread(open_archive(archive), tar.BLOCK + size, offset - tar.BLOCK)
+        try:
+            data = os.pread(open_archive(archive), tar.BLOCK + size, offset - tar.BLOCK)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            data = b""  # a network file system's way to say that another machine replaced the file
         if len(data) < tar.BLOCK + size or not tar.header_fits(data[: tar.BLOCK], os.fsencode(stored), size):
             raise LocalError(
                 f"{archive} has changed since it was listed: it holds something else where {stored} was. Leave the "

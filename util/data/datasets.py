@@ -193,7 +193,7 @@ def open_split(
     kind: type[Images],
     data_path: str,
     split: str,
-    transform: Callable,
+    transform: Callable | None,
     pixels: Pixels,
     *,
     flat: bool = False,
@@ -205,10 +205,10 @@ def open_split(
         kind: Class of the dataset; it tells whether a class may have no images.
         data_path: Folder that holds the splits.
         split: Name of the split, train or val.
-        transform: From an array [H, W, C] to a tensor [C, H, W].
+        transform: From an array [H, W, C] to a tensor [C, H, W]; None: the arrays are returned as they are.
         pixels: How files become the model's input.
-        flat: Also take images without classes, and data_path itself if it holds images and has no such split.
-        announce: Name what is unusable: what is in the folders and not in the list, unreadable images of a monitor.
+        flat: Also take images without classes, and those of data_path itself where there is no such split.
+        announce: Name what is unusable: what is there and not in the list, unreadable images of a monitor.
 
     Returns:
         The dataset.
@@ -235,8 +235,8 @@ def open_split(
         load_array(dataset.samples[0][0], pixels)
     except WrongChannels as error:
         raise UserError(str(error)) from error
-    except BadImage:
-        pass  # one unreadable image is dealt with when it is drawn, as the kind of dataset demands
+    except (BadImage, LocalError):
+        pass  # what can't be read is dealt with when it is drawn: one rank alone may be in trouble
     return dataset
 
 
@@ -247,6 +247,8 @@ def _find_and_list(data_path: str, split: str, flat: bool) -> tuple[splits.Sourc
             f"no folder {Path(data_path) / split}: --data_path must hold {split}/<class>/<images>, or {split}.tar"
             f"{splits.similar(data_path, split)}"
         )
+    # Whatever becomes of the working directory, loader processes find the archives.
+    source = source._replace(archives=[archive.absolute() for archive in source.archives])
     return source, splits.list_split(source, split, flat)
 
 
@@ -299,6 +301,8 @@ def check_classes(train: Images, val: Images, nb_classes: int) -> None:
     """
     if train.classes != val.classes:
         differing = class_differences(train.classes, val.classes, str(train.root), str(val.root))
+        if any(images.listing.members and images.classes[0] == "class_0" for images in (train, val)):
+            differing += "; a classes.txt in --data_path names the numbered classes of both"
         raise UserError(
             f"the classes of train and val differ. {differing}. Both must hold the same class folders; in val those of "
             "classes without validation images may be empty"

@@ -36,12 +36,14 @@ class LeftOut:
         beside: Images beside the class folders.
         broken: Links that lead nowhere, and what is neither a file nor a folder.
         repeated: Links to folders that are listed already, or that contain the link.
+        no_end: Archives that have no end mark, so that members may be missing.
     """
 
     endings: Counter = field(default_factory=Counter)
     beside: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    no_end: list[str] = field(default_factory=list)
 
     def sort_out(self, files: list[str], is_wanted: Callable[[str], bool]) -> list[str]:
         """Return the wanted ones of some files, by their names, and count the others."""
@@ -55,19 +57,21 @@ class LeftOut:
         """Return a phrase that counts everything; "" where nothing was left out."""
         parts = []
         if self.endings:
-            parts.append(f"{_count(self.endings.total(), 'file')} of other kinds ({list_endings(self.endings)})")
+            parts.append(f"{count_nouns(self.endings.total(), 'file')} of other kinds ({list_endings(self.endings)})")
         for names, what in (
             (self.beside, "image{} beside the class folders"),
             (self.broken, "link{} that lead nowhere, or special files"),
             (self.repeated, "link{} to folders that are in the list already"),
+            (self.no_end, "archive{} without an end mark, of which a part may be missing"),
         ):
             if names:
                 parts.append(f"{len(names)} {what.format('s' * (len(names) > 1))} ({join_names(names, 3)})")
         return "; ".join(parts)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number > 1)}"
+def count_nouns(number: int, noun: str, plural: str = "s") -> str:
+    """Return a number with its noun, in the plural where there is not exactly one."""
+    return f"{number:,} {noun}{plural * (number != 1)}"
 
 
 def list_endings(endings: Counter) -> str:

@@ -317,7 +317,7 @@ def monitor_loaders(
 
     try:
         val = None
-        if find_split(data_path, "val"):
+        if dist.run_on_rank0(lambda: find_split(data_path, "val") is not None):
             val = open_loader("val", 5000)
         else:
             hint = similar(data_path, "val")

@@ -7,6 +7,7 @@ The same for val. Pre-training also takes images without class folders, in data_
 data_path where there is no such split.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,18 +23,10 @@ OTHER_NAMES = {"train": ("training", "train2017"), "val": ("valid", "validation"
 ENDINGS = (
     f"Image files end in .jpg, .png, .tif, .webp, .npy or one of {len(EXTENSIONS) - 5} other endings"  # for messages
 )
+SPLITS = tuple(OTHER_NAMES)
 ARCHIVE = ".tar"
-OTHER_ARCHIVES = (
-    ".tar.gz",
-    ".tgz",
-    ".tar.bz2",
-    ".tbz2",
-    ".tar.xz",
-    ".txz",
-    ".tar.zst",
-    ".tzst",
-    ".zip",
-)  # not readable
+# Endings of archives that can't be read in place.
+OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip")
 
 
 def is_image(name: str) -> bool:
@@ -73,12 +66,21 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
     if not flat:
         return None
 
-    # In data_path itself, archives of another split do not count.
-    files = read_folder(data_path)[1]
-    others = {f"{name}{ARCHIVE}" for key in OTHER_NAMES if key != split for name in (key, *OTHER_NAMES[key])}
-    if archives := [Path(data_path) / name for name in files if name.endswith(ARCHIVE) and name not in others]:
-        return Source(Path(data_path), archives)
-    return Source(Path(data_path), []) if any(map(is_image, files)) else None
+    # In data_path itself, the archive of another split does not count.
+    _, files = read_folder(data_path)
+    other = {name for key in OTHER_NAMES if key != split for name in (key, *OTHER_NAMES[key])}
+    archives = [Path(data_path) / name for name in files if name.lower().endswith(ARCHIVE)]
+    archives = [archive for archive in archives if archive.stem.lower() not in other]
+    images = list(filter(is_image, files))
+    if archives and images:
+        raise UserError(_describe_mixture(data_path, archives, "images", images))
+    others = [archive.name for archive in archives if other.intersection(re.split("[^a-z0-9]+", archive.stem.lower()))]
+    if others and len(others) < len(archives):
+        raise UserError(
+            f"{data_path} holds archives of several splits, such as {others[0]}: move those of training into "
+            f"{Path(data_path) / 'train'} and those of validation into {Path(data_path) / 'val'}"
+        )
+    return Source(Path(data_path), archives) if archives or images else None
 
 
 def source_at(path: Path) -> Source:
@@ -91,14 +93,33 @@ def source_at(path: Path) -> Source:
     images = list(filter(is_image, files))
     if not (folders or images):
         _refuse_other_archives([path / name for name in files])
-    if archives and (folders or images):
-        beside = [name for name, _ in folders] or images
-        raise UserError(
-            f"{path} holds archives ({join_names((file.name for file in archives), 3)}) beside "
-            f"{'folders' if folders else 'images'} ({join_names(sorted(beside), 3)}), and only one of both can be "
-            "read: move the others elsewhere"
-        )
+    elif archives:
+        kind, beside = ("folders", [name for name, _ in folders]) if folders else ("images", images)
+        raise UserError(_describe_mixture(path, archives, kind, beside))
     return Source(path, archives)
+
+
+def _describe_mixture(path: str | Path, archives: list[Path], kind: str, beside: list[str]) -> str:
+    """Return a message about a folder that holds archives and other things.
+
+    Args:
+        path: The folder.
+        archives: The archives.
+        kind: What the other things are, as a word in the plural.
+        beside: Their names.
+    """
+    return (
+        f"{path} holds archives ({join_names((file.name for file in archives), 3)}) beside {kind} "
+        f"({join_names(sorted(beside), 3)}), and only one of both can be read: move the others elsewhere"
+    )
+
+
+def _refuse_other_archives(files: list[Path]) -> None:
+    """Raise a BadArchive for the first of some files that is an archive of another kind than plain tar."""
+    for file in files:
+        if file.name.lower().endswith(OTHER_ARCHIVES):
+            load_index(file)  # says what to do with the kind that it is
+            raise BadArchive(f"{file} is a plain tar archive: rename it so that it ends in {ARCHIVE}")
 
 
 def holds_archives(folder: Path) -> bool:
@@ -127,7 +148,7 @@ def list_split(source: Source, split: str, flat: bool = False) -> Listing:
         UserError: There are no class folders, or an archive can't be used.
     """
     if source.archives:
-        single = source.archives == [source.root]
+        single = not source.root.is_dir()
         return list_members(source.archives, split, is_image, flat=flat, single=single)
 
     # One class, "", is the folder itself.

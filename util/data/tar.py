@@ -6,6 +6,7 @@ and the old one before them, with names of any length. Every header's checksum i
 """
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"1": "link", b"2": "link", 
 KINDS |= dict.fromkeys((b"3", b"4", b"6"), "special file")
 NEXT_HEADER, NEXT_NAME = (b"x", b"X"), b"L"  # about the member that follows: a pax header, GNU's form of a long name
 LONGEST = 1 << 20  # no honest name or pax header has more bytes
+PIECE = 4 << 20  # bytes that are read at a time, and more than the zeros that any program writes at the end
 
 # Compressed archives, and zips, are told by their first bytes: what to do with them.
 UNPACKERS = {
@@ -52,7 +54,10 @@ class Member(NamedTuple):
 
 
 class HeaderReader:
-    """Reader of the headers of one archive."""
+    """Reader of the headers of one archive.
+
+    Once the members were read, `has_end` tells whether the archive has the mark with which most programs end it.
+    """
 
     def __init__(self, path: str, fd: int) -> None:
         """Set up the reader.
@@ -61,7 +66,7 @@ class HeaderReader:
             path: The archive, for messages.
             fd: Descriptor of the open archive; its position is neither used nor changed.
         """
-        self.path, self.fd, self.end = path, fd, os.fstat(fd).st_size
+        self.path, self.fd, self.end, self.has_end = path, fd, os.fstat(fd).st_size, False
 
     def members(self) -> Iterator[Member]:
         """Yield the members in the order in which they are stored, up to the end mark, or, without one, to the end.
@@ -76,6 +81,7 @@ class HeaderReader:
             header = os.pread(self.fd, BLOCK, position)
             if header[:1] == b"\0" and header == bytes(len(header)):
                 self._check_nothing_follows(position)
+                self.has_end = True
                 return
             try:
                 name, size, kind = parse(header)
@@ -92,7 +98,12 @@ class HeaderReader:
             else:
                 name, kind = long_name or name, KINDS[kind]
                 if pax or kind != "file" or name[-1:] == b"/":
-                    name, size, kind = _describe(name, size, kind, pax)
+                    name, size, kind = _apply_pax(name, size, kind, pax)
+                if kind == "sparse file":
+                    raise BadArchive(
+                        f"{self.path} holds a sparse file, {os.fsdecode(name)}, which can't be read in place: pack the "
+                        "images anew without -S (bsdtar: with --no-read-sparse)"
+                    )
                 yield Member(name, data, size, kind)
                 pax, long_name = {}, b""
             position = data + (size + BLOCK - 1) // BLOCK * BLOCK
@@ -111,13 +122,25 @@ class HeaderReader:
         return f"{self.path} {problem} (at byte {position:,}): copy or download it again, or remove it"
 
     def _check_nothing_follows(self, position: int) -> None:
-        """Raise a BadArchive if members follow the end mark, as where archives were joined byte by byte."""
-        rest = os.pread(self.fd, 1 << 16, position)
-        if rest.strip(b"\0"):
-            raise BadArchive(
-                f"{self.path} goes on after its end mark (at byte {position:,}), as if archives had been joined: keep "
-                "them as separate files"
-            )
+        """Check that an archive ends at its end mark, after which programs fill up to a record with zeros.
+
+        Raises:
+            BadArchive: Something else follows, as where archives were joined byte by byte, or where a part of a
+                download is missing; or more zeros follow than the longest usual record has.
+        """
+        while position < self.end:
+            piece = os.pread(self.fd, min(PIECE, self.end - position), position)
+            if not piece or piece.strip(b"\0"):
+                raise BadArchive(
+                    f"{self.path} goes on after its end mark (at byte {position:,}). If archives were joined, keep "
+                    "them apart; else a part of it is missing: copy or download it again"
+                )
+            position += len(piece)
+            if self.end - position > PIECE:
+                raise BadArchive(
+                    f"{self.path} ends in {self.end - position:,} bytes of zeros, as a download that was stopped: copy "
+                    "or download it again"
+                )
 
     def _content(self, offset: int, size: int) -> bytes:
         if size > LONGEST:
@@ -125,17 +148,17 @@ class HeaderReader:
         return os.pread(self.fd, size, offset)
 
 
-def _describe(name: bytes, size: int, kind: str, pax: dict[bytes, bytes]) -> tuple[bytes, int, str]:
+def _apply_pax(name: bytes, size: int, kind: str, pax: dict[bytes, bytes]) -> tuple[bytes, int, str]:
     """Return the name, size and kind of a member, from its own header and the records of a pax header before it."""
     if pax:
-        name = pax.get(b"path", name)
-        if pax.get(b"size", b"").isdigit():
+        name = pax.get(b"path", name).split(b"\0", 1)[0]
+        if re.fullmatch(rb"\d{1,18}", pax.get(b"size", b"")):
             size = int(pax[b"size"])
         if any(key.startswith(b"GNU.sparse") for key in pax):
             kind = "sparse file"
     if kind == "file" and name.endswith(b"/"):
         kind = "folder"  # as old programs wrote them
-    return name, size if kind in ("file", "sparse file") else 0, kind
+    return name, size if kind == "file" else 0, kind
 
 
 def parse(header: bytes) -> tuple[bytes, int, bytes]:
@@ -166,7 +189,7 @@ def parse(header: bytes) -> tuple[bytes, int, bytes]:
 def header_fits(header: bytes, name: bytes, size: int) -> bool:
     """Return whether a header is that of a file with this name, without its folders, and size.
 
-    Names that are too long for a header, or not of ASCII alone, stand in another place, and are not compared.
+    Names that fill their field, and may be cut off there, or that are not of ASCII alone, are not compared.
     """
     try:
         stated_name, stated_size, _ = parse(header)
@@ -174,7 +197,7 @@ def header_fits(header: bytes, name: bytes, size: int) -> bool:
         return False
     if stated_size != size:
         return False
-    comparable = len(name) < 100 and name.isascii()
+    comparable = b"\0" in header[:100] and name.isascii()
     return not comparable or stated_name.rpartition(b"/")[2] == name.rpartition(b"/")[2]
 
 
@@ -186,7 +209,10 @@ def _number(field: bytes) -> int:
     """
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.rstrip(b"\0 ") or b"0", 8)
+    digits = field.rstrip(b"\0 ") or b"0"
+    if digits[0] in b"-+":
+        raise ValueError("the number has a sign")
+    return int(digits, 8)
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
@@ -194,7 +220,7 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
     records = {}
     while b" " in data:
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+        if not re.fullmatch(rb"\d{1,9}", length) or not 0 < int(length) <= len(data):
             break
         key, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         if equals:

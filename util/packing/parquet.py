@@ -14,12 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from util.data import pillow
-from util.data.listing import join_names
-from util.data.splits import OTHER_NAMES, is_image
+from util.data.listing import count_nouns, join_names
+from util.data.splits import OTHER_NAMES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.shards import Images
-from util.packing.sources import SPLITS, readable
-from util.packing.writing import count_nouns
+from util.packing.sources import readable
 
 
 class Columns(NamedTuple):
@@ -128,6 +127,7 @@ def _columns(path: Path) -> Columns:
         schema = file.schema_arrow
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = stored.get("info", {}).get("features", {})
+    features = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
 
     # A column's name decides, else its type does.
     images = [entry.name for entry in schema if _field_names(entry.type) >= {"bytes", "path"}]
@@ -253,8 +253,10 @@ def _name_classes(rows: Rows, columns: Columns, paths: list[Path]) -> tuple[list
     # A class becomes a folder.
     named = {label: name.replace("/", "_") for label, name in stored.items()}
     changed = [name for name in stored.values() if "/" in name]
-    impossible = [name for name, times in Counter(named.values()).items() if times > 1]
-    impossible += [name for name in named.values() if not name or name[0] == "." or "\0" in name]
+    twice = [name for name, times in Counter(named.values()).items() if times > 1]
+    if twice:
+        raise UserError(f"{paths[0]} has two classes named {twice[0]!r}: rename one of them")
+    impossible = [name for name in named.values() if not name or name[0] == "." or "\0" in name]
     if impossible:
         raise UserError(f"{paths[0]} has a class named {impossible[0]!r}, which can't be a folder's name: rename it")
     notices = [f"/ becomes _ in the names of {count_nouns(len(changed), 'class', 'es')} ({join_names(changed, 3)})"]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from util.data.archive_forms import common_prefix
 from util.data.archive_index import clean_names, has_current_index, load_index
 from util.data.listing import join_names, read_folder
-from util.data.splits import ARCHIVE, is_image
+from util.data.splits import ARCHIVE, SPLITS, is_image
 from util.data.tar import BadArchive
 from util.errors import UserError
 
@@ -112,7 +112,7 @@ def _check_names(names: list[str], folders: list[str]) -> None:
     if len(set(names)) < len(names):
         name = next(name for name, times in Counter(names).items() if times > 1)
         raise UserError(f"two images have one name, {name}: rename one of them")
-    for split in ("train", "val"):
+    for split in SPLITS:
         if prefix := common_prefix(names, split):
             raise UserError(
                 f"all images lie in {prefix}, and a folder named {split} stands for the split in an archive, not for a "

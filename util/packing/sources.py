@@ -11,11 +11,10 @@ from pathlib import Path
 
 from util.data.archive_forms import common_prefix, list_members
 from util.data.listing import Listing, join_names
-from util.data.splits import ENDINGS, OTHER_NAMES, is_image
+from util.data.splits import ENDINGS, OTHER_NAMES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.shards import Images
 
-SPLITS = ("train", "val")
 # What libraries raise when a file is damaged or cut off.
 DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 

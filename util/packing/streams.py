@@ -14,13 +14,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.data.archive_forms import LABELS
+from util.data.archive_forms import LABELS, folder_and_file
 from util.data.archive_index import clean_names
 from util.data.listing import LeftOut, join_names
-from util.data.splits import OTHER_ARCHIVES, is_image
+from util.data.splits import OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive, Member
 from util.packing.shards import Images
-from util.packing.sources import SPLITS, droppable_prefix, readable
+from util.packing.sources import droppable_prefix, readable
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by an archive's first bytes
 
@@ -155,11 +155,11 @@ def read_zips(paths: list[Path]) -> Images:
     found = select_images(paths, tables)
 
     # Any member can be read at any time, so that the order may be that of folders.
-    def folder_and_file(number: int) -> tuple[str, str, str]:
+    def order_key(number: int) -> tuple[str, ...]:
         owner, _, rest = found.names[number].partition("/")
-        return owner, *rest.rpartition("/")[::2]
+        return owner, *folder_and_file(rest)
 
-    order = sorted(range(len(found.names)), key=folder_and_file)
+    order = sorted(range(len(found.names)), key=order_key)
 
     def read(numbers: list[int]) -> Iterator[bytes]:
         for number in numbers:

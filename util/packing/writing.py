@@ -11,6 +11,7 @@ from tqdm import tqdm
 from util.checkpoint.output_dir import lock_output_dir, raise_write_errors, write_whole
 from util.data import splits
 from util.data.archive_index import has_current_index, write_index
+from util.data.listing import count_nouns
 from util.errors import UserError
 from util.packing.shards import SHARD_SIZE, Images, Shard, find_missing, plan_shards, write_shard
 
@@ -53,11 +54,6 @@ def pack_split(images: Images, folder: Path, shard_size: int = SHARD_SIZE) -> No
         f"{folder}: {count_nouns(len(images.names), 'image')} {classes}, {count_nouns(len(shards), 'shard')}, "
         f"{sum(shard.size for shard in shards):,} bytes; {written}"
     )
-
-
-def count_nouns(number: int, noun: str, plural: str = "s") -> str:
-    """Return a number with its noun, in the plural where there is not exactly one."""
-    return f"{number:,} {noun}{plural * (number != 1)}"
 
 
 def _lock(folder: Path) -> None:
