@@ -8,15 +8,19 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import same
+from timm.data import create_transform
 
 import main_finetune
 import main_pretrain
 import models_mae
 import models_vit
 from util import misc
+from util.data.erasing import ErasableImage
 from util.rng import set_rng_state
 
 OLD = Path(__file__).parent / "old_checkpoints"
@@ -31,6 +35,19 @@ JOBS = {
 }
 
 
+class CroppedByTimm:
+    """Augmentation of the version that wrote the checkpoints, whose crops were timm's, with other random draws."""
+
+    def __init__(self, size, scale, color_jitter, *_):
+        self.crop_and_flip, _, _ = create_transform(
+            size, is_training=True, separate=True, scale=scale, color_jitter=color_jitter, interpolation="bicubic"
+        )
+
+    def __call__(self, pixels):
+        picture = self.crop_and_flip(Image.fromarray(pixels))
+        return ErasableImage(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), None)
+
+
 @pytest.fixture
 def resume(images, tmp_path, monkeypatch):
     """Function that resumes a job's old checkpoint in this process.
@@ -39,6 +56,7 @@ def resume(images, tmp_path, monkeypatch):
     """
     decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
     autoencoder = partial(models_mae.MaskedAutoencoderViT, **ENCODER, **decoder)
+    monkeypatch.setattr(main_finetune, "FinetuneTransform", CroppedByTimm)
     monkeypatch.setitem(models_mae.MODELS, "mae_vit_demo_patch4", autoencoder)
     monkeypatch.setitem(models_vit.MODELS, "vit_demo_patch4", partial(models_vit.VisionTransformer, **ENCODER))
 
