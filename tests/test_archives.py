@@ -198,6 +198,12 @@ def test_samples_of_several_shards_may_share_a_name(tmp_path):
     assert [content for *_, content in listed(tmp_path)[1]] == [png(0), png(1)]
 
 
+def test_metadata_beside_images_in_folders_are_no_labels(tmp_path):
+    members = {"a/x.1.png": PNG, "a/x.1.json": b"{}", "a/x.2.png": PNG, "a/x.2.json": b"[", "b/x.png": PNG}
+    archives.write(tmp_path / "train.tar", members)
+    assert [name for name, *_ in listed(tmp_path)[1]] == ["a/x.1.png", "a/x.2.png", "b/x.png"]
+
+
 @pytest.mark.parametrize("label", [b'{"label": [1, 2]}', b'{"label": "a photograph / of"}', b'{"label": -1}'])
 def test_pretraining_needs_no_labels_that_are_classes(label, tmp_path):
     archives.write(tmp_path / "train/0.tar", {**sample("1", label, "json"), **sample("2", label, "json")})
@@ -258,6 +264,26 @@ def test_an_archive_without_end_mark_is_read_with_a_notice(tmp_path, capsys):
         assert len(opened(tmp_path)) == 1
         assert "1 archive without an end mark, of which a part may be missing" in capsys.readouterr().out
         (tmp_path / "train.tar.index").unlink(missing_ok=True)
+
+
+def test_a_folder_is_read_rather_than_the_archive_beside_it(images, tmp_path, capsys):
+    archives.write(tmp_path / "train.tar", {"a/1.png": PNG})
+    (tmp_path / "train").symlink_to(images / "train")
+    assert len(opened(tmp_path)) == 80
+    assert f"notice: {tmp_path}/train.tar is not read, since there is {tmp_path}/train" in capsys.readouterr().out
+
+
+def test_an_archive_that_one_rank_cannot_open_does_not_divide_the_ranks(tmp_path, monkeypatch):
+    """All open the split alike; drawing an image is what fails, where ranks stop together."""
+    good(tmp_path / "train.tar")
+
+    def lost(path, pixels):
+        raise LocalError("gone")
+
+    monkeypatch.setattr(datasets, "load_array", lost)
+    images = opened(tmp_path)
+    with pytest.raises(LocalError, match="gone"):
+        images[0]
 
 
 # Reading.
@@ -618,7 +644,7 @@ BAD = {
         "a.png and .*a.seg.png belong to one sample",
     ),
     "two labels of a sample": (
-        lambda p: two_shards(p, {**sample("a.1", 0), **sample("a.2", 1)}, {}),
+        lambda p: two_shards(p, {"a.png": PNG, "a.1.cls": b"0", "a.2.cls": b"1"}, {}),
         "a.1.cls and .*a.2.cls belong to one sample",
     ),
     "labels in folders": (

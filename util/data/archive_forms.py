@@ -121,9 +121,8 @@ def list_members(
     prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
     in_folders = ["/" in name for name in plain]
-    found = _find_labels(images, labels)
     if all(in_folders):
-        _refuse_class_labels(labels, found)
+        _refuse_class_labels(images, labels)
         folders += [name for name in files.names if not is_wanted(name)]
         folders = [folder[len(prefix) :] for folder in folders if folder.startswith(prefix)]
         classes = _by_folder(plain, folders)
@@ -132,7 +131,7 @@ def list_members(
             f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
             f"({images.path(in_folders.index(False))}): pack them anew, all in class folders"
         )
-    elif found:
+    elif found := _find_labels(images, labels):
         classes = _by_label(images, labels, found, split, flat)
         for ending in LABELS:
             del left_out.endings[ending]
@@ -222,47 +221,36 @@ def _keys(files: Files) -> list[tuple[int, str]]:
 
 
 def _find_labels(images: Files, labels: Files) -> list[int | None]:
-    """Return for each image the index of its label among the labels, None for one without; [] if none has any.
-
-    Raises:
-        BadArchive: Two labels, or two images beside a label, belong to one sample.
-    """
+    """Return for each image the index of its label among the labels, None for one without; [] if none has any."""
     # Of a sample with both, .cls is taken.
-    by_key = {}
-    for ending in reversed(LABELS):
-        chosen = [number for number, name in enumerate(labels.names) if name.endswith(ending)]
-        keys = _keys(labels)
-        numbers = {keys[number]: number for number in chosen}
-        if len(numbers) < len(chosen):
-            twice = next(number for number in chosen if numbers[keys[number]] != number)
-            raise BadArchive(_describe_sample(labels, twice, numbers[keys[twice]]))
-        by_key |= numbers
-    if not by_key:
-        return []
-
-    keys = _keys(images)
-    found, first = [by_key.get(key) for key in keys], {}
-    for number, key in enumerate(keys):
-        if found[number] is not None and first.setdefault(key, number) != number:
-            raise BadArchive(_describe_sample(images, first[key], number))
+    order = sorted(range(len(labels.names)), key=lambda number: labels.names[number].endswith(LABELS[0]))
+    keys = _keys(labels)
+    by_key = {keys[number]: number for number in order}
+    found = [by_key.get(key) for key in _keys(images)] if by_key else []
     return found if any(number is not None for number in found) else []
 
 
-def _describe_sample(files: Files, first: int, second: int) -> str:
-    return (
-        f"{files.path(first)} and {files.path(second)} belong to one sample, since their names up to the first dot are "
-        "one: pack them anew, with one image and one label per sample"
-    )
+def _check_samples(images: Files, labels: Files) -> None:
+    """Raise a BadArchive if two images, or two labels of one kind, belong to one sample."""
+    kinds = [[number for number, name in enumerate(labels.names) if name.endswith(ending)] for ending in LABELS]
+    for files in (images, *map(labels.pick, kinds)):
+        first: dict[tuple[int, str], int] = {}
+        for number, key in enumerate(_keys(files)):
+            if first.setdefault(key, number) != number:
+                raise BadArchive(
+                    f"{files.path(first[key])} and {files.path(number)} belong to one sample, since their names up to "
+                    "the first dot are one: pack them anew, with one image and one label per sample"
+                )
 
 
-def _refuse_class_labels(labels: Files, found: list[int | None]) -> None:
+def _refuse_class_labels(images: Files, labels: Files) -> None:
     """Raise a BadArchive for a .cls beside an image in a folder: which of both is its class is not clear."""
-    for number in found:
-        if number is not None and labels.names[number].endswith(LABELS[0]):
-            raise BadArchive(
-                f"{labels.path(number)} is the label of an image in a folder, which stands for a class by itself: pack "
-                "the samples anew without folders"
-            )
+    labels = labels.pick([number for number, name in enumerate(labels.names) if name.endswith(LABELS[0])])
+    if found := [number for number in _find_labels(images, labels) if number is not None]:
+        raise BadArchive(
+            f"{labels.path(found[0])} is the label of an image in a folder, which stands for a class by itself: pack "
+            "the samples anew without folders"
+        )
 
 
 def _by_label(images: Files, labels: Files, found: list[int | None], split: str, flat: bool) -> Classes:
@@ -281,6 +269,8 @@ def _by_label(images: Files, labels: Files, found: list[int | None], split: str,
     # Pre-training needs no classes: labels that are none, such as lists of several, do not matter there.
     names = [posixpath.basename(name) for name in images.names]
     try:
+        if not flat:
+            _check_samples(images, labels)
         values = [None if number is None else _read_label(labels, number) for number in found]
     except BadArchive:
         if not flat:

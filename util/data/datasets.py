@@ -222,13 +222,8 @@ def open_split(
     dataset = kind(source.root, found, transform, pixels)
     dataset.announce = announce
     _check_not_empty(dataset)
-    if announce and str(found.left_out):
-        dist.print_rank0(f"notice: left out in {source.root}: {found.left_out}")
-    if announce and found.mixed:
-        dist.print_rank0(
-            f"notice: {source.root} holds images beside its folders: the images in the folders are used as well, and "
-            "all of them without classes"
-        )
+    for notice in _notices(source.root, found) if announce else ():
+        dist.print_rank0(f"notice: {notice}")
 
     # Decode one image: if its channels do not fit, neither will those of the others.
     try:
@@ -250,6 +245,22 @@ def _find_and_list(data_path: str, split: str, flat: bool) -> tuple[splits.Sourc
     # Whatever becomes of the working directory, loader processes find the archives.
     source = source._replace(archives=[archive.absolute() for archive in source.archives])
     return source, splits.list_split(source, split, flat)
+
+
+def _notices(root: Path, found: Listing) -> list[str]:
+    """Return what the user should know about a split that was listed."""
+    notices = []
+    if str(found.left_out):
+        notices.append(f"left out in {root}: {found.left_out}")
+    if found.mixed:
+        notices.append(
+            f"{root} holds images beside its folders: the images in the folders are used as well, and all of them "
+            "without classes"
+        )
+    archive = root.with_name(f"{root.name}{splits.ARCHIVE}")
+    if root.is_dir() and archive.is_file():
+        notices.append(f"{archive} is not read, since there is {root}")
+    return notices
 
 
 def _check_not_empty(dataset: Images) -> None:
