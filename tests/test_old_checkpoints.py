@@ -45,7 +45,7 @@ class CroppedByTimm:
 
     def __call__(self, pixels):
         picture = self.crop_and_flip(Image.fromarray(pixels))
-        return ErasableImage(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), None)
+        return ErasableImage(torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous(), [])
 
 
 @pytest.fixture

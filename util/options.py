@@ -541,7 +541,7 @@ def _cuda_problems(name: str, device: torch.device) -> list[str]:
 def _open_file_problems(args: argparse.Namespace) -> list[str]:
     """Raise the limit of open files where it is too low for the run; return a message if it can't be raised enough."""
     workers = min(args.num_workers, launchers.cores())
-    tensors = 4 if hasattr(args, "reprob") else 2  # erasures travel beside images and classes
+    tensors = 4 if hasattr(args, "reprob") else 2  # erased boxes travel beside images and classes
     needed = launchers.open_files_needed(workers, tensors)
     allowed = launchers.allow_open_files(needed)
     if allowed >= needed:

@@ -4,7 +4,6 @@ Images travel to the device as bytes. What erasing puts into them are values of 
 they travel beside the images, for the quarter of them or so that is erased.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,13 +11,13 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 
-class Erasure(NamedTuple):
-    """Values that random erasing puts into a part of a normalised image.
+class Box(NamedTuple):
+    """A part of a normalised image, and the values that erasing puts there.
 
     Attributes:
-        top: First row of the part.
+        top: Its first row.
         left: Its first column.
-        values: The values [C, h, w]; NaN where the image stays as it is.
+        values: The values [C, h, w].
     """
 
     top: int
@@ -27,50 +26,61 @@ class Erasure(NamedTuple):
 
 
 class ErasableImage(NamedTuple):
-    """An image [C, H, W] that is not normalised yet, and what is to be erased of it then."""
+    """An image [C, H, W] that is not normalised yet, and the boxes that are to be erased of it then, in their order."""
 
     img: Tensor
-    erasure: Erasure | None
+    boxes: list[Box]
 
 
-def draw_erasure(erase: RandomErasing, shape: torch.Size) -> Erasure | None:
-    """Draw what timm's random erasing does to a normalised image of this shape [C, H, W]; None: nothing."""
-    # Erase an empty image, and cut out the part that is not empty any more.
-    canvas = erase(torch.full(shape, math.nan))
-    erased = ~canvas[0].isnan()
-    rows, columns = (erased.any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
-    if not rows:
-        return None
-    part = canvas[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return Erasure(rows[0], columns[0], part)
+class _Recorder:
+    """Stand-in for a normalised image, which notes what timm's random erasing writes into it."""
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape, self.boxes = shape, []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = place
+        values = values.expand(self.shape[0], rows.stop - rows.start, columns.stop - columns.start)
+        self.boxes.append(Box(rows.start, columns.start, values))
 
 
-def pack_erasures(erasures: list[Erasure | None]) -> tuple[Tensor, Tensor]:
-    """Pack a batch's erasures into two tensors, since each tensor that a loader process sends takes an open file.
+def draw_boxes(erase: RandomErasing, shape: torch.Size) -> list[Box]:
+    """Draw the boxes that timm's random erasing puts into a normalised image of this shape [C, H, W], mostly none."""
+    recorder = _Recorder(shape)
+    erase(recorder)
+    return recorder.boxes
+
+
+def pack_boxes(boxes: list[list[Box]]) -> tuple[Tensor, Tensor]:
+    """Pack a batch's boxes into two tensors, since each tensor that a loader process sends takes an open file.
 
     Args:
-        erasures: What is erased of each image; None: nothing.
+        boxes: Those of each image.
 
     Returns:
-        For each of E images of which something is erased (image, top, left, h, w) [E, 5]; and all values [V].
+        Of each of B boxes (image, top, left, h, w) [B, 5]; and the values of all of them [V].
     """
-    present = [(number, erasure) for number, erasure in enumerate(erasures) if erasure]
-    places = [(number, erasure.top, erasure.left, *erasure.values.shape[1:]) for number, erasure in present]
-    values = [erasure.values.flatten() for _, erasure in present]
+    numbered = [(number, box) for number, own in enumerate(boxes) for box in own]
+    places = [(number, box.top, box.left, *box.values.shape[1:]) for number, box in numbered]
+    values = [box.values.flatten() for _, box in numbered]
     return torch.tensor(places, dtype=torch.int64).reshape(-1, 5), torch.cat([torch.empty(0), *values])
 
 
-def apply_erasures(imgs: Tensor, places: Tensor, values: Tensor) -> None:
-    """Erase parts of normalised images, in place.
+def erase_boxes(imgs: Tensor, places: Tensor, values: Tensor) -> None:
+    """Erase boxes of normalised images, in place.
 
     Args:
         imgs: The images [N, C, H, W].
-        places: Of pack_erasures, on the CPU.
-        values: Of pack_erasures, on the images' device.
+        places: Of pack_boxes, on the CPU.
+        values: Of pack_boxes, on the images' device.
     """
     start = 0
     for number, top, left, h, w in places.tolist():
-        part = imgs[number, :, top : top + h, left : left + w]
-        new = values[start : start + part.numel()].view(part.shape)
-        part.copy_(torch.where(new.isnan(), part, new))
-        start += part.numel()
+        box = imgs[number, :, top : top + h, left : left + w]
+        box.copy_(values[start : start + box.numel()].view(box.shape))
+        start += box.numel()

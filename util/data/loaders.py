@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
-from util.data.erasing import ErasableImage, apply_erasures, pack_erasures
+from util.data.erasing import ErasableImage, erase_boxes, pack_boxes
 from util.data.images import Pixels
 from util.data.listing import UnreadableFolder
 from util.data.splits import find_split, similar
@@ -122,11 +122,11 @@ class DeviceLoader:
                 batch = next(batches, None)
             if batch is None:
                 return
-            imgs, targets, *erasures = batch
+            imgs, targets, *boxes = batch
             imgs = self.normalise(imgs)
-            if erasures:
-                places, values = erasures
-                apply_erasures(imgs, places, values.to(self.device, non_blocking=True))
+            if boxes:
+                places, values = boxes
+                erase_boxes(imgs, places, values.to(self.device, non_blocking=True))
             yield imgs, targets.to(self.device, non_blocking=True)
 
     def sample_evenly(self, count: int) -> tuple[Tensor, list[str]]:
@@ -163,15 +163,15 @@ def collate(samples: list[tuple[Tensor | ErasableImage, int]]) -> tuple[Tensor, 
     If 8-bit and float32 images meet in a batch, the 8-bit ones become float32 from 0 to 1; the others are kept.
 
     Returns:
-        The two tensors, or these and the two of pack_erasures.
+        The two tensors, or these and the two of pack_boxes.
     """
-    imgs, erasures = [img for img, _ in samples], ()
+    imgs, boxes = [img for img, _ in samples], ()
     if isinstance(imgs[0], ErasableImage):
-        erasures = pack_erasures([image.erasure for image in imgs])
+        boxes = pack_boxes([image.boxes for image in imgs])
         imgs = [image.img for image in imgs]
     if len({img.dtype for img in imgs}) > 1:
         imgs = [img / 255 if img.dtype == torch.uint8 else img for img in imgs]
-    return default_collate(imgs), torch.tensor([target for _, target in samples]), *erasures
+    return default_collate(imgs), torch.tensor([target for _, target in samples]), *boxes
 
 
 def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
-from util.data.erasing import ErasableImage, draw_erasure
+from util.data.erasing import ErasableImage, draw_boxes
 from util.data.images import Pixels
 
 LONG = 16  # above this aspect ratio an image is a strip, of which evaluation resizes the middle only
@@ -251,4 +251,4 @@ class FinetuneTransform:
             array = img.permute(1, 2, 0).numpy()
             picture = self.augment(Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array))
             img = torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1).contiguous()
-        return ErasableImage(img, draw_erasure(self.erase, img.shape))
+        return ErasableImage(img, draw_boxes(self.erase, img.shape))
