@@ -109,11 +109,12 @@ def list_members(
     """
     # Read the headers, and sort out images and what may be labels.
     files, folders = _read_all(archives, is_wanted)
-    images = files.pick([number for number, name in enumerate(files.names) if is_wanted(name)])
-    labels = files.pick([number for number, name in enumerate(files.names) if name.endswith(LABELS)])
+    wanted = [is_wanted(name) for name in files.names]
+    images = files.pick([number for number, own in enumerate(wanted) if own])
+    others = files.pick([number for number, own in enumerate(wanted) if not own])
+    labels = others.pick([number for number, name in enumerate(others.names) if name.endswith(LABELS)])
     left_out = LeftOut(no_end=[str(archive) for archive in files.unfinished])
-    if len(images.names) < len(files.names):
-        left_out.sort_out(files.names, is_wanted)
+    left_out.sort_out(others.names, is_wanted)
     if not images.names:
         raise BadArchive(_describe_empty(archives, left_out))
 
@@ -123,9 +124,8 @@ def list_members(
     in_folders = ["/" in name for name in plain]
     if all(in_folders):
         _refuse_class_labels(images, labels)
-        folders += [name for name in files.names if not is_wanted(name)]
-        folders = [folder[len(prefix) :] for folder in folders if folder.startswith(prefix)]
-        classes = _by_folder(plain, folders)
+        beside = [name[len(prefix) :] for name in (*folders, *others.names) if name.startswith(prefix)]
+        classes = _by_folder(plain, beside)
     elif any(in_folders):
         raise BadArchive(
             f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
