@@ -14,7 +14,7 @@ quarter of the images):
                        replaced
     finetune_ours      the scripts' loader up to the batch of bytes, which the device normalises and erases
     finetune_no_aa     the same without RandAugment: what that costs is the difference to finetune_ours
-Ratios are to the classic row of the same augmentation. Every repetition runs each row once over the images, which are
+Ratios are to the classic row of the same augmentation, medians over the repetitions. Every repetition runs each row once over the images, which are
 linked as often as it takes to have --images of them. The figures are medians of --repeat repetitions, after one that
 warms up.
 
@@ -146,6 +146,11 @@ def own_classic(name: str) -> str:
     return "finetune_classic" if name.startswith("finetune_") else "classic"
 
 
+def median_ratio(rates: list[float], others: list[float]) -> float:
+    """Return the median of the ratios of two rows' rates, repetition by repetition."""
+    return statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
+
+
 def measure_speed(rows: dict[str, DataLoader], workers: int, repeat: int) -> list[dict]:
     """Measure the rows of the first table by turns.
 
@@ -272,12 +277,11 @@ def main() -> None:
     print(f"n = {args.repeat}, batch {args.batch_size}; {device_name(CPU)}; torch {torch.__version__}")
     print(f"{'':16} {'workers':>7} {'images/s':>9} {'spread':>7} {'of classic':>10} {'of decode':>9}")
     for row in rows:
-        same = {other["name"]: other["images_per_s"] for other in rows if other["workers"] == row["workers"]}
-        rate = row["images_per_s"]
-        ratio = rate / same[own_classic(row["name"])]
+        same = {other["name"]: other["all"] for other in rows if other["workers"] == row["workers"]}
+        classic, decode = (median_ratio(row["all"], same[name]) for name in (own_classic(row["name"]), "decode"))
         print(
-            f"{row['name']:16} {row['workers']:7} {rate:9.0f} {row['spread']:7.1%} {ratio:10.2f} "
-            f"{rate / same['decode']:9.1%}"
+            f"{row['name']:16} {row['workers']:7} {row['images_per_s']:9.0f} {row['spread']:7.1%} {classic:10.2f} "
+            f"{decode:9.0%}"
         )
 
     # The second table.
