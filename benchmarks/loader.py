@@ -14,7 +14,7 @@ quarter of the images):
                        replaced
     finetune_ours      the scripts' loader up to the batch of bytes, which the device normalises and erases
     finetune_no_aa     the same without RandAugment: what that costs is the difference to finetune_ours
-Ratios are to the classic row of the same augmentation, medians over the repetitions. Every repetition runs each row once
+Ratios are to the classic row of the same augmentation, medians over repetitions. Every repetition runs each row once
 over the images, which are linked as often as it takes to have --images of them. The figures are medians of --repeat
 repetitions, after one that warms up.
 
