@@ -151,6 +151,12 @@ def check_labels(labels: list[str]) -> Counter:
     return expected
 
 
+def class_of(name: str, labels: list[str]) -> str | None:
+    """Return the class of a validation image by its file name, which holds its number; None for any other file."""
+    match = NAME.match(name)
+    return labels[int(match[1]) - 1] if match else None
+
+
 def _refuse_archives(folder: Path) -> None:
     """Raise a UserError if a folder holds archives, beside which class folders could not be read."""
     if any(folder.glob(f"*{ARCHIVE}")):
@@ -173,8 +179,7 @@ def prepare_val(source: Path, labels: list[str], output: Path) -> None:
     _refuse_archives(output / "val")
     written = 0
     for name, size, write in validation_images(source):
-        if match := NAME.match(name):
-            label = labels[int(match[1]) - 1]
+        if label := class_of(name, labels):
             written += write_if_missing(output / "val" / label / name, size, write)
 
     # Check the whole folder, and not only what was written now: training would take whatever lies there.
@@ -282,8 +287,9 @@ def pack_val(source: Path, labels: list[str], output: Path) -> None:
         found = [(Path(name).name, (source, offset, size)) for name, offset, size in members]
     places = {}
     for name, place in found:
-        if (match := NAME.match(name)) and is_image(name):
-            places[f"{labels[int(match[1]) - 1]}/{name}"] = place
+        label = class_of(name, labels)
+        if label and is_image(name):
+            places[f"{label}/{name}"] = place
 
     counts = Counter(name.partition("/")[0] for name in places)
     wrong = {label: counts[label] for label in expected if counts[label] != PER_CLASS}

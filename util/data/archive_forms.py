@@ -10,7 +10,8 @@
 
 Leading folders up to one named like the split, which all images share, don't count (tar cf train.tar train). For
 pre-training, train.tar may also hold images alone, and WebDataset shards may lack classes. The result is the listing of
-the same images in class folders, so that classes, order, names and masks are those of the folders.
+the same images in class folders, so that classes, order, names and masks are those of the folders. Only numbered
+classes keep their numbers, where folders are numbered in the order of their names.
 """
 
 import json
@@ -261,7 +262,7 @@ def _by_label(images: Files, labels: Files, found: list[int | None], split: str,
         labels: Members that may hold labels.
         found: Index among the labels of each image's label, None for one without.
         split: Name of the split.
-        flat: Where no label says anything, take all images as one class.
+        flat: Take all images as one class where not every one has a label that is a class.
 
     Raises:
         BadArchive: Labels can't be read, are missing, or are no classes.
@@ -386,7 +387,8 @@ def _arrange(images: Files, classes: Classes, prefix: str, left_out: LeftOut) ->
     Raises:
         BadArchive: Two images have one name.
     """
-    # Order by class number, folder and file: in the order of folders, "a b/1.png" comes before "a/1.png".
+    # Order by class number, folder and file, as folders are listed: there "a/1.png" comes before "a b/1.png", which as
+    # plain text is the smaller one.
     keys = ["\0".join(folder_and_file(name)) for name in classes.images]
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__))
     targets = np.array(classes.targets, np.int32)

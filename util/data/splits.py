@@ -128,14 +128,6 @@ def holds_archives(folder: Path) -> bool:
     return any(name.lower().endswith(ARCHIVE) for name in files) and not folders and not any(map(is_image, files))
 
 
-def _refuse_other_archives(files: list[Path]) -> None:
-    """Raise a BadArchive for the first of some files that is an archive of another kind than plain tar."""
-    for file in files:
-        if file.name.lower().endswith(OTHER_ARCHIVES):
-            load_index(file)  # says what to do with the kind that it is
-            raise BadArchive(f"{file} is a plain tar archive: rename it so that it ends in {ARCHIVE}")
-
-
 def list_split(source: Source, split: str, flat: bool = False) -> Listing:
     """List the images of a split.
 
