@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     # What is looked at every few epochs: pictures, loss and k-NN.
     evaluate = None
     if args.monitor_freq:
-        views = loaders.monitor_loaders(args.data_path, CentreCrop(args.input_size), pixels, loading)
+        views = loaders.monitor_loaders(args.data_path, loader.dataset.images, CentreCrop(args.input_size), loading)
         masks = MaskSettings(args.mask_ratio, args.mask_sampling, args.seed)
         monitor = Monitor(*views, args.output_dir, run.log, scaler, masks)
         evaluate = partial(monitor, model)

@@ -26,7 +26,7 @@ import models_vit
 from util import errors, options
 from util.amp import LossScaler
 from util.checkpoint.files import load_checkpoint
-from util.data import loaders
+from util.data import datasets, loaders
 from util.data.images import Pixels
 from util.data.transforms import CentreCrop
 from util.distributed import dist, launchers
@@ -177,7 +177,8 @@ def test_too_many_open_files_is_a_message(error, capsys):
 
 def test_monitoring_keeps_no_file_open_for_a_batch(images):
     """What a loader process sends is shared memory, an open file for each tensor that is kept."""
-    views = loaders.monitor_loaders(str(images), CentreCrop(28), Pixels(), loaders.Loading(1, 1, False, 0, CPU))
+    train = datasets.open_split(datasets.Images, str(images), "train", None, Pixels(), flat=True)
+    views = loaders.monitor_loaders(str(images), train, CentreCrop(28), loaders.Loading(1, 1, False, 0, CPU))
     watch = monitor.Monitor(*views, "", None, LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
     counts = []
     watch(models_mae.mae_vit_demo_patch4(img_size=28), 0, lambda: counts.append(len(list(Path("/dev/fd").iterdir()))))

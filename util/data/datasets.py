@@ -27,7 +27,7 @@ class Images(ImageFolder):
     """Images of one split: (image, class number) by index, without hidden files and folders."""
 
     needs_every_class = True  # a class without images is an error
-    announce = True  # what is unusable is named; not where other images of the same files do so already
+    announce = True  # unreadable images are named; not where other images of the same files do so already
 
     def __init__(self, root: Path, listing: Listing, transform: Callable | None, pixels: Pixels) -> None:
         """Set up the dataset.
@@ -197,7 +197,6 @@ def open_split(
     pixels: Pixels,
     *,
     flat: bool = False,
-    announce: bool = True,
 ) -> Images:
     """Open data_path/split and check that there are images, and that the first, if readable, fits the model.
 
@@ -208,7 +207,6 @@ def open_split(
         transform: From an array [H, W, C] to a tensor [C, H, W]; None: the arrays are returned as they are.
         pixels: How files become the model's input.
         flat: Also take images without classes, and those of data_path itself where there is no such split.
-        announce: Name what is unusable: what is there and not in the list, unreadable images of a monitor.
 
     Returns:
         The dataset.
@@ -220,9 +218,8 @@ def open_split(
     # Rank 0 reads folders and headers, and broadcasts the list.
     source, found = dist.run_on_rank0(lambda: _find_and_list(data_path, split, flat))
     dataset = kind(source.root, found, transform, pixels)
-    dataset.announce = announce
     _check_not_empty(dataset)
-    for notice in _notices(source.root, found) if announce else ():
+    for notice in _notices(source.root, found):
         dist.print_rank0(f"notice: {notice}")
 
     # Decode one image: if its channels do not fit, neither will those of the others.

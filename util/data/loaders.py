@@ -287,38 +287,35 @@ def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceL
 
 
 def monitor_loaders(
-    data_path: str, transform: Callable, pixels: Pixels, loading: Loading
+    data_path: str, train: Images, transform: Callable, loading: Loading
 ) -> tuple[DeviceLoader | None, DeviceLoader]:
     """Open images to monitor pre-training with: up to 5,000 of val/ and up to 10,000 of train/, evenly spread.
 
     The images are divided among the ranks.
 
     Args:
-        data_path: Holds train/ (or images, which are taken instead) and, where there is one, val/.
+        data_path: Holds val/, where there is one.
+        train: The training images, as they were listed, with the pixels that the model takes.
         transform: From an array [H, W, C] to a tensor [C, H, W].
-        pixels: How files become the model's input.
         loading: How batches are loaded.
 
     Returns:
         The loaders of val/ and of train/; the first is None if val/ is missing or, with a warning, unusable.
 
     Raises:
-        UserError: The training images are missing or unusable.
+        UnreadableFolder: A folder in val/ can't be read.
     """
 
-    def open_loader(split: str, count: int) -> DeviceLoader:
-        # Of train/ the training has said already what is to be said.
-        announce = split == "val"
-        images = open_split(MonitorImages, data_path, split, transform, pixels, flat=True, announce=announce)
+    def load_some(images: MonitorImages, count: int) -> DeviceLoader:
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
         # Monitoring is rare: its processes end with it, so that training has their memory.
         loader = _data_loader(images, loading, share, persistent=False)
-        return DeviceLoader(loader, loading.device, pixels)
+        return DeviceLoader(loader, loading.device, train.pixels)
 
     try:
         val = None
         if dist.run_on_rank0(lambda: find_split(data_path, "val") is not None):
-            val = open_loader("val", 5000)
+            val = load_some(open_split(MonitorImages, data_path, "val", transform, train.pixels, flat=True), 5000)
         else:
             hint = similar(data_path, "val")
             dist.print_rank0(f"notice: no val/ in {data_path}, so there will be no test_loss and no test_knn{hint}")
@@ -327,7 +324,11 @@ def monitor_loaders(
     except UserError as error:
         dist.print_rank0(f"warning: val/ is not used for monitoring: {error}")
         val = None
-    return val, open_loader("train", 10000)
+
+    # Of the training images the training says what is to be said.
+    seen = MonitorImages(train.root, train.listing, transform, train.pixels)
+    seen.announce = False
+    return val, load_some(seen, 10000)
 
 
 def classifier_loaders(
