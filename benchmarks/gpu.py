@@ -72,13 +72,13 @@ STAGES = (  # the most valuable first, since the last may be dropped
     Stage("peaks", "benchmarks/peaks.py", "benchmarks/peaks.py --steps 1", 0.5),
     Stage("step_large", _step("pretrain", "mae_vit_large_patch16", 256, PRETRAIN_ROWS), QUICK_STEP, 2.5),
     Stage("step_base", _step("pretrain", "mae_vit_base_patch16", 256, PRETRAIN_ROWS), "", 1.5),
-    Stage("train_large", _train("pretrain", "mae_vit_large_patch16", 256), QUICK_TRAIN, 1.3),
-    Stage("train_base", _train("pretrain", "mae_vit_base_patch16", 256), "", 1),
-    Stage("finetune_base", _step("finetune", "vit_base_patch16", 256, FEW_ROWS), "", 0.7),
+    Stage("train_large", _train("pretrain", "mae_vit_large_patch16", 256), QUICK_TRAIN, 2),
+    Stage("train_base", _train("pretrain", "mae_vit_base_patch16", 256), "", 2),
+    Stage("finetune_base", _step("finetune", "vit_base_patch16", 256, FEW_ROWS), "", 1.3),
     Stage("finetune_large", _step("finetune", "vit_large_patch16", 128, FEW_ROWS), "", 1.5),
-    Stage("train_finetune", _train("finetune", "vit_base_patch16", 256), "", 1),
-    Stage("probe_base", _step("linprobe", "vit_base_patch16", 512, FEW_ROWS), "", 0.5),
-    Stage("probe_large", _step("linprobe", "vit_large_patch16", 512, FEW_ROWS), "", 1),
+    Stage("train_finetune", _train("finetune", "vit_base_patch16", 256), "", 2),
+    Stage("probe_base", _step("linprobe", "vit_base_patch16", 512, FEW_ROWS), "", 1.2),
+    Stage("probe_large", _step("linprobe", "vit_large_patch16", 512, FEW_ROWS), "", 2),
     Stage("compiled_base", _step("pretrain", "mae_vit_base_patch16", 256, COMPILED_ROWS), "", 2),
     Stage("compiled_large", _step("pretrain", "mae_vit_large_patch16", 256, COMPILED_ROWS), "", 3),
     Stage("step_huge", _step("pretrain", "mae_vit_huge_patch14", 128, HUGE_ROWS), "", 2),
@@ -125,7 +125,7 @@ def _version(package: str) -> str:
 
 
 def command(stage: Stage, args: argparse.Namespace, file: Path) -> list[str]:
-    """Return the command of a stage.
+    """Return the arguments of Python that run a stage.
 
     Args:
         stage: The stage.
@@ -135,8 +135,20 @@ def command(stage: Stage, args: argparse.Namespace, file: Path) -> list[str]:
     arguments = (stage.quick if args.quick else stage.arguments).format(photos=args.photos).split()
     if arguments[:2] == ["-m", "pytest"]:
         xdist = ["-n", "4"] if _version("pytest-xdist") != "none" and not args.quick else []
-        return [sys.executable, *arguments, *xdist, "-p", "no:cacheprovider", f"--junitxml={file}"]
-    return [sys.executable, *arguments, "--device", args.device, "--json", str(file)]
+        return [*arguments, *xdist, "-p", "no:cacheprovider", f"--junitxml={file}"]
+    return [*arguments, "--device", args.device, "--json", str(file)]
+
+
+def without_local_paths(arguments: list[str], args: argparse.Namespace, file: Path) -> str:
+    """Return the arguments of a stage as they are published: without the result's file, and with PHOTOS for the folder.
+
+    Args:
+        arguments: What `command` returned.
+        args: Flags of this script.
+        file: File that the command writes its result to.
+    """
+    words = [word for word in arguments if word != "--json" and str(file) not in word]
+    return " ".join("PHOTOS" if word == str(args.photos) else word for word in words)
 
 
 def read_result(file: Path) -> dict | None:
@@ -174,7 +186,8 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
     # Run the command in a session of its own, so that it can be stopped with all processes that it has started.
     with tempfile.TemporaryDirectory() as temporary, (args.output / f"{stage.name}.log").open("w") as log:
         partial = Path(temporary) / "result"
-        argv = command(stage, args, partial)
+        arguments = command(stage, args, partial)
+        argv = [sys.executable, *arguments]
         process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
@@ -190,7 +203,7 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
     # Store the result under its final name only once it is complete: a file of that name says that the stage is done.
     stored = {
         "stage": stage.name,
-        "command": " ".join(argv[1:]),
+        "command": without_local_paths(arguments, args, partial),
         "seconds": round(seconds, 1),
         **versions(torch.device(args.device)),
         "result": result,

@@ -36,6 +36,9 @@ def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     names = {path.stem for path in folder.glob("*.json")}
     assert names == {"tests", "peaks", "step_large", "train_large"}
+    commands = [json.loads(path.read_text())["command"] for path in folder.glob("*.json")]
+    assert not any(str(tmp_path.parent) in command or "/result" in command for command in commands)
+    assert sum("--data_path PHOTOS" in command for command in commands) == 1
     (folder / "peaks.json").unlink()
     again = script(*words)
     assert re.search(r"peaks +done in", again.stdout) and again.stdout.count("skipped: has a result already") == 3
