@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Train an attentive probe on the encoder for 20 epochs: a learned query pools the patch tokens.
+. "$(dirname "$0")/common.sh"
+
+python main_linprobe.py "${classify[@]}" --output_dir "$out/attentive-seed$seed" --finetune "$encoder" \
+    --probe attentive --lr 3e-3 --crop_scale 0.6 1.0 --batch_size 250 --epochs 20 --warmup_epochs 2 "$@"
+keep attentive

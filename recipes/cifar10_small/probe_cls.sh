@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Train a linear probe on the encoder's class token for 20 epochs.
+. "$(dirname "$0")/common.sh"
+
+python main_linprobe.py "${classify[@]}" --output_dir "$out/probe_cls-seed$seed" --finetune "$encoder" --cls_token \
+    --blr 8 --crop_scale 0.6 1.0 --batch_size 250 --epochs 20 --warmup_epochs 2 "$@"
+keep probe_cls
