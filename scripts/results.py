@@ -54,15 +54,20 @@ PLOTS = {
     ),
 }
 
-# Rows of a dataset's table, in order: name of the folder, label.
-ROWS = {
-    "finetune": "fine-tuned",
-    "scratch": "from scratch",
-    "attentive": "attentive probe",
-    "probe": "linear probe",
-    "knn": "20 nearest neighbours",
-    "pixels": "logistic regression on raw pixels",
-}
+# Rows of a dataset's table, in order: name of the folder, label, and name of the figure in the log.
+ROWS = (
+    ("finetune", "fine-tuned", "test_acc1"),
+    ("scratch", "from scratch", "test_acc1"),
+    ("finetune_10pct", "fine-tuned on 10 % of the labels", "test_acc1"),
+    ("scratch_10pct", "from scratch on 10 % of the labels", "test_acc1"),
+    ("attentive", "attentive probe", "test_acc1"),
+    ("probe", "linear probe", "test_acc1"),
+    ("probe_pooled", "linear probe on the mean of the patches", "test_acc1"),
+    ("probe_cls", "linear probe on the class token", "test_acc1"),
+    ("knn", "20 nearest neighbours", "test_acc1"),
+    ("pixels", "logistic regression on raw pixels", "test_acc1"),
+    ("pixels", "20 nearest neighbours in raw pixels", "test_knn"),
+)
 
 
 class Summary(NamedTuple):
@@ -79,8 +84,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def summarise(paths: list[Path], name: str = "test_acc1") -> Summary | None:
-    """Summarise the last epochs' values of several logs; None if there are no logs."""
-    values = [read_log(path)[-1][name] for path in paths]
+    """Summarise the last epochs' values of several logs; None if there are no logs that have them."""
+    values = [last[name] for path in paths if name in (last := read_log(path)[-1])]
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
@@ -163,47 +168,78 @@ def ablations() -> None:
     print(f"\nPartial fine-tuning (Fig. 9)\n\n{table(head, [['fine-tuning', *map(format_summary, partial)]])}")
 
 
-def plot_row(panel: Axes, label: str, paths: list[Path], summary: Summary | None) -> None:
-    """Add a row of a dataset's table to its plot: the first seed's accuracy by epoch.
+def datasets() -> None:
+    """Print a table of what pre-training gains on each dataset, then a table of each dataset's rows, and plot these."""
+    folders = [path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name != "ablations"]
+    overview, tables = [], []
+    for folder in sorted(folders):
+        summaries = {(row, name): summarise(row_logs(folder, row), name) for row, _, name in ROWS}
+        rows = [
+            [label, format_summary(summary, 2), summary.count]
+            for row, label, name in ROWS
+            if (summary := summaries[row, name])
+        ]
+        tables.append(f"\n{folder.name}\n\n{table(['', 'accuracy, %', 'n'], rows)}")
+        plot_dataset(folder)
+
+        # Fine-tuned against from scratch, on all labels and on a tenth.
+        for share, suffix in (("all", ""), ("10 %", "_10pct")):
+            finetune, scratch = (summaries[row + suffix, "test_acc1"] for row in ("finetune", "scratch"))
+            if finetune and scratch:
+                gain = f"{finetune.mean - scratch.mean:+.1f}"
+                overview.append([folder.name, share, *map(format_summary, (finetune, scratch)), gain])
+    print(f"\nGains\n\n{table(['data set', 'labels', 'fine-tuned, %', 'from scratch, %', 'gain'], overview)}")
+    print("\n".join(tables))
+
+
+def row_logs(folder: Path, row: str) -> list[Path]:
+    """Return the logs of a row of a dataset's table, one per seed."""
+    return sorted(folder.glob(f"{row}/seed*.jsonl"))
+
+
+def plot_dataset(folder: Path) -> None:
+    """Plot the rows of a dataset, by the first seed's log: accuracy by epoch, or a level where a log has no epochs.
+
+    Three panels, since their ranges differ: all layers trained; the encoder frozen, and raw pixels; and the accuracy of
+    nearest neighbours on val/ during pre-training.
+
+    Args:
+        folder: Folder of the dataset's logs.
+    """
+    figure, (trained, frozen, pretraining) = plt.subplots(1, 3, figsize=(14, 3.8))
+    trained.set_title("all layers trained")
+    frozen.set_title("encoder frozen")
+    pretraining.set_title("during pre-training")
+    for row, label, name in ROWS:
+        plot_row(trained if row.startswith(("finetune", "scratch")) else frozen, label, row_logs(folder, row), name)
+    plot_row(pretraining, "20 nearest neighbours", row_logs(folder, "pretrain"), "test_knn")
+    for panel in (trained, frozen, pretraining):
+        panel.set(xlabel="epoch", ylabel="accuracy, %")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=8)
+    figure.suptitle(f"{folder.name}, first seed")
+    figure.tight_layout()
+    figure.savefig(PICTURES / f"{folder.name}.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_row(panel: Axes, label: str, paths: list[Path], name: str) -> None:
+    """Add a row of a dataset's table to its plot.
 
     Args:
         panel: Axes of the plot.
         label: The row's label.
-        paths: Logs of the row, one per seed.
-        summary: Their summary; drawn as a level where the log has no epochs, as for nearest neighbours.
+        paths: Logs of the row, one per seed, of which the first is drawn.
+        name: Name of the figure in the log.
     """
-    points = [
-        (line["epoch"] + 1, line["test_acc1"]) for path in paths[:1] for line in read_log(path) if "epoch" in line
-    ]
-    if points:
-        panel.plot(*zip(*points, strict=True), marker=".", label=label)
-    elif summary:
-        panel.axhline(summary.mean, linestyle=":", color="grey")
-        panel.text(0.2, summary.mean, label, fontsize=7, va="bottom", transform=panel.get_yaxis_transform())
-
-
-def datasets() -> None:
-    """Print a table for each dataset and plot its rows, by the first seed's log.
-
-    A row is a curve by epoch, or a level where its log has no epochs (k-NN, raw pixels).
-    """
-    folders = [path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name != "ablations"]
-    for folder in sorted(folders):
-        figure, panel = plt.subplots(figsize=(6, 3.6))
-        rows = []
-        for row, label in ROWS.items():
-            paths = sorted(folder.glob(f"{row}/seed*.jsonl"))
-            summary = summarise(paths)
-            rows.append([label, format_summary(summary, 2), summary.count if summary else 0])
-            plot_row(panel, label, paths, summary)
-        print(f"\n{folder.name}\n\n{table(['', 'accuracy, %', 'n'], rows)}")
-
-        panel.set(xlabel="epoch", ylabel="accuracy, %", title=f"{folder.name}, first seed")
-        panel.grid(alpha=0.3)
-        panel.legend()
-        figure.tight_layout()
-        figure.savefig(PICTURES / f"{folder.name}.png", dpi=110)
-        plt.close(figure)
+    lines = [line for path in paths[:1] for line in read_log(path) if name in line]
+    if lines and "epoch" in lines[0]:
+        panel.plot([line["epoch"] + 1 for line in lines], [line[name] for line in lines], marker=".", label=label)
+    elif lines:
+        panel.axhline(lines[-1][name], linestyle=":", color="grey")
+        panel.text(0.02, lines[-1][name], label, fontsize=7, va="bottom", transform=panel.get_yaxis_transform())
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_an_archive_of_folders_is_taken_and_a_wrong_one_told(images, tmp_path, m
 def test_raw_pixels_are_a_baseline(images, tmp_path, capsys):
     pixel_baseline.main(["--data_path", str(images), "--iterations", "50"])
     found = json.loads(capsys.readouterr().out)
-    assert 20 < found["test_acc1"] < 95 and found["images"] == 80
+    assert 20 < found["test_acc1"] < 95 and 20 < found["test_knn"] < 95 and found["images"] == 80
     (tmp_path / "train").mkdir()
     for folder in (images / "train").iterdir():
         (tmp_path / "train" / folder.name).symlink_to(folder)
@@ -111,10 +111,16 @@ def test_tables_say_last_epochs_with_mean_and_deviation(tmp_path, monkeypatch, c
     for seed, accuracy in enumerate((80.0, 82.0, 84.0)):
         write_log(tmp_path / "results" / "cifar10" / "finetune" / f"seed{seed}.jsonl", accuracy)
         write_log(tmp_path / "results" / "ablations" / "default" / f"seed{seed}" / "probe.jsonl", accuracy - 10)
+    write_log(tmp_path / "results" / "cifar10" / "scratch" / "seed0.jsonl", 60.0)
+    pixels = tmp_path / "results" / "cifar10" / "pixels" / "seed0.jsonl"
+    pixels.parent.mkdir()
+    pixels.write_text('{"test_knn": 40.5}\n')
     results.datasets()
     results.ablations()
     said = capsys.readouterr().out
-    assert "| fine-tuned | 82.00 ± 2.00 | 3 |" in said and "| from scratch | not measured | 0 |" in said
+    assert "| fine-tuned | 82.00 ± 2.00 | 3 |" in said and "| from scratch | 60.00 | 1 |" in said
+    assert "| cifar10 | all | 82.0 ± 2.0 | 60.0 | +22.0 |" in said and "10 %" not in said
+    assert "nearest neighbours in raw pixels | 40.50 | 1 |" in said and "logistic" not in said
     assert "| n = 3 | 0.25 |" in said
     assert "| probe | not measured | not measured | not measured | 72.0 ± 2.0 | not measured |" in said
     names = {"cifar10", "mask_ratio", "decoder_depth", "targets", "sampling", "length", "partial"}
