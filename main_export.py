@@ -35,7 +35,7 @@ import models_vit
 from util import errors
 from util.checkpoint import formats
 from util.checkpoint.files import checkpoint_args, load_checkpoint
-from util.checkpoint.output_dir import raise_write_errors, unwritable
+from util.checkpoint.output_dir import fsync_path, raise_write_errors, unwritable
 from util.data.images import Pixels
 from util.data.transforms import default_crop_pct
 from util.errors import UserError
@@ -324,7 +324,10 @@ def replace_export(folder: Path) -> Iterator[Path]:
             yield unfinished
             files = [path.name for path in unfinished.iterdir()]
             for file in files:
+                fsync_path(unfinished / file)
+            for file in files:
                 os.replace(unfinished / file, folder / file)
+            fsync_path(folder)
             for earlier in set(EXPORTED) - set(files):
                 (folder / earlier).unlink(missing_ok=True)
 

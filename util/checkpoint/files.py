@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from util.checkpoint import formats, wrappings
-from util.checkpoint.output_dir import fsync_dir, is_utf8
+from util.checkpoint.output_dir import fsync_path, is_utf8
 from util.checkpoint.safe_types import SAFE_TYPES
 from util.data.listing import join_names
 from util.distributed import dist
@@ -83,7 +83,7 @@ def write(state: dict, paths: list[Path]) -> None:
         # Renaming is atomic: at any time each name stands for the old file or the new one.
         for path, temporary in zip(paths, unfinished, strict=True):
             os.replace(temporary, path)
-            fsync_dir(path.parent)
+            fsync_path(path.parent)
             digest_file(path).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         # The user needs the disk's error, not the RuntimeError that torch.save makes of it. Any other is a bug.

@@ -93,9 +93,9 @@ def raise_write_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {reason}. Make room, or choose another path") from error
 
 
-def fsync_dir(folder: Path) -> None:
-    """Wait until the renames in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Wait until what was written to a file, or the renames in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -132,11 +132,9 @@ def write_whole(path: Path) -> Iterator[Path]:
         unfinished = target.with_name(f".unfinished-{os.getpid()}{target.suffix}")  # libraries look at the suffix
         try:
             yield unfinished
-            descriptor = os.open(unfinished, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            fsync_path(unfinished)
             os.replace(unfinished, target)
-            fsync_dir(target.parent)
+            fsync_path(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
 
