@@ -22,7 +22,7 @@ class Recorder:
 
         def record_sync(descriptor):
             fsync(descriptor)
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
             self.synced[path] = self.state(path)
             if Path(path).is_dir():
                 self.renamed = [target for target in self.renamed if str(target.parent) != path]
@@ -43,7 +43,7 @@ class Recorder:
 
     @staticmethod
     def state(path):
-        status = os.stat(path)
+        status = Path(path).stat()
         return status.st_ino, status.st_size, status.st_mtime_ns
 
     def check(self, *targets):
