@@ -1,6 +1,6 @@
 """LARS (You et al., arXiv 1708.03888), as linear probing of MAE uses it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -42,8 +42,19 @@ class LARS(torch.optim.Optimizer):
         self._step_supports_amp_scaling = True
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Computes the gradients anew, and returns the loss, as torch's optimisers allow.
+
+        Returns:
+            The closure's loss; None without a closure.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         skip = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -60,6 +71,7 @@ class LARS(torch.optim.Optimizer):
                     new_parameter = torch.where(skip > 0, parameter, new_parameter)
                 buffer.copy_(new_buffer)
                 parameter.copy_(new_parameter)
+        return loss
 
 
 def _scaled_gradient(parameter: Tensor, group: dict) -> Tensor:
