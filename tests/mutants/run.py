@@ -1,0 +1,235 @@
+"""Try the tests on mutants of the project: copies with one small fault each, of which a test should fail.
+
+    make mutants                                            40 mutants of each module, drawn by seed 1
+    make mutants ARGS="--sample 10 --seed 2 --modules util/lars.py models_mae.py"
+
+Each mutant is tried by the tests that touch its line, the fastest first, until one fails or --seconds are over: the
+mutant is killed, or survives. torch is imported once; each mutant is a process that is forked from there, in a copy of
+the repository. Every result is appended to OUTPUT/results.jsonl at once; mutants that it has already are not tried
+again, so that a run that was cut off goes on. Which test touches what is measured first, by a run of the default
+tests that takes some twenty minutes, and kept in OUTPUT/touching.json: remove the folder after changing the tests.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from statistics import NormalDist
+
+from mutations import Mutant, draw
+from touching import Touching, load_or_measure
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODULES = (
+    *("models_mae.py", "models_vit.py", "engine_pretrain.py", "engine_finetune.py"),
+    *(f"util/{name}.py" for name in ("optim", "lars", "lr_sched", "amp", "updater", "masking", "pos_embed", "rng")),
+    *(f"util/{name}.py" for name in ("loop", "misc")),
+)
+FOLDERS = ("util/data", "util/checkpoint")
+
+
+def modules() -> list[str]:
+    """Return the paths of the modules that are mutated unless others are named."""
+    return [
+        *MODULES,
+        *(str(path.relative_to(ROOT)) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))),
+    ]
+
+
+def key(module: str, mutant: Mutant) -> str:
+    """Return a name of the mutant that changes with its file."""
+    return hashlib.sha256(f"{module}\n{mutant.source}".encode()).hexdigest()[:16]
+
+
+def copy_repository(target: Path) -> None:
+    """Copy what git knows, and what it would add, to a folder."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def import_libraries() -> None:
+    """Import what takes long, once for all mutants, but nothing of the project, and start no threads."""
+    import numpy  # noqa: F401
+    import PIL.Image  # noqa: F401
+    import pytest  # noqa: F401
+    import timm  # noqa: F401
+    import torch
+    import torch.utils.tensorboard
+    import torchvision  # noqa: F401
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]:
+    """Run tests in a process that is forked from this one.
+
+    Args:
+        folder: Copy of the repository to run them in.
+        tests: Test files and functions.
+        seconds: Time after which the process is killed, which counts as a failure: faults can make code wait for ever.
+
+    Returns:
+        "killed" and the test that failed, or "survived" and "".
+    """
+    output = folder / ".output"
+    child = os.fork()
+    if not child:
+        os.setsid()
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        os.chdir(folder)
+        sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
+        import pytest
+
+        code = 2
+        try:
+            words = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no", *tests]
+            code = int(pytest.main(words))
+        finally:
+            os._exit(code)
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            _kill_group(child)
+            failed = [
+                line for line in output.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))
+            ]
+            outcome = "survived" if status == 0 else "killed"
+            return outcome, failed[0].split(" - ")[0] if failed else ""
+        time.sleep(0.05)
+    _kill_group(child)
+    os.waitpid(child, 0)
+    return "killed", f"no end within {seconds:.0f} s"
+
+
+def _kill_group(child: int) -> None:
+    """Kill a process and all that it has started, as far as they are still there."""
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+
+
+def choose(touching: Touching, module: str, line: int, seconds: float) -> tuple[list[str], float]:
+    """Return the tests for a mutant, as many as fit into so many seconds, at least one, and the time they take."""
+    chosen, total = [], 0.0
+    for test in touching.tests(module, line):
+        took = touching.seconds.get(test, 0.0)
+        if chosen and total + took > seconds:
+            continue
+        if test.partition("::")[0] not in chosen:
+            chosen.append(test)
+            total += took
+    return chosen, total
+
+
+def try_mutant(folder: Path, module: str, mutant: Mutant, touching: Touching, seconds: float) -> dict:
+    """Try the tests on a mutant, and return the result that is stored."""
+    start = time.monotonic()
+    tests, expected = choose(touching, module, mutant.line, seconds)
+    outcome, by = "survived", "no test touches it"
+    if tests:
+        original = (folder / module).read_text()
+        (folder / module).write_text(mutant.source)
+        try:
+            outcome, by = run_tests(folder, tests, 60 + 5 * expected)
+        finally:
+            (folder / module).write_text(original)
+    result = {"key": key(module, mutant), "module": module, "line": mutant.line, "outcome": outcome, "by": by}
+    took = round(time.monotonic() - start, 1)
+    return result | {"before": mutant.before, "after": mutant.after, "tests": len(tests), "seconds": took}
+
+
+def work(number: int, tasks: list[tuple[str, Mutant]], touching: Touching, args: argparse.Namespace) -> None:
+    """Try a share of the mutants in a copy of the repository of its own."""
+    import_libraries()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        copy_repository(folder)
+        for module, mutant in tasks[number :: args.processes]:
+            result = try_mutant(folder, module, mutant, touching, args.seconds)
+            with (args.output / "results.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(
+                f"{result['outcome']:9} {module}:{mutant.line}  {mutant.before[:60]}  ->  {mutant.after[:60]}",
+                flush=True,
+            )
+
+
+def read_results(output: Path) -> dict[str, dict]:
+    """Return the results so far, by key."""
+    file = output / "results.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {result["key"]: result for result in map(json.loads, lines)}
+
+
+def report(results: list[dict]) -> str:
+    """Return the share of killed mutants, with its 95 % interval (Wilson), by module and in all, and the survivors."""
+    lines = []
+    for module in sorted({result["module"] for result in results}):
+        own = [result for result in results if result["module"] == module]
+        lines.append(f"{module:40} {sum(result['outcome'] == 'killed' for result in own):4} of {len(own):4}")
+    survivors = [result for result in results if result["outcome"] != "killed"]
+    n, killed = len(results), len(results) - len(survivors)
+    z, share = NormalDist().inv_cdf(0.975), killed / max(1, n)
+    centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    lines.append(f"killed {killed} of {n}: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+    lines += [f"{r['module']}:{r['line']}  {r['before']}  ->  {r['after']}  ({r['by']})" for r in survivors]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Draw, try and report the mutants that the flags ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", default=40, type=int, help="mutants of each module")
+    parser.add_argument("--seed", default=1, type=int, help="of the draw")
+    parser.add_argument(
+        "--modules", nargs="+", default=modules(), help="default: models, engines, optimisers, data ..."
+    )
+    parser.add_argument("--seconds", default=120.0, type=float, help="of tests for a mutant")
+    parser.add_argument("--processes", default=os.cpu_count(), type=int)
+    parser.add_argument("--output", default=ROOT / "output" / "mutants", type=Path)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    touching = load_or_measure(ROOT, args.output / "touching.json")
+
+    # Mutants of different modules take turns, so that a run that is cut off has seen some of each.
+    drawn = {
+        module: draw((ROOT / module).read_text(), args.sample, random.Random(f"{args.seed} {module}"))
+        for module in args.modules
+    }
+    tasks = [(module, drawn[module][n]) for n in range(args.sample) for module in drawn if n < len(drawn[module])]
+    done = read_results(args.output)
+    left = [(module, mutant) for module, mutant in tasks if key(module, mutant) not in done]
+    print(f"{len(tasks)} mutants, {len(left)} of them to be tried", flush=True)
+    context = multiprocessing.get_context("spawn")  # each worker imports torch itself
+    workers = [context.Process(target=work, args=(n, left, touching, args)) for n in range(args.processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+    results = read_results(args.output)
+    print(report([results[key(*task)] for task in tasks if key(*task) in results]))
+
+
+if __name__ == "__main__":
+    main()
