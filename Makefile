@@ -1,11 +1,12 @@
 # make demo: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
 # make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.   make test-...: longer tests (README.md).
+# make mutants: put small faults into the code, one at a time, and see whether the tests notice (CONTRIBUTING.md).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-soak test-long test-cluster bench-gpu lint clean
+.PHONY: demo test test-slow test-soak test-long test-cluster bench-gpu mutants lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python demo.py
@@ -27,6 +28,10 @@ test-cluster: $(VENV)/ready-dev
 
 bench-gpu: $(VENV)/ready-dev
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+mutants: $(VENV)/ready-dev
+	$(BIN)/python -m pip install -q "mutmut==3.8.*" "coverage>=7.10"
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .

@@ -94,6 +94,7 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (1, 2):
             os.dup2(descriptor, standard)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         os.chdir(folder)
         sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
         import pytest
