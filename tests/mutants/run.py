@@ -183,13 +183,15 @@ def read_results(output: Path) -> dict[str, dict]:
 
 def report(results: list[dict]) -> str:
     """Return the share of killed mutants, with its 95 % interval (Wilson), by module and in all, and the survivors."""
+    if not results:
+        return "no results"
     lines = []
     for module in sorted({result["module"] for result in results}):
         own = [result for result in results if result["module"] == module]
         lines.append(f"{module:40} {sum(result['outcome'] == 'killed' for result in own):4} of {len(own):4}")
     survivors = [result for result in results if result["outcome"] != "killed"]
     n, killed = len(results), len(results) - len(survivors)
-    z, share = NormalDist().inv_cdf(0.975), killed / max(1, n)
+    z, share = NormalDist().inv_cdf(0.975), killed / n
     centre, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     lines.append(f"killed {killed} of {n}: {share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
