@@ -117,7 +117,7 @@ def decompression_bomb():
     return out.getvalue()[:8] + chunk + out.getvalue()[33:]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_bad_files_are_replaced_named_once_and_counted(workers, data, tmp_path):
     bad = spoil_files(data / "train")
     more = ["--max_bad_images", "0.05", "--epochs", "3", "--num_workers", workers]

@@ -14,7 +14,12 @@ from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait
 
 from util.checkpoint import output_dir
 
-WRITING = [("kill_while_writing", 1), ("kill_while_writing", 4), *(("kill_after_rename", n) for n in range(3, 8))]
+LATER = [("kill_while_writing", 1), *(("kill_after_rename", n) for n in range(4, 8))]
+WRITING = [
+    ("kill_while_writing", 4),
+    ("kill_after_rename", 3),
+    *(pytest.param(fault, marks=pytest.mark.slow) for fault in LATER),
+]
 
 
 @pytest.mark.parametrize("fault", WRITING)

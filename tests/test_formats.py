@@ -220,7 +220,7 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["encoder", "pooled", "attentive"])
+@pytest.mark.parametrize("kind", ["encoder", pytest.param("pooled", marks=pytest.mark.slow), "attentive"])
 def test_models_become_onnx(size, kind, tmp_path):
     """The exported model takes any number of images."""
     if kind == "encoder":

@@ -75,8 +75,8 @@ def looser(device):
     return 10 if device.type == "cuda" else 1
 
 
-# Compilation takes long on a CPU: the default tests have it once, with everything else.
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in SPEED])
+# Compilation takes long on a CPU.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) if SPEED[name][1] else name for name in SPEED])
 def fast(request, device):
     """Function that applies a speed-up to a model; the same tolerances hold for all of them."""
     attention, compiled, grad_checkpoint = SPEED[request.param]

@@ -16,7 +16,9 @@ from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait
 from util.data.loaders import EpochSampler
 
 
-@pytest.mark.parametrize("job", ["pretrain", "finetune", "linprobe"])
+@pytest.mark.parametrize(
+    "job", ["pretrain", *(pytest.param(job, marks=pytest.mark.slow) for job in ("finetune", "linprobe"))]
+)
 def test_killed_at_random_moments(job, images, undisturbed, tmp_path):
     """Runs that save after every update are killed ten times in all, and then finish."""
     chance = random.Random(job)
@@ -31,7 +33,14 @@ def test_killed_at_random_moments(job, images, undisturbed, tmp_path):
     assert_same_end(tmp_path, undisturbed / job)
 
 
-@pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_in_mid_epoch_saves_and_stops(sent, code, images, undisturbed, tmp_path):
     """The run saves one checkpoint, exits with the signal's code, and resumes with another number of workers."""
     argv = job_argv(images, tmp_path, "--num_workers", 2)
@@ -202,6 +211,7 @@ errors.run(lambda: main_pretrain.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_back_under_torchrun(images, tmp_path, script):
     (tmp_path / "dying.py").write_text(DYING)
     pair = ["--accum_iter", "1", "--num_workers", "0", "--resume", "auto"]

@@ -137,6 +137,7 @@ def submit_refused(no_launcher, refusal):
     return lambda *args, **more: refusal(lambda: main_submitit.main(submission(*args, **more)))
 
 
+@pytest.mark.slow
 def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, tmp_path):
     """After the signal for the end of SLURM's time the run saves, is queued again, and ends with the same bits."""
     pair = ["--batch_size", 4, "--num_workers", 0, "--epochs", 6]

@@ -137,10 +137,10 @@ def run_with_open_files(job, argv, soft, hard, out):
     ("job", "workers", "soft", "hard", "code"),
     [
         ("pretrain", 3, 9, 58, 2),  # where it once hung
-        ("linprobe", 1, 20, 20, 2),
-        ("finetune", 0, 5, 5, 2),
+        pytest.param("linprobe", 1, 20, 20, 2, marks=pytest.mark.slow),
+        pytest.param("finetune", 0, 5, 5, 2, marks=pytest.mark.slow),
         ("pretrain", 3, 9, 64, 0),  # as many as three loader processes are said to need, or a few more
-        ("finetune", 1, 20, 40, 0),
+        pytest.param("finetune", 1, 20, 40, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_low_limit_of_open_files_is_raised_or_a_message(job, workers, soft, hard, code, images, tmp_path):

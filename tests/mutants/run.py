@@ -6,8 +6,9 @@
 Each mutant is tried by the tests that touch its line, the fastest first, until one fails or --seconds are over: the
 mutant is killed, or survives. torch is imported once; each mutant is a process that is forked from there, in a copy of
 the repository. Every result is appended to OUTPUT/results.jsonl at once; mutants that it has already are not tried
-again, so that a run that was cut off goes on. Which test touches what is measured first, by a run of the default
-tests that takes some twenty minutes, and kept in OUTPUT/touching.json: remove the folder after changing the tests.
+again, so that a run that was cut off goes on; --again tries those that survived. Which test touches what is measured
+first, by a run of the default tests that takes half an hour, and kept in OUTPUT/touching: only test files that changed
+since are run again.
 """
 
 import argparse
@@ -114,6 +115,8 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
             failed = [
                 line for line in output.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))
             ]
+            if failed and "not found:" in failed[0]:
+                raise RuntimeError(f"{failed[0]}: remove OUTPUT/touching, so that it is measured again")
             outcome = "survived" if status == 0 else "killed"
             return outcome, failed[0].split(" - ")[0] if failed else ""
         time.sleep(0.05)
@@ -209,10 +212,11 @@ def main() -> None:
     )
     parser.add_argument("--seconds", default=120.0, type=float, help="of tests for a mutant")
     parser.add_argument("--processes", default=os.cpu_count(), type=int)
+    parser.add_argument("--again", action="store_true", help="try the mutants that survived once more")
     parser.add_argument("--output", default=ROOT / "output" / "mutants", type=Path)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    touching = load_or_measure(ROOT, args.output / "touching.json")
+    touching = load_or_measure(ROOT, args.output / "touching")
 
     # Mutants of different modules take turns, so that a run that is cut off has seen some of each.
     drawn = {
@@ -221,6 +225,8 @@ def main() -> None:
     }
     tasks = [(module, drawn[module][n]) for n in range(args.sample) for module in drawn if n < len(drawn[module])]
     done = read_results(args.output)
+    if args.again:
+        done = {name: result for name, result in done.items() if result["outcome"] == "killed"}
     left = [(module, mutant) for module, mutant in tasks if key(module, mutant) not in done]
     print(f"{len(tasks)} mutants, {len(left)} of them to be tried", flush=True)
     context = multiprocessing.get_context("spawn")  # each worker imports torch itself

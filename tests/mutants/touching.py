@@ -4,9 +4,11 @@ Every test file is run by itself, so that what its subprocesses execute is known
 test's own process is known to be the test function's.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from xml.etree import ElementTree
@@ -50,35 +52,47 @@ class Touching:
         return sorted(names, key=lambda name: ("::" not in name, self.seconds.get(name, 0.0)))
 
 
-def load_or_measure(root: Path, file: Path) -> Touching:
-    """Return the tables that `file` holds, or make them by running the default tests, for about ten minutes."""
-    if not file.exists():
-        lines, seconds = measure(root, file.parent)
-        file.write_text(json.dumps({"lines": lines, "seconds": seconds}))
-    return Touching(**json.loads(file.read_text()))
-
-
-def measure(root: Path, folder: Path) -> tuple[dict, dict]:
-    """Run every test file by itself, and return the tables of Touching.
+def load_or_measure(root: Path, folder: Path) -> Touching:
+    """Return the tables of all test files; those that `folder` lacks, or that changed since, are run first.
 
     Args:
         root: The repository.
-        folder: For coverage's data.
+        folder: Folder of a JSON file per test file.
     """
-    lines, seconds = defaultdict(lambda: defaultdict(set)), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, seconds = defaultdict(lambda: defaultdict(list)), {}
     for test in sorted((root / "tests").glob("test_*.py")):
-        name = f"tests/{test.name}"
-        print(f"measuring {name}", flush=True)
-        data, config, times = (folder / f"{test.stem}.{ending}" for ending in ("coverage", "ini", "xml"))
+        file, digest = folder / f"{test.stem}.json", hashlib.sha256(test.read_bytes()).hexdigest()
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if found.get("sha256") != digest:
+            print(f"measuring tests/{test.name}", flush=True)
+            found = measure(root, test) | {"sha256": digest}
+            file.write_text(json.dumps(found))
+        seconds |= found["seconds"]
+        for module, touched in found["lines"].items():
+            for line, names in touched.items():
+                lines[module][line] += names
+    return Touching(lines, seconds)
+
+
+def measure(root: Path, test: Path) -> dict:
+    """Run a test file, and return its tables as in Touching: {"lines": ..., "seconds": ...}.
+
+    Args:
+        root: The repository.
+        test: The file.
+    """
+    name, lines = f"tests/{test.name}", defaultdict(lambda: defaultdict(set))
+    with tempfile.TemporaryDirectory() as temporary:
+        data, config, times = (Path(temporary) / part for part in ("coverage", "config.ini", "times.xml"))
         config.write_text(CONFIG.format(root=root, data=data, context=name))
         command = [sys.executable, "-m", "coverage", "run", f"--rcfile={config}", "-m", "pytest", name, "-n", "2"]
         subprocess.run([*command, f"--junitxml={times}"], cwd=root, capture_output=True, check=False)
-        seconds |= _times(times, name)
-        for part in folder.glob(f"{data.name}.*"):
-            _add_lines(part, root, name, lines)
-            part.unlink()
-    plain = {module: {str(line): sorted(names) for line, names in found.items()} for module, found in lines.items()}
-    return plain, seconds
+        seconds = _times(times, name)
+        for part in Path(temporary).glob("coverage.*"):
+            _add_lines(part, root, seconds, lines)
+    plain = {module: {line: sorted(names) for line, names in found.items()} for module, found in lines.items()}
+    return {"lines": plain, "seconds": seconds}
 
 
 def _times(file: Path, name: str) -> dict[str, float]:
@@ -90,21 +104,22 @@ def _times(file: Path, name: str) -> dict[str, float]:
     return dict(seconds) | {name: sum(seconds.values())}
 
 
-def _add_lines(part: Path, root: Path, name: str, lines: dict) -> None:
+def _add_lines(part: Path, root: Path, seconds: dict[str, float], lines: dict) -> None:
     """Add what one process executed to the table.
 
     Args:
         part: Its file of coverage's data.
         root: The repository.
-        name: The test file that ran.
+        seconds: Times of the test file that ran, and of its functions.
         lines: The table.
     """
+    name = next(test for test in seconds if "::" not in test)
     data = CoverageData(str(part))
     data.read()
     for file in data.measured_files():
         module = str(Path(file).relative_to(root)) if Path(file).is_absolute() else file
         for line, contexts in data.contexts_by_lineno(file).items():
             for context in contexts:
-                # "tests/test_x.py|test_x.test_y", or the first half alone.
-                function = context.partition("|")[2].rpartition(".")[2]
-                lines[module][line].add(f"{name}::{function}" if function.startswith("test") else name)
+                # "tests/test_x.py|test_x.test_y", or the first half alone. hypothesis calls its tests by other names.
+                function = f"{name}::{context.rpartition('.')[2]}"
+                lines[module][str(line)].add(function if function in seconds else name)
