@@ -72,7 +72,7 @@ def load_or_measure(root: Path, folder: Path) -> Touching:
         for module, touched in found["lines"].items():
             for line, names in touched.items():
                 lines[module][line] += names
-    return Touching(lines, seconds)
+    return Touching({module: dict(touched) for module, touched in lines.items()}, seconds)
 
 
 def measure(root: Path, test: Path) -> dict:
