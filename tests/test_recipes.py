@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SAMPLES, link_images
 from PIL import Image
 
 from recipes import ablations
@@ -154,8 +154,9 @@ def recipe(images, tmp_path):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
 
-    def run(name, *flags):
-        done = subprocess.run([ROOT / "recipes" / f"{name}.sh", *flags], env=env, text=True, capture_output=True)
+    def run(name, *flags, **more):
+        command = [ROOT / "recipes" / f"{name}.sh", *flags]
+        done = subprocess.run(command, env=env | more, text=True, capture_output=True)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
         return done.stdout
 
@@ -172,6 +173,32 @@ def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
     before = (tmp_path / "results" / "finetune" / "seed0.jsonl").read_text()
     assert "trained 0 epochs" in recipe("fashion_mnist/finetune", "--batch_size", "16")
     assert (tmp_path / "results" / "finetune" / "seed0.jsonl").read_text() == before
+
+
+def test_every_tenth_image_is_held_out(recipe, tmp_path):
+    """8 images of each of 10 classes: none is the tenth; with 12 it is one of each class."""
+    recipe("cifar10_small/hold_out")
+    assert len(list((tmp_path / "my data_held_out" / "train").glob("*/*.png"))) == 80
+    (tmp_path / "more" / "train").mkdir(parents=True)
+    link_images(SAMPLES / "train", tmp_path / "more" / "train", count=12)
+    recipe("cifar10_small/hold_out", DATA=str(tmp_path / "more"))
+    held = tmp_path / "more_held_out"
+    assert [len(list((held / split).glob("*/*.png"))) for split in ("train", "val")] == [110, 10]
+    name = sorted(path.name for path in (SAMPLES / "train" / "bag").iterdir())[9]
+    assert (held / "val" / "bag" / name).is_file() and not (held / "train" / "bag" / name).exists()
+
+
+@pytest.mark.slow
+def test_the_recipes_of_the_small_encoder_on_cifar10_run(recipe, tmp_path):
+    """Every row starts from the weights that pretrain.sh leaves, or from those that ENCODER names."""
+    small = ["--batch_size", "4", "--epochs", "1", "--warmup_epochs", "0"]
+    recipe("cifar10_small/pretrain", *small, "--save_freq", "1")
+    encoder = str(tmp_path / "my out" / "pretrain-seed0" / "checkpoint-0.pth")
+    for row in ("finetune", "scratch", "finetune_10pct", "scratch_10pct", "probe_cls", "probe_pooled", "attentive"):
+        recipe(f"cifar10_small/{row}", *small, ENCODER=encoder)
+    recipe("cifar10_small/knn", ENCODER=encoder)
+    recipe("cifar10_small/pixels")
+    assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 10
 
 
 @pytest.mark.slow

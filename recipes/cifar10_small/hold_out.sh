@@ -6,8 +6,15 @@
 . "$(dirname "$0")/common.sh"
 
 source=$(cd "$data" && pwd)
-for class in $(ls "$source/train"); do
-    mkdir -p "${data}_held_out/train/$class" "${data}_held_out/val/$class"
-    find "$source/train/$class" -type f | sort | awk 'NR % 10 == 0' | xargs ln -sft "${data}_held_out/val/$class"
-    find "$source/train/$class" -type f | sort | awk 'NR % 10 != 0' | xargs ln -sft "${data}_held_out/train/$class"
+for class in "$source"/train/*; do
+    train=() val=()
+    for file in "$class"/*; do
+        if (((${#train[@]} + ${#val[@]}) % 10 == 9)); then val+=("$file"); else train+=("$file"); fi
+    done
+    for split in train val; do
+        held=${data}_held_out/$split/$(basename "$class")
+        mkdir -p "$held"
+        declare -n files=$split
+        if ((${#files[@]})); then printf '%s\0' "${files[@]}" | xargs -0 ln -sft "$held"; fi
+    done
 done
