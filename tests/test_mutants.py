@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -66,8 +67,11 @@ def test_tests_that_touch_the_line_come_first_and_fit_into_the_time():
     touching = Touching(lines, seconds)
     assert touching.tests("m.py", 7) == ["tests/b.py::test_2", "tests/b.py::test_1", "tests/a.py"]
     assert touching.tests("m.py", 1) == touching.tests("m.py", 7) and not touching.tests("other.py", 1)
-    assert tool.choose(touching, "m.py", 7, 10) == (["tests/b.py::test_2", "tests/b.py::test_1"], 6.0)
-    assert tool.choose(touching, "m.py", 7, 0.1) == (["tests/b.py::test_2"], 1.0)
+    assert tool.choose(touching, "m.py", 7, Counter(), 10) == (["tests/b.py::test_2", "tests/b.py::test_1"], 6.0)
+    assert tool.choose(touching, "m.py", 7, Counter(), 0.1) == (["tests/b.py::test_2"], 1.0)
+    killers = Counter(["tests/b.py::test_1"])
+    assert tool.choose(touching, "m.py", 7, killers, 10) == (["tests/b.py::test_1", "tests/b.py::test_2"], 6.0)
+    assert tool.killer({"by": "FAILED tests/b.py::test_1[a-b]"}) == "tests/b.py::test_1" and not tool.killer({"by": ""})
 
 
 def test_the_report_states_the_interval_and_every_survivor():

@@ -3,7 +3,7 @@
     make mutants                                            40 mutants of each module, drawn by seed 1
     make mutants ARGS="--sample 10 --seed 2 --modules util/lars.py models_mae.py"
 
-Each mutant is tried by the tests that touch its line, the fastest first, until one fails or --seconds are over: the
+Each mutant is tried by the tests that touch its line, those first that killed others of its module, until one fails or --seconds are over: the
 mutant is killed, or survives. torch is imported once; each mutant is a process that is forked from there, in a copy of
 the repository. Every result is appended to OUTPUT/results.jsonl at once; mutants that it has already are not tried
 again, so that a run that was cut off goes on; --again tries those that survived. Which test touches what is measured
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 from statistics import NormalDist
@@ -131,10 +132,21 @@ def _kill_group(child: int) -> None:
         os.killpg(child, signal.SIGKILL)
 
 
-def choose(touching: Touching, module: str, line: int, seconds: float) -> tuple[list[str], float]:
-    """Return the tests for a mutant, as many as fit into so many seconds, at least one, and the time they take."""
+def choose(touching: Touching, module: str, line: int, killers: Counter, seconds: float) -> tuple[list[str], float]:
+    """Choose the tests for a mutant.
+
+    Args:
+        touching: What touches what.
+        module: Path of the module.
+        line: Number of the line that is changed.
+        killers: How many mutants of this module each test has killed: those that killed most come first.
+        seconds: Time that the tests may take together; there is always at least one.
+
+    Returns:
+        The tests in the order in which they are to run, and the time that they take.
+    """
     chosen, total = [], 0.0
-    for test in touching.tests(module, line):
+    for test in sorted(touching.tests(module, line), key=lambda test: -killers[test]):
         took = touching.seconds.get(test, 0.0)
         if chosen and total + took > seconds:
             continue
@@ -144,10 +156,9 @@ def choose(touching: Touching, module: str, line: int, seconds: float) -> tuple[
     return chosen, total
 
 
-def try_mutant(folder: Path, module: str, mutant: Mutant, touching: Touching, seconds: float) -> dict:
-    """Try the tests on a mutant, and return the result that is stored."""
+def try_mutant(folder: Path, module: str, mutant: Mutant, tests: list[str], expected: float) -> dict:
+    """Try tests, which take `expected` seconds, on a mutant, and return the result that is stored."""
     start = time.monotonic()
-    tests, expected = choose(touching, module, mutant.line, seconds)
     outcome, by = "survived", "no test touches it"
     if tests:
         original = (folder / module).read_text()
@@ -164,17 +175,27 @@ def try_mutant(folder: Path, module: str, mutant: Mutant, touching: Touching, se
 def work(number: int, tasks: list[tuple[str, Mutant]], touching: Touching, args: argparse.Namespace) -> None:
     """Try a share of the mutants in a copy of the repository of its own."""
     import_libraries()
+    killers = defaultdict(Counter)
+    for result in read_results(args.output).values():
+        killers[result["module"]][killer(result)] += 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         copy_repository(folder)
         for module, mutant in tasks[number :: args.processes]:
-            result = try_mutant(folder, module, mutant, touching, args.seconds)
+            tests, expected = choose(touching, module, mutant.line, killers[module], args.seconds)
+            result = try_mutant(folder, module, mutant, tests, expected)
+            killers[module][killer(result)] += 1
             with (args.output / "results.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
             print(
                 f"{result['outcome']:9} {module}:{mutant.line}  {mutant.before[:60]}  ->  {mutant.after[:60]}",
                 flush=True,
             )
+
+
+def killer(result: dict) -> str:
+    """Return the test function that killed a mutant, without its parameters; "" if there is none."""
+    return result["by"].partition(" ")[2].partition("[")[0] if "::" in result["by"] else ""
 
 
 def read_results(output: Path) -> dict[str, dict]:
@@ -210,7 +231,7 @@ def main() -> None:
     parser.add_argument(
         "--modules", nargs="+", default=modules(), help="default: models, engines, optimisers, data ..."
     )
-    parser.add_argument("--seconds", default=120.0, type=float, help="of tests for a mutant")
+    parser.add_argument("--seconds", default=60.0, type=float, help="of tests for a mutant")
     parser.add_argument("--processes", default=os.cpu_count(), type=int)
     parser.add_argument("--again", action="store_true", help="try the mutants that survived once more")
     parser.add_argument("--output", default=ROOT / "output" / "mutants", type=Path)
