@@ -3,12 +3,12 @@
     make mutants                                            40 mutants of each module, drawn by seed 1
     make mutants ARGS="--sample 10 --seed 2 --modules util/lars.py models_mae.py"
 
-Each mutant is tried by the tests that touch its line, those first that killed others of its module, until one fails or --seconds are over: the
-mutant is killed, or survives. torch is imported once; each mutant is a process that is forked from there, in a copy of
-the repository. Every result is appended to OUTPUT/results.jsonl at once; mutants that it has already are not tried
-again, so that a run that was cut off goes on; --again tries those that survived. Which test touches what is measured
-first, by a run of the default tests that takes half an hour, and kept in OUTPUT/touching: only test files that changed
-since are run again.
+Each mutant is tried by the tests that touch its line, those first that killed others of its module, until one fails or
+--seconds are over: the mutant is killed, or survives. torch is imported once; each mutant is a process that is forked
+from there, in a copy of the repository. Every result is appended to OUTPUT/results.jsonl at once; mutants that it has
+already are not tried again, so that a run that was cut off goes on; --again tries those that survived. Which test
+touches what is measured first, by a run of the default tests that takes half an hour, and kept in OUTPUT/touching: only
+test files that changed since are run again.
 """
 
 import argparse
