@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import engine_finetune
@@ -142,8 +141,9 @@ def test_warm_up_starts_at_zero_and_the_cosine_ends_at_the_minimum():
 def test_images_are_normalised_and_cropped_as_imagenets():
     pixels = Pixels()
     assert pixels.mean == pytest.approx((0.485, 0.456, 0.406)) and pixels.std == pytest.approx((0.229, 0.224, 0.225))
+    assert Pixels.from_args({}, 4) == Pixels(4, (0, 0, 0, 0), (1, 1, 1, 1))
     # The short side becomes 224 / (224/256) = 256; above 224 there is no margin.
-    img = np.asarray(Image.new("RGB", (512, 300)))
+    img = np.zeros((300, 512, 3), np.uint8)
     for size, margin in ((224, 224 / 256), (256, 1.0)):
         crop = CentreCrop(size)
         assert crop.cover == (size / margin, size / margin) and crop(img).shape == (3, size, size)

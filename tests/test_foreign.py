@@ -165,6 +165,24 @@ def test_plain_types_beside_the_weights_are_loaded(value, encoder, tmp_path):
     assert torch.equal(loaded["model"]["cls_token"], encoder["cls_token"])
 
 
+@pytest.mark.parametrize("value", [np.float64(81.2), np.arange(4.0)], ids=lambda value: type(value).__name__)
+def test_numbers_that_numpy_1_stored_are_loaded(value, encoder, tmp_path):
+    torch.save({"model": encoder, "extra": value}, tmp_path / "file.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "file.pth").read_bytes()
+    assert b"numpy._core.multiarray" in data
+    (tmp_path / "file.pth").write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert torch.equal(load_checkpoint(str(tmp_path / "file.pth"))["model"]["cls_token"], encoder["cls_token"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [({"colour": 1, "size": 2}, ", but colour, size. Pass"), ([1], "er. Pass")]
+)
+def test_what_a_file_without_weights_holds_is_named(content, named, tmp_path):
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=f"it holds no weights of a Vision Transform.*{named}"):
+        load_checkpoint(str(tmp_path / "file.pth"))
+
+
 class Custom:
     """A type of the user's own program."""
 

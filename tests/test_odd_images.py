@@ -410,6 +410,20 @@ def test_odd_extensions_of_a_gif_do_not_matter(block):
     assert_is_the_picture(data[:at] + block + data[at:], "gif")
 
 
+def test_a_gif_with_an_odd_extension_keeps_its_transparency():
+    """The graphic control, which says what is transparent, stays; a comment that is none goes."""
+    form, img = io.BytesIO(), Image.new("P", (8, 6), 1)
+    img.putpalette([255, 0, 0, 0, 0, 255])
+    img.putpixel((0, 0), 0)
+    img.save(form, "GIF", transparency=0)
+    data = form.getvalue()
+    at = 13 + (3 << ((data[10] & 7) + 1))
+    assert data[at : at + 2] == b"!\xf9"
+    for odd in (b"", b"!\xf9\1\1\0", b"!\xff\0"):
+        rgb = decode("a.gif", data[:at] + odd + data[at:], Pixels())
+        assert rgb[0, 0].tolist() == [255, 255, 255] and rgb[1, 1].tolist() == [0, 0, 255]  # laid over white
+
+
 def tiff_with(tags, next_page=0):
     """An uncompressed TIFF of the picture, with further tags: {tag: (type, number of values, value of 4 bytes)}."""
     short, long = (lambda value: (3, 1, struct.pack("<HH", value, 0))), (lambda value: (4, 1, struct.pack("<I", value)))

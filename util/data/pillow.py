@@ -98,7 +98,7 @@ def describe_bomb(error: Image.DecompressionBombError) -> str:
 def orientation(img: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing, unknown or unreadable."""
     try:
-        value = img.getexif().get(Base.Orientation, 1)
+        value = img.getexif().get(Base.Orientation)
     except Exception:  # on broken metadata Pillow raises exceptions of any kind
         return 1
     return value if isinstance(value, int) and value in TURNS else 1
