@@ -59,7 +59,7 @@ def assert_equal(folder, expected):
 
 
 def test_runs_on_archives_are_runs_on_folders(images, undisturbed, tmp_path):
-    """Two of the forms; the slow tests have each with each job, number of workers and ranks, killed or not."""
+    """Two of the forms, one run killed; the slow tests kill runs of every form, job, number of workers and ranks."""
     cases = [("shards", "pretrain", 2, True), ("webdataset", "finetune", 0, False)]
     for form, job, workers, killed in cases:
         folder = tmp_path / form

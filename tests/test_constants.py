@@ -10,7 +10,6 @@ from torch import nn
 import engine_finetune
 import main_finetune
 import main_linprobe
-import main_pretrain
 import models_mae
 import models_vit
 from util import masking, optim
@@ -183,13 +182,3 @@ def test_top_5_counts_five(classes):
     stats = engine_finetune.evaluate(nn.Identity(), [(logits, true)], CPU, LossScaler("off", CPU))
     assert stats["acc1"] == pytest.approx(100 / classes)
     assert stats["acc5"] == pytest.approx(100 * min(5, classes) / classes)
-
-
-def test_flags_that_only_some_jobs_have_start_at_the_published_values():
-    finetune = vars(main_finetune.get_args([]))
-    published = {"smoothing": 0.1, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "recount": 1}
-    published |= {"aa": "rand-m9-mstd0.5-inc1", "reprob": 0.25, "remode": "pixel", "mixup": 0, "cutmix": 0}
-    published |= {"layer_decay": 0.75, "drop_path": 0.1, "clip_grad": None, "color_jitter": None}
-    assert {name: finetune[name] for name in published} == published
-    assert tuple(vars(main_pretrain.get_args([]))["crop_scale"]) == (0.2, 1.0)
-    assert tuple(finetune["crop_scale"]) == tuple(vars(main_linprobe.get_args([]))["crop_scale"]) == (0.08, 1.0)

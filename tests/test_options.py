@@ -33,7 +33,7 @@ SHARED = {
     "dist_url": "env://",
     "input_size": 224,
 }
-CLASSIFIER = {"finetune": "", "nb_classes": 1000, "eval": False, "dist_eval": False}
+CLASSIFIER = {"finetune": "", "nb_classes": 1000, "eval": False, "dist_eval": False, "crop_scale": (0.08, 1.0)}
 DEFAULTS = {
     "pretrain": SHARED
     | {
@@ -41,6 +41,7 @@ DEFAULTS = {
         "epochs": 400,
         "warmup_epochs": 40,
         "model": "mae_vit_large_patch16",
+        "crop_scale": (0.2, 1.0),
         "mask_ratio": 0.75,
         "norm_pix_loss": False,
         "weight_decay": 0.05,

@@ -15,7 +15,6 @@ import models_mae
 from util.data import datasets, loaders
 from util.data.images import Pixels
 from util.data.transforms import Crop, FinetuneTransform
-from util.distributed import dist
 
 JOBS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}
 
@@ -135,21 +134,3 @@ def test_a_share_of_the_images_is_chosen_by_the_seed():
     chosen = [train_images(seed, 0.1).chosen.tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(chosen[0]) == len(set(chosen[0])) == 200
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
-def test_ranks_share_an_epoch_without_overlap(world, monkeypatch):
-    """48 images in batches of 48 / world for each rank, in four epochs; every epoch has another order."""
-    monkeypatch.setattr(dist, "world_size", lambda: world)
-    seen = []
-    for epoch in range(4):
-        shares = []
-        for rank in range(world):
-            monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-            sampler = loaders.EpochSampler(48, 48 // world // 2, seed=3)
-            sampler.set_epoch(epoch)
-            shares.append(list(sampler))
-            assert len(shares[-1]) == len(sampler) == 48 // world
-        assert sorted(index for share in shares for _, index in share) == list(range(48))
-        seen.append(tuple(shares[0]))
-    assert len({tuple(index for _, index in order) for order in seen}) == 4

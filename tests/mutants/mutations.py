@@ -80,7 +80,7 @@ def _is_sentence(node: cst.CSTNode) -> bool:
 
 
 def draw(source: str, count: int, rng: random.Random) -> list[Mutant]:
-    """Draw mutants of a file's source, different ones; as many as there are if there are fewer."""
+    """Draw `count` different mutants of a file's source, or all of them if there are fewer."""
     collector = _Collector()
     module = MetadataWrapper(cst.parse_module(source)).visit(collector)
     rng.shuffle(collector.found)

@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import NormalDist
 
+import pytest
 from mutations import Mutant, draw
 from touching import Touching, load_or_measure
 
@@ -49,7 +50,7 @@ def modules() -> list[str]:
 
 
 def key(module: str, mutant: Mutant) -> str:
-    """Return a name of the mutant that changes with its file."""
+    """Return the hash of a mutated module, under which its result is stored."""
     return hashlib.sha256(f"{module}\n{mutant.source}".encode()).hexdigest()[:16]
 
 
@@ -68,7 +69,6 @@ def import_libraries() -> None:
     """Import what takes long, once for all mutants, but nothing of the project, and start no threads."""
     import numpy  # noqa: F401
     import PIL.Image  # noqa: F401
-    import pytest  # noqa: F401
     import timm  # noqa: F401
     import torch
     import torch.utils.tensorboard
@@ -99,7 +99,6 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
         os.chdir(folder)
         sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT / "tests"))]
-        import pytest
 
         code = 2
         try:
@@ -112,13 +111,14 @@ def run_tests(folder: Path, tests: list[str], seconds: float) -> tuple[str, str]
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
+            code = os.waitstatus_to_exitcode(status)
             _kill_group(child)
             failed = [
                 line for line in output.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))
             ]
-            if failed and "not found:" in failed[0]:
-                raise RuntimeError(f"{failed[0]}: remove OUTPUT/touching, so that it is measured again")
-            outcome = "survived" if status == 0 else "killed"
+            if code == pytest.ExitCode.NO_TESTS_COLLECTED or (failed and "not found:" in failed[0]):
+                raise RuntimeError(f"{failed or tests}: no such tests; remove OUTPUT/touching, and it is measured anew")
+            outcome = "survived" if code == 0 else "killed"
             return outcome, failed[0].split(" - ")[0] if failed else ""
         time.sleep(0.05)
     _kill_group(child)
@@ -173,7 +173,7 @@ def try_mutant(folder: Path, module: str, mutant: Mutant, tests: list[str], expe
 
 
 def work(number: int, tasks: list[tuple[str, Mutant]], touching: Touching, args: argparse.Namespace) -> None:
-    """Try a share of the mutants in a copy of the repository of its own."""
+    """Try every args.processes-th mutant, from `number` on, in a copy of the repository made for this process."""
     import_libraries()
     killers = defaultdict(Counter)
     for result in read_results(args.output).values():
