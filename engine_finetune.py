@@ -14,6 +14,7 @@ from util.data.loaders import lockstep
 from util.distributed import dist
 from util.loop import Run
 from util.report.meters import Meters
+from util.report.scores import Evaluation, Scores
 from util.updater import Updater
 
 
@@ -66,14 +67,14 @@ def train_one_epoch(
     return meters.averages()
 
 
-def head_losses(logits: Tensor, targets: Tensor) -> Tensor:
+def head_losses(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """Return the cross-entropy; of several heads' logits [N, heads, classes] its sum over the heads.
 
-    So each head gets the gradient that it would get alone.
+    So each head gets the gradient that it would get alone. class_weights [classes] weigh the images by their classes.
     """
     if logits.ndim == 2:
-        return F.cross_entropy(logits, targets)
-    return torch.stack([F.cross_entropy(head, targets) for head in logits.unbind(1)]).sum()
+        return F.cross_entropy(logits, targets, class_weights)
+    return torch.stack([F.cross_entropy(head, targets, class_weights) for head in logits.unbind(1)]).sum()
 
 
 @torch.inference_mode()
@@ -82,35 +83,30 @@ def evaluate(
     loader: Sized,
     device: torch.device,
     scaler: LossScaler,
-    distributed: bool = False,
+    settings: Evaluation | None = None,
     poll: Callable[[], None] | None = None,
-    head_names: list[str] | None = None,
-    confusion: str = "",
 ) -> dict[str, float]:
-    """Compute exact top-1 and top-5 accuracy and mean cross-entropy over every image, each counted once.
+    """Compute exact accuracies and mean cross-entropy over every image, each counted once.
 
-    Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`.
+    Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`; before it one with balanced accuracy and macro F1, and of
+    a sweep one line per head.
 
     Args:
         model: The classifier; with several heads its logits are [N, heads, classes].
         loader: Yields (imgs, targets) on the device, in batches of any size.
         device: Where the model is.
         scaler: Mixed precision.
-        distributed: The ranks hold different images, whose counts are added up.
+        settings: Ranks, heads, confusion matrix; None: those of a process that is alone, with one head.
         poll: Called once per batch, on all ranks equally often.
-        head_names: Names of the heads of a sweep; None: the model has one head. Every head's figures are printed and
-            returned (acc1_NAME, acc5_NAME, loss_NAME); acc1, acc5 and loss are those of the head of best top-1.
-        confusion: CSV file for the confusion matrix, of the best head; "": none.
 
     Returns:
-        acc1 and acc5 in per cent (with at most 5 classes acc5 is 100), and loss; with head_names also each head's.
+        acc1, acc5, loss, balanced_acc and macro_f1 (util/report/scores.py), of several heads those of the best, and
+        each head's with _NAME after the key.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
     dist.broadcast_from_rank0(model.buffers())  # a probe's BatchNorm statistics
-    images, exact = 0, torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(len(head_names or [""]), 3, dtype=exact, device=device)  # [heads, top-1 and top-5 and loss]
-    C = len(loader.dataset.classes) if confusion else 0
-    tables = torch.zeros(len(sums), C * C, dtype=torch.long, device=device)
+    settings = settings or Evaluation()
+    heads, scores = len(settings.head_names or [""]), None
 
     for batch in lockstep(loader):
         if poll:
@@ -120,54 +116,50 @@ def evaluate(
         imgs, targets = batch
         with scaler.autocast():
             logits = model(imgs).float()
-        logits = logits if head_names else logits[:, None]  # [N, heads, classes]
-        sums += _sums(logits, targets)
-        if confusion:
-            for table, predicted in zip(tables, logits.argmax(dim=2).unbind(1), strict=True):
-                table += torch.bincount(targets * C + predicted, minlength=C * C)
-        images += len(imgs)
+        logits = logits if settings.head_names else logits[:, None]  # [N, heads, classes]
+        if scores is None:
+            scores = Scores(heads, logits.shape[2], device, confusion=bool(settings.confusion))
+        scores.update(logits, targets)
 
-    # Only here does anything wait for the device.
-    counts = [images, *sums.flatten().tolist()]
-    images, *counts = dist.sum_over_ranks(counts, device) if distributed else counts
-    heads = [_stats(counts[i : i + 3], images) for i in range(0, len(counts), 3)]
-    best = max(range(len(heads)), key=lambda head: heads[head]["acc1"])
-    stats = dict(heads[best])
-    if confusion:
-        write_confusion(confusion, tables[best], loader.dataset.classes, distributed, device)
-    for name, head in zip(head_names or [], heads if head_names else [], strict=True):
+    # Only here does anything wait for the device. Of a few images a rank may have had none.
+    if settings.distributed:
+        classes = max(dist.gather(len(scores.support) if scores else 0))
+        scores = scores or Scores(heads, classes, device, confusion=bool(settings.confusion))
+        scores.add_up()
+    figures = scores.figures()
+    best = max(range(heads), key=lambda head: figures[head][settings.best_by])
+    if settings.confusion:
+        write_confusion(settings, scores.table[best], loader.dataset.classes)
+
+    stats = dict(figures[best])
+    for name, head in zip(settings.head_names or [], figures if settings.head_names else [], strict=True):
         dist.print_rank0(f"{name}: {_line(head)}")
         stats |= {f"{key}_{name}": value for key, value in head.items()}
-    dist.print_rank0(f"* {_line(stats)}")
+    dist.print_rank0(f"balanced accuracy {stats['balanced_acc']:.3f} macro F1 {stats['macro_f1']:.3f}")
+    dist.print_rank0(f"* {_line(stats)}")  # other programs read this line: its form stays
     return stats
 
 
-def _sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Count what each head got right in a batch, and sum its loss.
-
-    logits [N, heads, classes], targets [N] -> [heads, top-1 and top-5 and loss].
-    """
-    ranked = logits.topk(min(5, logits.shape[2]), dim=2).indices == targets[:, None, None]  # [N, heads, k]
-    losses = [F.cross_entropy(head, targets, reduction="sum") for head in logits.unbind(1)]
-    return torch.stack([ranked[..., 0].sum(dim=0), ranked.sum(dim=(0, 2)), torch.stack(losses)], dim=1)
+def _line(stats: dict[str, float]) -> str:
+    return f"Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
 
 
-def write_confusion(file: str, table: Tensor, classes: list[str], distributed: bool, device: torch.device) -> None:
+def write_confusion(settings: Evaluation, table: Tensor, classes: list[str]) -> None:
     """Write the confusion matrix as CSV: a row per true class, a column per predicted class, then accuracy in per cent.
 
     Args:
-        file: To write to, on rank 0.
+        settings: Names the file, which rank 0 writes, and tells whether the ranks' counts are to be added up.
         table: This rank's counts [C * C], by class and predicted class.
         classes: Names of the C classes.
-        distributed: Whether the ranks' counts are to be added up.
-        device: Where the table is.
     """
-    counts = dist.sum_over_ranks(table.tolist(), device) if distributed else table.tolist()
+    counts = table.tolist()
+    if settings.distributed:
+        counts = dist.sum_over_ranks(counts, table.device)
     rows = [["class", *classes, "accuracy"]]
     for number, name in enumerate(classes):
         row = counts[number * len(classes) : (number + 1) * len(classes)]
         rows.append([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
-    dist.run_on_rank0(lambda: _write_csv(Path(file), rows))
+    dist.run_on_rank0(lambda: _write_csv(Path(settings.confusion), rows))
 
 
 def _write_csv(file: Path, rows: list[list]) -> None:
@@ -177,12 +169,3 @@ def _write_csv(file: Path, rows: list[list]) -> None:
         unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out,
     ):
         csv.writer(out).writerows(rows)
-
-
-def _stats(sums: list[float], images: float) -> dict[str, float]:
-    top1, top5, loss = sums
-    return {"acc1": 100 * top1 / images, "acc5": 100 * top5 / images, "loss": loss / images}
-
-
-def _line(stats: dict[str, float]) -> str:
-    return f"Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 
 import models_mae
 import models_vit
-from util import errors
-from util.checkpoint import formats
+from util import errors, inference
+from util.checkpoint import comparison, formats
 from util.checkpoint.files import checkpoint_args, load_checkpoint
 from util.checkpoint.output_dir import fsync_path, raise_write_errors, unwritable
+from util.data.class_names import read_class_names
 from util.data.images import Pixels
 from util.data.transforms import default_crop_pct
 from util.errors import UserError
@@ -45,7 +46,7 @@ RECIPE = {
     *("model", "probe", "trainable_blocks", "drop_path", "mask_sampling"),
     *("batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "seed"),
     *("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad"),
-    *("train_fraction", "crop_scale", "aa", "smoothing", "reprob", "mixup", "cutmix"),
+    *("train_fraction", "val_fraction", "class_weights", "crop_scale", "aa", "smoothing", "reprob", "mixup", "cutmix"),
 }
 
 
@@ -57,6 +58,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--to", required=True, choices=tuple(EXPORTERS), help="format to export, described above")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--model_ema", action="store_true", help="export the EMA of the weights")
+    inference.add_class_names(parser)
     add("--license", default="unknown", help="licence of the weights, for the model card")
     return parser.parse_args(argv)
 
@@ -85,15 +87,17 @@ class Source:
     classes: list[str] | None
 
     @classmethod
-    def load(cls, path: str, ema: bool) -> "Source":
+    def load(cls, path: str, ema: bool, names: list[str] | None = None) -> "Source":
         """Load a checkpoint and build its model.
 
         Args:
             path: File, folder or address.
             ema: Load the EMA of the weights instead of the weights.
+            names: Names of the classes; None: those in the checkpoint.
 
         Raises:
-            UserError: There is no such checkpoint, no EMA in it, or no model that can be built from it.
+            UserError: There is no such checkpoint, no EMA in it, no model that can be built from it, or no head for
+                the names.
         """
         checkpoint = load_checkpoint(path, ema=ema)
         # A linear one; the heads of self-supervised methods belong to no classifier.
@@ -109,9 +113,10 @@ class Source:
         # Files of other programs may hold a head without the names of its classes.
         classes = None
         if has_head:
-            class_to_idx = checkpoint.get("class_to_idx") or {}
             numbered = [f"LABEL_{number}" for number in range(config["num_classes"])]
-            classes = sorted(class_to_idx, key=class_to_idx.get) or numbered
+            classes = comparison.class_names(path, checkpoint, config["num_classes"], names) or numbered
+        elif names:
+            raise UserError(f"{path} has no head, so there are no classes to name: omit --class_names")
 
         flags = checkpoint_args(checkpoint)
         pixels = Pixels.from_args(flags, config["in_chans"])
@@ -448,7 +453,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {args.output} can't be written to: {problem}")
 
     # Load everything and check what can be checked before a file is written.
-    source = Source.load(args.resume, args.model_ema)
+    names = read_class_names(args.class_names) if args.class_names else None
+    source = Source.load(args.resume, args.model_ema, names)
     if source.config.get("probe") == "attentive" and args.to in ("timm", "hf"):
         raise UserError(
             f"{args.resume} is an attentive probe, which only --to onnx can take: use that, or --to encoder for its "

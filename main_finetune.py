@@ -15,24 +15,27 @@ output_dir/ as in main_pretrain.py, with a checkpoint per epoch, of which the ne
 """
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 import models_vit
 from engine_finetune import evaluate, train_one_epoch
-from util import errors, misc, optim, options, speed
+from util import checks, errors, misc, optim, options, speed
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.data import loaders
-from util.data.loaders import DeviceLoader
+from util.data.loaders import DeviceLoader, TrainLoader
 from util.data.transforms import CentreCrop, FinetuneTransform
 from util.distributed import dist
 from util.loop import Run, Stats
 from util.lr_sched import CosineSchedule
+from util.report.scores import Evaluation
 from util.updater import Updater
 
 
@@ -90,8 +93,8 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help=mode_help)
 
 
-def build_mixup_and_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Module]:
-    """Return timm's Mixup (None if disabled) and the matching criterion."""
+def build_mixup_and_loss(args: argparse.Namespace, class_weights: Tensor | None) -> tuple[Mixup | None, nn.Module]:
+    """Return timm's Mixup (None if disabled) and the matching criterion, in which classes may have weights."""
     if options.mixes(args):
         mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -103,7 +106,10 @@ def build_mixup_and_loss(args: argparse.Namespace) -> tuple[Mixup | None, nn.Mod
             label_smoothing=args.smoothing,
             num_classes=args.nb_classes,
         )
-        return mixup, SoftTargetCrossEntropy()
+        # timm's loss takes no weights, torch's takes mixed labels, too.
+        return mixup, SoftTargetCrossEntropy() if class_weights is None else nn.CrossEntropyLoss(class_weights)
+    if class_weights is not None:
+        return None, nn.CrossEntropyLoss(class_weights, label_smoothing=args.smoothing)
     return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
 
@@ -117,21 +123,22 @@ def build_ema(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
     return ModelEmaV3(model, decay)
 
 
-def evaluate_both(model: nn.Module, ema: ModelEmaV3 | None, *common, **more) -> Stats:
-    """Evaluate the model and, if there is one, its EMA, whose figures are named ema_*.
-
-    Args:
-        model: The classifier.
-        ema: EMA of its weights; None: there is none.
-        *common: Arguments of `evaluate` after the model, for both.
-        **more: Arguments of `evaluate` for the model only.
-    """
-    stats = evaluate(model, *common, **more)
-    averaged = evaluate(ema.module, *common) if ema else {}
+def evaluate_both(
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    loader: DeviceLoader,
+    scaler: LossScaler,
+    settings: Evaluation,
+    poll: Callable[[], None],
+) -> Stats:
+    """Evaluate the model and, if there is one, its EMA, whose figures are named ema_*; the arguments are evaluate's."""
+    stats = evaluate(model, loader, loader.device, scaler, settings, poll)
+    without_table = replace(settings, confusion="")
+    averaged = evaluate(ema.module, loader, loader.device, scaler, without_table) if ema else {}
     return stats | {f"ema_{name}": value for name, value in averaged.items()}
 
 
-def open_data(args: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader | None, DeviceLoader]:
+def open_data(args: argparse.Namespace, device: torch.device) -> tuple[TrainLoader | None, DeviceLoader]:
     """Open train/ (None with --eval) and val/."""
     pixels = options.pixels(args)
     augmentation = FinetuneTransform(
@@ -145,7 +152,7 @@ def open_data(args: argparse.Namespace, device: torch.device) -> tuple[DeviceLoa
         pixels,
     )
     return loaders.classifier_loaders(
-        args.data_path,
+        options.data(args),
         args.nb_classes,
         None if args.eval else augmentation,
         CentreCrop(args.input_size, args.crop_pct),
@@ -180,31 +187,33 @@ def build_model(args: argparse.Namespace, pretrained: bool) -> nn.Module:
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune or evaluate as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
-    options.check(args, models_vit.MODELS)
+    checks.check(args, models_vit.MODELS)
 
     # Join the other processes; the run has output_dir for itself.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    options.lock_output_dir(args)
+    checks.lock_output_dir(args)
 
     # Data and model. A run that is resumed has its encoder already.
     train_loader, val_loader = open_data(args, device)
-    classes = val_loader.dataset.class_to_idx
+    classes, settings = val_loader.dataset.class_to_idx, options.evaluation(args)
     source = misc.resolve_resume(args.resume, args.output_dir, "finetune", args.model)
     model = build_model(args, pretrained=bool(args.finetune) and not source).to(device)
     scaler = LossScaler(args.amp, device)
 
     # With --eval that is all.
     if args.eval:
-        weights.load_for_eval(source, model, vars(args), classes)
+        numbers = weights.load_for_eval(source, model, vars(args), list(classes), options.class_names(args))
+        models_vit.select_classes(model, numbers)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-        evaluate(model, val_loader, device, scaler, args.dist_eval, confusion=args.confusion)
+        evaluate(model, val_loader, device, scaler, settings)
         return
 
     # Optimizer and loss.
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    mixup_fn, criterion = build_mixup_and_loss(args)
+    class_weights = train_loader.class_weights() if args.class_weights == "balanced" else None
+    mixup_fn, criterion = build_mixup_and_loss(args, class_weights)
     updates = args.epochs * -(-len(train_loader) // args.accum_iter)
     ema = build_ema(model, args.model_ema_decay, updates) if args.model_ema else None
 
@@ -224,9 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     # Epochs.
     run.fit(
         train=lambda epoch: train_one_epoch(model, criterion, train_loader, updater, epoch, mixup_fn=mixup_fn, run=run),
-        evaluate=lambda _, poll: evaluate_both(
-            model, ema, val_loader, device, scaler, args.dist_eval, poll, confusion=args.confusion
-        ),
+        evaluate=lambda _, poll: evaluate_both(model, ema, val_loader, scaler, settings, poll),
     )
 
 

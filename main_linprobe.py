@@ -13,17 +13,18 @@ output_dir/ as in main_finetune.py.
 """
 
 import argparse
+from functools import partial
 
 import torch
 from torch import nn
 
 import models_vit
 from engine_finetune import evaluate, head_losses, train_one_epoch
-from util import errors, misc, optim, options, speed
+from util import checks, errors, misc, optim, options, speed
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.data import loaders
-from util.data.loaders import DeviceLoader
+from util.data.loaders import DeviceLoader, TrainLoader
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist
 from util.loop import Run
@@ -58,10 +59,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def open_data(args: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader | None, DeviceLoader]:
+def open_data(args: argparse.Namespace, device: torch.device) -> tuple[TrainLoader | None, DeviceLoader]:
     """Open train/ (None with --eval) and val/."""
     return loaders.classifier_loaders(
-        args.data_path,
+        options.data(args),
         args.nb_classes,
         None if args.eval else Crop(args.input_size, args.crop_scale, one_draw=True),
         CentreCrop(args.input_size, args.crop_pct),
@@ -85,29 +86,32 @@ def build_model(args: argparse.Namespace, rates: list[float], pretrained: bool) 
 def main(argv: list[str] | None = None) -> None:
     """Probe or evaluate as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
-    options.check(args, models_vit.MODELS)
+    checks.check(args, models_vit.MODELS)
 
     # Join the other processes; the run has output_dir for itself.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    options.lock_output_dir(args)
+    checks.lock_output_dir(args)
 
     # Data and model, with a head for each of several learning rates. A run that is resumed has its encoder already.
     train_loader, val_loader = open_data(args, device)
     classes = val_loader.dataset.class_to_idx
     source = misc.resolve_resume(args.resume, args.output_dir, "linprobe", args.model)
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
-    head_names = [f"blr{blr:g}" for blr in rates] if len(rates) > 1 else None
+    settings = options.evaluation(args, [f"blr{blr:g}" for blr in rates] if len(rates) > 1 else None)
     model = build_model(args, rates, pretrained=bool(args.finetune) and not source).to(device)
     scaler = LossScaler(args.amp, device)
 
     # With --eval that is all.
     if args.eval:
-        weights.load_for_eval(source, model, vars(args), classes)
+        numbers = weights.load_for_eval(source, model, vars(args), list(classes), options.class_names(args))
+        models_vit.select_classes(model, numbers)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-        evaluate(model, val_loader, device, scaler, args.dist_eval, None, head_names, args.confusion)
+        evaluate(model, val_loader, device, scaler, settings)
         return
 
-    # Optimizer.
+    # Optimizer and loss.
+    class_weights = train_loader.class_weights() if args.class_weights == "balanced" else None
+    criterion = partial(head_losses, class_weights=class_weights)
     lrs = [optim.actual_lr(args.lr, blr, args.batch_size, args.accum_iter) for blr in rates]
     optimizer = optim.probe_optimizer(model, lrs, args.weight_decay)
     schedule = CosineSchedule(lrs[0], args.min_lr, args.warmup_epochs, args.epochs)
@@ -123,10 +127,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Epochs.
     run.fit(
-        train=lambda epoch: train_one_epoch(model, head_losses, train_loader, updater, epoch, run=run),
-        evaluate=lambda _, poll: evaluate(
-            model, val_loader, device, scaler, args.dist_eval, poll, head_names, args.confusion
-        ),
+        train=lambda epoch: train_one_epoch(model, criterion, train_loader, updater, epoch, run=run),
+        evaluate=lambda _, poll: evaluate(model, val_loader, device, scaler, settings, poll),
     )
 
 

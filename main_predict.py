@@ -3,8 +3,8 @@
     python main_predict.py --resume output/finetune/checkpoint-99.pth --images DIR --output predictions.csv
 
 The CSV has a line per readable image: file, most probable class and its probability, then the five most probable
-classes with their probabilities. The names of the classes are those that the checkpoint stores (class_to_idx). Of a
-learning-rate sweep the best head predicts.
+classes with their probabilities. The names of the classes are those that the checkpoint stores (class_to_idx), or
+those of --class_names, which released files need. Of a learning-rate sweep the best head predicts.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import torch
 
 import models_vit
 from util import errors, inference
+from util.checkpoint import comparison
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
 from util.data.archives import ImagePath
+from util.data.class_names import read_class_names
 from util.errors import UserError
 
 TOP = 5  # classes per image, or all where there are fewer
@@ -31,6 +33,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", required=True, metavar="CKPT", help="file or address of a classifier's checkpoint")
     add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to classify")
     add("--output", required=True, type=Path, help="CSV file to write")
+    inference.add_class_names(parser)
     inference.add_flags(parser)
     return parser.parse_args(argv)
 
@@ -64,12 +67,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load the classifier and the names of its classes.
     checkpoint = load_checkpoint(args.resume)
-    class_to_idx = checkpoint.get("class_to_idx")
-    if not class_to_idx:
-        raise UserError(f"{args.resume} holds no class names: use a checkpoint of main_finetune.py or main_linprobe.py")
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
+    given = read_class_names(args.class_names) if args.class_names else None
+    classes = comparison.class_names(args.resume, checkpoint, model.config["num_classes"], given)
+    if classes is None:
+        raise UserError(f"{args.resume} holds no class names: pass --class_names FILE, with a name a line")
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
-    classes = sorted(class_to_idx, key=class_to_idx.get)
 
     # Write a line per image as soon as it is classified. The best class stands twice: by itself, and as the first of k.
     # Names that are not UTF-8 are written with the bytes that they have on the disk.

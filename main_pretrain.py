@@ -23,7 +23,7 @@ from functools import partial
 
 import models_mae
 from engine_pretrain import train_one_epoch
-from util import errors, masking, misc, optim, options, speed
+from util import checks, errors, masking, misc, optim, options, speed
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.data import loaders
@@ -72,16 +72,16 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Pre-train as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
-    options.check(args, models_mae.MODELS)
+    checks.check(args, models_mae.MODELS)
 
     # Join the other processes; the run has output_dir for itself.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    options.lock_output_dir(args)
+    checks.lock_output_dir(args)
 
     # Data.
-    pixels, loading = options.pixels(args), options.loading(args, device)
+    data, pixels, loading = options.data(args), options.pixels(args), options.loading(args, device)
     transform = Crop(args.input_size, args.crop_scale)
-    loader = loaders.train_loader(args.data_path, transform, pixels, loading, flat=True)
+    loader = loaders.train_loader(data, transform, pixels, loading, flat=True)
 
     # Model. A wrong --resume is found before anything heavy.
     source = misc.resolve_resume(args.resume, args.output_dir, "pretrain", args.model)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     # What is looked at every few epochs: pictures, loss and k-NN.
     evaluate = None
     if args.monitor_freq:
-        views = loaders.monitor_loaders(args.data_path, loader.dataset.images, CentreCrop(args.input_size), loading)
+        views = loaders.monitor_loaders(data, loader.dataset.images, CentreCrop(args.input_size), loading)
         masks = MaskSettings(args.mask_ratio, args.mask_sampling, args.seed)
         monitor = Monitor(*views, args.output_dir, run.log, scaler, masks)
         evaluate = partial(monitor, model)

@@ -23,7 +23,7 @@ import submitit
 
 import models_mae
 import models_vit
-from util import errors, options
+from util import checks, errors, options
 from util.errors import UserError
 
 MODELS = {"pretrain": models_mae.MODELS, "finetune": models_vit.MODELS, "linprobe": models_vit.MODELS}
@@ -110,7 +110,7 @@ def job_flags(args: argparse.Namespace) -> list[str]:
             f"--resume {parsed.resume}: a submitted job resumes from its own folder only (--resume auto); omit the "
             "flag, or start from a checkpoint's encoder with --finetune"
         )
-    problems = options.flag_problems(parsed, MODELS[args.job])
+    problems = checks.flag_problems(parsed, MODELS[args.job])
     if parsed.overwrite:
         problems.append(
             "--overwrite would remove the checkpoints from which a job that is queued again resumes: omit it, and "

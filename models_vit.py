@@ -185,6 +185,24 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
     return model
 
 
+def select_classes(model: VisionTransformer, numbers: list[int]) -> VisionTransformer:
+    """Keep only some classes' outputs of the head or heads, in place, in the order given.
+
+    Args:
+        model: The classifier.
+        numbers: Numbers of the classes to keep; their places become the new numbers.
+
+    Returns:
+        The same model.
+    """
+    for head in model.head.modules():
+        if isinstance(head, nn.Linear):
+            head.weight, head.bias = nn.Parameter(head.weight[numbers]), nn.Parameter(head.bias[numbers])
+            head.out_features = len(numbers)
+    model.num_classes = model.config["num_classes"] = len(numbers)
+    return model
+
+
 def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransformer:
     """Keep only the best head of a learning-rate sweep, in place; a model with one head stays as it is.
 
@@ -197,9 +215,9 @@ def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransfor
     """
     if model.config.get("probe_heads", 1) <= 1:
         return model
-    stats = checkpoint.get("stats") or {}
-    rates = checkpoint_args(checkpoint).get("blr") or [0.0]
-    accuracies = [stats.get(f"test_acc1_blr{blr:g}", -1.0) for blr in rates]
+    stats, flags = checkpoint.get("stats") or {}, checkpoint_args(checkpoint)
+    rates = flags.get("blr") or [0.0]
+    accuracies = [stats.get(f"test_{flags.get('best_by', 'acc1')}_blr{blr:g}", -1.0) for blr in rates]
     best = accuracies.index(max(accuracies))
     evaluated = accuracies[best] >= 0
     reason = f"the best one, accuracy {accuracies[best]:.2f} %" if evaluated else "the first one: none was evaluated"

@@ -2,7 +2,8 @@
 
     python scripts/mean_std.py DIR/train --in_chans 13
 
-All pixels of all images count (with --num N those of N images, evenly spread). The values are in the units that
+All pixels of all images count (with --num N those of N images, evenly spread; with --val_fraction those of the images
+that a training with this flag does not hold out). The values are in the units that
 training sees: 0 to 1 for files of 8 and 16 bits, else as they stand in the file. An image that can't be read is named
 and left out; the exit code is then 1.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util import errors, inference
+from util import checks, errors, inference, options
 from util.data.archives import ImagePath
 from util.data.datasets import TRIES
 from util.data.images import BadImage, Pixels, load_array
@@ -107,19 +108,20 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("folder", type=Path, nargs="+", help="folders or archives of images, or image files")
     add("--in_chans", default=3, type=int, help="channels of the images")
     add("--num", type=int, help="number of images to use, evenly spread; default: all")
+    options.add_val_flags(parser)
     inference.add_size_limit(parser)
     args = parser.parse_args(argv)
     if args.in_chans < 1 or (args.num is not None and args.num < 1):
         raise UserError("--in_chans and --num must be at least 1")
-    if problems := inference.size_limit_problems(args):
-        raise UserError(problems[0])
+    if problems := inference.size_limit_problems(args) + checks.val_problems(args):
+        raise UserError("; ".join(problems))
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print --mean and --std with their values (argv defaults to the command line's)."""
     args = get_args(argv)
-    files = inference.find(args.folder, args.num)
+    files = inference.find(args.folder, args.num, args.val_fraction, args.val_seed)
     result, unreadable = statistics(files, Pixels(args.in_chans, max_megapixels=args.max_megapixels))
 
     # Training divides by the standard deviation, so that of a constant channel can't be passed on as it is.

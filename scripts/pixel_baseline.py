@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from util import errors
+from util import checks, errors, options
 from util.data import datasets
 from util.data.images import Pixels
+from util.data.splits import DataSpec
 from util.errors import UserError
 from util.report import knn
 
@@ -47,16 +48,20 @@ def main(argv: list[str] | None = None) -> None:
         required=True,
         help="folder of train/ and val/, or of archives",
     )
+    options.add_val_flags(parser)
     parser.add_argument("--iterations", default=200, type=int, help="largest number of lbfgs iterations")
     args = parser.parse_args(argv)
+    if problems := checks.val_problems(args):
+        raise UserError("; ".join(problems))
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise UserError("this baseline needs scikit-learn: pip install scikit-learn") from error
 
     # Both splits must be there, with the same classes.
+    data = DataSpec(str(args.data_path), args.val_fraction, args.val_seed)
     train_images, val_images = (
-        datasets.open_split(datasets.EvalImages, args.data_path, split, None, Pixels()) for split in ("train", "val")
+        datasets.open_split(datasets.EvalImages, data, split, None, Pixels()) for split in ("train", "val")
     )
     datasets.check_classes(train_images, val_images, len(val_images.classes))
 

@@ -22,6 +22,7 @@ import main_pretrain
 from util.data import archive_index, datasets, splits, tar
 from util.data import archives as reading
 from util.data.images import BadImage, Pixels
+from util.data.splits import DataSpec
 from util.distributed import launchers
 from util.errors import LocalError, UserError
 
@@ -34,7 +35,7 @@ def listed(data, split="train", flat=False):
 
 
 def opened(data, split="train", kind=datasets.Images, **more):
-    return datasets.open_split(kind, str(data), split, None, Pixels(), **more)
+    return datasets.open_split(kind, DataSpec(str(data)), split, None, Pixels(), **more)
 
 
 def png(value=9, size=8):

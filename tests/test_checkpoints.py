@@ -267,13 +267,13 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         (autoencoder(), r"kind: classifier \(main_finetune.py\) in the file, autoencoder"),
     ):
         with pytest.raises(UserError, match=message):
-            weights.load_for_eval(file, model, args, {})
+            weights.load_for_eval(file, model, args, [])
     with pytest.raises(
         UserError, match=r"pass it as --finetune\n  kind: autoencoder \(main_pretrain.py\) in the file, classifier"
     ):
-        weights.load_for_eval(path, classifier(), args, {})
+        weights.load_for_eval(path, classifier(), args, [])
     with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a; only in --data_path: b"):
-        weights.load_for_eval(file, classifier(), args, {"b": 0})
+        weights.load_for_eval(file, classifier(), args, ["b"])
     fresh = classifier()
     _, unused = weights.load_pretrained(file, fresh)
     assert unused == {"head.weight", "head.bias"} and not torch.equal(fresh.head.weight, vit.head.weight)

@@ -19,6 +19,7 @@ import main_linprobe
 import main_pretrain
 from util.data import loaders
 from util.data.images import BadImage, Pixels, load_array
+from util.data.splits import DataSpec
 from util.errors import LocalError, UserError
 
 CPU = torch.device("cpu")
@@ -166,7 +167,9 @@ def test_replacements_are_the_same_for_any_number_of_workers(data):
     spoil_files(data / "train")
 
     def batches(workers):
-        loader = loaders.train_loader(str(data), to_tensor, Pixels(), loaders.Loading(16, workers, False, 0, CPU))
+        loader = loaders.train_loader(
+            DataSpec(str(data)), to_tensor, Pixels(), loaders.Loading(16, workers, False, 0, CPU)
+        )
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])
 
@@ -178,7 +181,7 @@ def to_tensor(img):
 
 
 def test_loading_leaves_the_training_loops_random_streams_alone(images):
-    loader = loaders.train_loader(str(images), to_tensor, Pixels(), loaders.Loading(16, 0, False, 0, CPU))
+    loader = loaders.train_loader(DataSpec(str(images)), to_tensor, Pixels(), loaders.Loading(16, 0, False, 0, CPU))
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -192,7 +195,7 @@ def test_hidden_files_are_no_images(data):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "b.png").write_bytes(b"thumbnail")
     (data / "train" / ".ipynb_checkpoints").mkdir()
-    loader = loaders.train_loader(str(data), to_tensor, Pixels(), loaders.Loading(16, 0, False, 0, CPU))
+    loader = loaders.train_loader(DataSpec(str(data)), to_tensor, Pixels(), loaders.Loading(16, 0, False, 0, CPU))
     assert len(loader.dataset) == 80 and len(loader.dataset.images.classes) == 10
 
 

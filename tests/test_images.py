@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from util.data import datasets, images, loaders, splits, transforms
 from util.data.images import Pixels, load_array
+from util.data.splits import DataSpec
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
 FOLDER = os.environ.get("MAE_PHOTOS")  # another folder of photographs to compare on
@@ -155,7 +156,7 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
 
     def epoch(workers):
         loader = loaders.train_loader(
-            str(tmp_path),
+            DataSpec(str(tmp_path)),
             transforms.Crop(32, (0.2, 1.0)),
             Pixels(),
             loaders.Loading(5, workers, True, 7, torch.device("cpu")),

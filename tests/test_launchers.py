@@ -14,7 +14,7 @@ from conftest import ROOT
 from runs import assert_same_end, job_argv
 
 import main_submitit
-from util import options
+from util import checks
 from util.distributed import launchers
 from util.errors import UserError
 
@@ -70,13 +70,13 @@ def test_every_process_says_that_the_machine_has_too_few_gpus(no_launcher):
     no_launcher.setenv("LOCAL_WORLD_SIZE", "4")
     for rank in range(4):
         no_launcher.setenv("LOCAL_RANK", str(rank))
-        assert "need 4 GPU(s), one each, and it has 2" in options.device_problems("cuda")[0]
+        assert "need 4 GPU(s), one each, and it has 2" in checks.device_problems("cuda")[0]
     no_launcher.setattr(torch.cuda, "device_count", lambda: 4)
-    assert options.device_problems("cuda") == []
-    assert "the 4 processes of this machine take a GPU each" in options.device_problems("cuda:0")[0]
+    assert checks.device_problems("cuda") == []
+    assert "the 4 processes of this machine take a GPU each" in checks.device_problems("cuda:0")[0]
     no_launcher.setattr(torch.cuda, "device_count", lambda: 1)
     no_launcher.setenv("SLURM_STEP_NUM_TASKS", "4")  # srun, which shows each process a GPU of its own
-    assert options.device_problems("cuda") == [] and launchers.gpu_index(1) == 0
+    assert checks.device_problems("cuda") == [] and launchers.gpu_index(1) == 0
 
 
 def test_torchrun_within_srun_decides(no_launcher):

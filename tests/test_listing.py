@@ -17,6 +17,7 @@ import main_predict
 import main_pretrain
 from util.data import datasets, listing, splits
 from util.data.images import Pixels
+from util.data.splits import DataSpec
 from util.errors import UserError
 
 
@@ -166,7 +167,7 @@ def test_one_notice_counts_all_that_is_left_out(tree, capsys):
     (tree / "b" / "up").symlink_to("..")
     (tree / "notes.txt").touch()
     shutil.copy(tree / "a" / "1.png", tree / "stray.png")
-    images = datasets.open_split(datasets.Images, str(tree.parent), "train", None, Pixels())
+    images = datasets.open_split(datasets.Images, DataSpec(str(tree.parent)), "train", None, Pixels())
     assert len(images) == 5
     notice, end = capsys.readouterr().out.split("\n", 1)
     assert end == ""
@@ -203,6 +204,6 @@ def test_a_folder_of_unreadable_kinds_names_them(tree, tmp_path):
     for file in (tree / "b").iterdir():
         file.rename(file.with_suffix(".cr2"))
     with pytest.raises(UserError, match=r"no images in .*train/b: .* 2 files of other kinds \(.cr2 2\)"):
-        datasets.open_split(datasets.Images, str(tmp_path), "train", None, Pixels())
+        datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, Pixels())
     with pytest.raises(UserError, match=r"no images in .*/b: name a folder .*\(.cr2 2\)"):
         main_predict.main(["--resume", "x", "--images", str(tree / "b"), "--output", str(tmp_path / "p.csv")])

@@ -19,6 +19,7 @@ from scripts import mean_std
 from util import errors, inference, options
 from util.data import datasets, pillow, tiff, transforms
 from util.data.images import EXTENSIONS, FORMATS, BadImage, Pixels, WrongChannels, decode
+from util.data.splits import DataSpec
 from util.errors import UserError
 
 # Outside of pytest, which brings filters of its own, what Pillow warns of single files is silenced by util.data.pillow.
@@ -563,7 +564,7 @@ def test_without_tifffile_the_first_file_says_what_to_install(make, said, tmp_pa
     message = f"0.tif: a TIFF of {said}, which Pillow can't read: pip install tifffile, or store the image as .npy"
     pixels = Pixels(channels, (0.0,) * channels, (1.0,) * channels)
     with pytest.raises(UserError, match=message):
-        datasets.open_split(datasets.Images, str(tmp_path), "train", None, pixels)
+        datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, pixels)
 
 
 def test_a_compression_that_needs_another_package_is_said(monkeypatch):

@@ -11,7 +11,7 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import misc, options, speed
+from util import checks, misc, options, speed
 from util.errors import UserError
 
 JOBS = {"pretrain": main_pretrain, "finetune": main_finetune, "linprobe": main_linprobe}
@@ -163,7 +163,7 @@ def test_bad_arguments(job, flags, message):
     args = JOBS[job].get_args([*flags.split(), "--data_path", "x"])
     start = time.perf_counter()
     with pytest.raises(UserError) as caught:
-        options.check(args, MODELS[job])
+        checks.check(args, MODELS[job])
     assert time.perf_counter() - start < 1
     assert re.search(message, str(caught.value)) and "--data_path x: no such folder" in str(caught.value)
 
@@ -192,17 +192,17 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
     common = ["--data_path", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--device", "cpu"]
     for more in ([], ["--resume", str(tmp_path / "elsewhere.pth")]):
         with pytest.raises(UserError, match="holds another run .checkpoint-3.pth.: --resume auto"):
-            options.check(main_pretrain.get_args([*common, *more]), models_mae.MODELS)
+            checks.check(main_pretrain.get_args([*common, *more]), models_mae.MODELS)
     for more in (["--resume", "auto"], ["--overwrite"], ["--resume", str(tmp_path / "run" / "checkpoint-3.pth")]):
-        options.check(main_pretrain.get_args([*common, *more]), models_mae.MODELS)
+        checks.check(main_pretrain.get_args([*common, *more]), models_mae.MODELS)
     assert (tmp_path / "run" / "checkpoint-3.pth").read_bytes() == b"precious"
     words = [*common, "--finetune", str(tmp_path / "run" / "checkpoint-3.pth"), "--overwrite"]
     with pytest.raises(UserError, match="--overwrite would remove --finetune"):
-        options.check(main_finetune.get_args(words), models_vit.MODELS)
+        checks.check(main_finetune.get_args(words), models_vit.MODELS)
     # A log without checkpoints belongs to another run, too.
     (tmp_path / "run" / "checkpoint-3.pth").rename(tmp_path / "run" / "log.txt")
     with pytest.raises(UserError, match="holds another run .log.txt."):
-        options.check(main_pretrain.get_args(common), models_mae.MODELS)
+        checks.check(main_pretrain.get_args(common), models_mae.MODELS)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +216,14 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
 )
 def test_values_that_cannot_be_meant_are_refused(job, flags, message):
     models = models_mae.MODELS if job == "pretrain" else models_vit.MODELS
-    problems = options.flag_problems(JOBS[job].get_args(flags.split()), models)
+    problems = checks.flag_problems(JOBS[job].get_args(flags.split()), models)
     assert any(problem.startswith(message) for problem in problems)
 
 
 def test_all_problems_are_reported_at_once():
     args = main_pretrain.get_args(["--model", "no", "--batch_size", "0", "--mask_ratio", "2", "--epochs", "3"])
     with pytest.raises(UserError) as caught:
-        options.check(args, models_mae.MODELS)
+        checks.check(args, models_mae.MODELS)
     message = str(caught.value)
     flags = ("--model no", "--batch_size 0", "--mask_ratio 2", "--warmup_epochs 40", "--data_path")
     assert all(flag in message for flag in flags)
@@ -280,5 +280,5 @@ def test_a_full_gpu_is_a_message_that_says_what_to_lower(refusal):
 
 def test_every_flag_with_a_range_or_a_rule_on_resuming_is_some_jobs_flag():
     known = {name for job in JOBS.values() for name in vars(job.get_args([]))}
-    ranged = {name for _, names in options.FLAGS_BY_RANGE for name in names.split()}
+    ranged = {name for _, names in checks.FLAGS_BY_RANGE for name in names.split()}
     assert ranged <= known and misc.NEUTRAL_FLAGS | set(misc.SCHEDULE) <= known

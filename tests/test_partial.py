@@ -14,7 +14,9 @@ import models_vit
 from util.amp import LossScaler
 from util.data import loaders, transforms
 from util.data.images import Pixels
+from util.data.splits import DataSpec
 from util.errors import UserError
+from util.report.scores import Evaluation
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 SMALL = (
@@ -90,7 +92,7 @@ def test_an_attentive_probe_runs_and_resumes(images, tmp_path):
 def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, images):
     def chosen_images(seed):
         loader = loaders.train_loader(
-            str(images),
+            DataSpec(str(images)),
             transforms.Crop(28, (1.0, 1.0)),
             Pixels(),
             loaders.Loading(5, 0, False, seed, torch.device("cpu")),
@@ -154,8 +156,7 @@ def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
         batches,
         torch.device("cpu"),
         LossScaler("off", torch.device("cpu")),
-        head_names=["low", "high"],
-        confusion=str(tmp_path / "confusion.csv"),
+        Evaluation(head_names=["low", "high"], confusion=str(tmp_path / "confusion.csv")),
     )
     assert stats["acc1"] == 100 and stats["acc1_low"] == 0
     assert (tmp_path / "confusion.csv").read_text().split() == [
@@ -168,7 +169,7 @@ def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
 
 def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_was_trained():
     with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
-        engine_finetune.write_confusion("/dev/full", torch.zeros(4), ["a", "b"], False, torch.device("cpu"))
+        engine_finetune.write_confusion(Evaluation(confusion="/dev/full"), torch.zeros(4), ["a", "b"])
 
 
 def test_a_run_too_short_for_its_ema_is_warned_of(capsys):

@@ -23,11 +23,12 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import errors, options
+from util import checks, errors
 from util.amp import LossScaler
 from util.checkpoint.files import load_checkpoint
 from util.data import datasets, loaders
 from util.data.images import Pixels
+from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop
 from util.distributed import dist, launchers
 from util.errors import UserError
@@ -114,7 +115,7 @@ def test_alone_and_in_evaluation_the_probes_batchnorm_is_torchs():
     ],
 )
 def test_a_probe_is_not_trained_on_batches_of_one(job, flags, refused):
-    problems = options.flag_problems(job.get_args([*flags.split(), "--data_path", "x"]), models_vit.MODELS)
+    problems = checks.flag_problems(job.get_args([*flags.split(), "--data_path", "x"]), models_vit.MODELS)
     assert any(text.startswith("--batch_size 1: the probe's BatchNorm needs") for text in problems) == refused
 
 
@@ -177,8 +178,8 @@ def test_too_many_open_files_is_a_message(error, capsys):
 
 def test_monitoring_keeps_no_file_open_for_a_batch(images):
     """What a loader process sends is shared memory, an open file for each tensor that is kept."""
-    train = datasets.open_split(datasets.Images, str(images), "train", None, Pixels(), flat=True)
-    views = loaders.monitor_loaders(str(images), train, CentreCrop(28), loaders.Loading(1, 1, False, 0, CPU))
+    train = datasets.open_split(datasets.Images, DataSpec(str(images)), "train", None, Pixels(), flat=True)
+    views = loaders.monitor_loaders(DataSpec(str(images)), train, CentreCrop(28), loaders.Loading(1, 1, False, 0, CPU))
     watch = monitor.Monitor(*views, "", None, LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
     counts = []
     watch(models_mae.mae_vit_demo_patch4(img_size=28), 0, lambda: counts.append(len(list(Path("/dev/fd").iterdir()))))

@@ -14,6 +14,7 @@ import main_pretrain
 import models_mae
 from util.data import datasets, loaders
 from util.data.images import Pixels
+from util.data.splits import DataSpec
 from util.data.transforms import Crop, FinetuneTransform
 
 JOBS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}
@@ -92,7 +93,7 @@ def test_ranks_draw_differently_each_from_the_seed_plus_its_number(tmp_path):
 
 def train_images(seed=0, fraction=1.0, transform=None):
     transform = transform or Crop((28, 28), (0.2, 1.0))
-    images = datasets.open_split(datasets.Images, str(SAMPLES), "train", transform, Pixels())
+    images = datasets.open_split(datasets.Images, DataSpec(str(SAMPLES)), "train", transform, Pixels())
     return datasets.TrainImages(images, seed, fraction)
 
 
@@ -125,7 +126,9 @@ def test_copies_of_an_image_are_cropped_differently(tmp_path):
     for number in range(8):
         (tmp_path / "train" / "bag").mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / "bag" / f"{number}.png").write_bytes(source.read_bytes())
-    images = datasets.open_split(datasets.Images, str(tmp_path), "train", Crop((28, 28), (0.2, 1.0)), Pixels())
+    images = datasets.open_split(
+        datasets.Images, DataSpec(str(tmp_path)), "train", Crop((28, 28), (0.2, 1.0)), Pixels()
+    )
     crops = torch.stack([datasets.TrainImages(images, 0)[0, index][0] for index in range(8)])
     assert len(crops.unique(dim=0)) == 8
 

@@ -18,6 +18,7 @@ from util import loop, misc, optim
 from util.amp import LossScaler
 from util.data import datasets, loaders, splits
 from util.data.images import Pixels
+from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist, signals
 from util.errors import UserError
@@ -25,6 +26,7 @@ from util.lr_sched import CosineSchedule
 from util.masking import MaskSettings
 from util.report.log import RunLog
 from util.report.monitor import Monitor
+from util.report.scores import Evaluation
 from util.updater import Updater
 
 CPU = torch.device("cpu")
@@ -127,7 +129,9 @@ def best_of_differing_accuracies(images, folder):
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
     keeper = misc.Checkpoints(str(folder), "finetune", model, optimizer, LossScaler("off", CPU), args)
     keeper.prepare("")
-    loader = loaders.train_loader(str(images), Crop(28, (1.0, 1.0)), Pixels(), loaders.Loading(4, 0, False, 0, CPU))
+    loader = loaders.train_loader(
+        DataSpec(str(images)), Crop(28, (1.0, 1.0)), Pixels(), loaders.Loading(4, 0, False, 0, CPU)
+    )
     position = misc.Position(0)
     settings = loop.RunSettings(3, save_freq=100, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=1.0)
     loop.Run(loader, keeper, RunLog("", "", 0, 0.0), position, settings).fit(
@@ -144,8 +148,8 @@ def test_ranks_whose_accuracies_differ_agree_on_the_best(images, tmp_path):
 
 def monitor_stats(data):
     """Return the figures of pre-training's monitor, whose masks follow from the file names."""
-    train = datasets.open_split(datasets.Images, str(data), "train", None, Pixels(), flat=True)
-    views = loaders.monitor_loaders(str(data), train, CentreCrop(28), loaders.Loading(4, 0, False, 0, CPU))
+    train = datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), flat=True)
+    views = loaders.monitor_loaders(DataSpec(str(data)), train, CentreCrop(28), loaders.Loading(4, 0, False, 0, CPU))
     watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
     return watch(build_model("pretrain"), 0, lambda: None)
 
@@ -160,12 +164,12 @@ def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
 
 
 def error_of_evaluation(root):
-    images = datasets.open_split(datasets.EvalImages, str(root.parent), "val", CentreCrop(28, 1.0), Pixels())
+    images = datasets.open_split(datasets.EvalImages, DataSpec(str(root.parent)), "val", CentreCrop(28, 1.0), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(2, 0, False, 0, CPU), distributed=True)
     poll = signals.Requests(save_minutes=0).poll
     try:
         engine_finetune.evaluate(
-            build_model("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True, poll=poll
+            build_model("finetune"), loader, CPU, LossScaler("off", CPU), Evaluation(distributed=True), poll
         )
     except UserError as error:
         return str(error)
@@ -217,10 +221,10 @@ def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
 
 
 def evaluate_split(root):
-    images = datasets.open_split(datasets.EvalImages, str(root.parent), "val", CentreCrop(28, 1.0), Pixels())
+    images = datasets.open_split(datasets.EvalImages, DataSpec(str(root.parent)), "val", CentreCrop(28, 1.0), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(8, 0, False, 0, CPU), distributed=True)
     return len(images), engine_finetune.evaluate(
-        build_model("finetune"), loader, CPU, LossScaler("off", CPU), distributed=True
+        build_model("finetune"), loader, CPU, LossScaler("off", CPU), Evaluation(distributed=True)
     )
 
 
@@ -248,7 +252,7 @@ def test_no_rank_repeats_anothers_random_numbers(tmp_path):
 def count_listed_files(root):
     if dist.rank():
         splits.list_split = lambda *_: pytest.fail("walked by another rank than 0")
-    return len(datasets.open_split(datasets.Images, root, "train", CentreCrop(28), Pixels()))
+    return len(datasets.open_split(datasets.Images, DataSpec(root), "train", CentreCrop(28), Pixels()))
 
 
 def test_only_rank_0_lists_the_files(images, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SAMPLES, link_images
+from conftest import ROOT
 from PIL import Image
 
 from recipes import ablations
@@ -173,19 +173,6 @@ def test_fashion_mnists_recipes_run_and_go_on(recipe, tmp_path):
     before = (tmp_path / "results" / "finetune" / "seed0.jsonl").read_text()
     assert "trained 0 epochs" in recipe("fashion_mnist/finetune", "--batch_size", "16")
     assert (tmp_path / "results" / "finetune" / "seed0.jsonl").read_text() == before
-
-
-def test_every_tenth_image_is_held_out(recipe, tmp_path):
-    """8 images of each of 10 classes: none is the tenth; with 12 it is one of each class."""
-    recipe("cifar10_small/hold_out")
-    assert len(list((tmp_path / "my data_held_out" / "train").glob("*/*.png"))) == 80
-    (tmp_path / "more" / "train").mkdir(parents=True)
-    link_images(SAMPLES / "train", tmp_path / "more" / "train", count=12)
-    recipe("cifar10_small/hold_out", DATA=str(tmp_path / "more"))
-    held = tmp_path / "more_held_out"
-    assert [len(list((held / split).glob("*/*.png"))) for split in ("train", "val")] == [110, 10]
-    name = sorted(path.name for path in (SAMPLES / "train" / "bag").iterdir())[9]
-    assert (held / "val" / "bag" / name).is_file() and not (held / "train" / "bag" / name).exists()
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import models_mae
 from scripts import mean_std
 from util.data import datasets, loaders
 from util.data.images import Pixels, WrongChannels, load_array
+from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop, Crop
 from util.errors import UserError
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
@@ -102,7 +103,7 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path):
         save_grey(data / place / ("deeper" if number % 2 else "") / f"{number}", number)
     out = ["--output_dir", str(tmp_path / "out"), "--data_path", str(data)]
     main_pretrain.main([*SMALL.split(), *["--model", "mae_vit_demo_patch4", "--input_size", "28"], *out])
-    assert len(datasets.open_split(datasets.Images, str(data), "train", None, Pixels(), flat=True)) == 6
+    assert len(datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), flat=True)) == 6
     for folder in data.rglob("deeper"):
         folder.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="must hold train/<class>/<images>|has no class folders"):
@@ -163,7 +164,7 @@ def test_files_of_8_and_16_bits_meet_in_a_batch(tmp_path):
     for workers in (0, 1):
         crop = Crop(16, (1.0, 1.0))
         loader = loaders.train_loader(
-            str(tmp_path), crop, pixels, loaders.Loading(2, workers, False, 0, torch.device("cpu"))
+            DataSpec(str(tmp_path)), crop, pixels, loaders.Loading(2, workers, False, 0, torch.device("cpu"))
         )
         ((imgs, _),) = loader
         assert imgs.dtype == torch.float32 and imgs.max() < 1.3 and (imgs.amax(dim=(1, 2, 3)) > 0.2).all()

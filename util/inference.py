@@ -5,23 +5,26 @@ main_predict.py, main_features.py and main_reconstruct.py see images as the eval
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from util.checkpoint.files import checkpoint_args
 from util.checkpoint.output_dir import unwritable
+from util.checks import device_problems
 from util.data import listing, loaders, splits
 from util.data.archives import ImagePath
+from util.data.holdout import choose_held_out
 from util.data.images import BadImage, Pixels, load_array
 from util.data.transforms import CentreCrop
 from util.distributed import dist
 from util.errors import Incomplete, UserError
-from util.options import device_problems
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,12 @@ def add_size_limit(parser: argparse.ArgumentParser) -> None:
     """Add --max_megapixels."""
     limit_help = "largest image that is decoded; default: Pillow's limit, 179"
     parser.add_argument("--max_megapixels", type=float, metavar="MEGAPIXELS", help=limit_help)
+
+
+def add_class_names(parser: argparse.ArgumentParser) -> None:
+    """Add --class_names."""
+    names_help = "names of the classes in the order of their numbers, a line each or as JSON; default: the checkpoint's"
+    parser.add_argument("--class_names", default="", metavar="FILE", help=names_help)
 
 
 def size_limit_problems(args: argparse.Namespace) -> list[str]:
@@ -77,12 +86,14 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("; ".join(problems))
 
 
-def find(paths: list[Path], num: int | None = None) -> list[ImagePath]:
+def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val_seed: int = 0) -> list[ImagePath]:
     """List image files, and those that training would find in folders and archives.
 
     Args:
         paths: Files, which are taken whatever their names, archives, folders, and folders of archives.
         num: Largest number of files to return, evenly spread over the list; None: all.
+        val_fraction: Leave out the files that a training would hold out of a folder or an archive with this share.
+        val_seed: Seed of that choice.
 
     Raises:
         UserError: A path does not exist, an archive can't be read, or there are no images.
@@ -96,7 +107,8 @@ def find(paths: list[Path], num: int | None = None) -> list[ImagePath]:
         raise UserError(f"neither a file nor a folder: {', '.join(special)}")
     files, left_out = [], listing.LeftOut()
     for path in paths:
-        files += _find_at(path, left_out)
+        found = _find_at(path, left_out)
+        files += _training_part(found, path, val_fraction, val_seed) if val_fraction else found
     if not files:
         there = f" The files there: {left_out}." if str(left_out) else ""
         raise UserError(
@@ -121,6 +133,14 @@ def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
     for folder, names in listing.walk(str(path), left_out):
         files += [path / folder / name for name in left_out.sort_out(names, splits.is_image)]
     return files
+
+
+def _training_part(files: list[ImagePath], root: Path, val_fraction: float, val_seed: int) -> list[ImagePath]:
+    """Return the files below a root, <class>/<file>, that a training with --val_fraction does not hold out."""
+    names = [file.relative_to(root) for file in files]
+    _, targets = np.unique([str(name.parents[0]).split("/")[0] for name in names], return_inverse=True)
+    held_out = choose_held_out((os.fsencode(str(name)) for name in names), targets, val_fraction, val_seed)
+    return [file for file, out in zip(files, held_out, strict=True) if not out]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from util.distributed import dist
 from util.distributed.signals import Requests
 from util.errors import LocalError, Stopped, UserError
 from util.misc import Checkpoints, Position
-from util.report.log import RunLog
+from util.report.log import RunLog, describe_images
 from util.report.meters import Meters
 from util.rng import get_rng_state, set_rng_state
 
@@ -33,6 +33,7 @@ class RunSettings:
         eval_freq: Epochs between evaluations.
         max_bad_steps: Skipped updates in a row that stop the run.
         max_bad_images: Share of unreadable images that is tolerated.
+        best_by: Figure of the evaluation by which a checkpoint is the best.
     """
 
     epochs: int
@@ -41,6 +42,7 @@ class RunSettings:
     eval_freq: int
     max_bad_steps: int
     max_bad_images: float
+    best_by: str = "acc1"
 
 
 class Run:
@@ -112,7 +114,7 @@ class Run:
         Args:
             train: Trains the epoch of this number; returns its means.
             evaluate: Called every eval_freq epochs and after the last, with the epoch and a function to call once per
-                batch; returns what goes into the log. The checkpoint of the best "acc1" is kept.
+                batch; returns what goes into the log. The checkpoint of the best settings.best_by is kept.
 
         Raises:
             Stopped: On a signal, after saving.
@@ -140,7 +142,8 @@ class Run:
                     stats |= {f"test_{name}": value for name, value in tested.items()}
                 self._end_epoch(stats, improved)
         self.log.close()
-        dist.print_rank0(f"trained {max(0, self.settings.epochs - first_epoch)} epochs in {time.time() - start:.0f} s")
+        epochs, images = max(0, self.settings.epochs - first_epoch), describe_images(self.loader.dataset)
+        dist.print_rank0(f"trained {epochs} epochs in {time.time() - start:.0f} s, on {images}")
 
     def _is_last(self, epoch: int) -> bool:
         return epoch + 1 == self.settings.epochs
@@ -176,20 +179,22 @@ class Run:
             dist.print_rank0(f"saved {self.checkpoints.newest} before the error that follows")
 
     def _evaluate(self, evaluate: Evaluate) -> tuple[Stats, bool]:
-        """Evaluate after an epoch's training, and note the best accuracy.
+        """Evaluate after an epoch's training, and note the best accuracy, or whichever figure counts.
 
         Returns:
-            The figures, and whether the accuracy is the best so far.
+            The figures, and whether that figure is the best so far.
         """
         position = self.position
         position.images = len(self.loader) * self.checkpoints.images_per_step
         # Rank 0's figures for all: with their own, rounded differently, ranks could decide differently.
         stats = dist.gather(evaluate(position.epoch, self.poll))[0]
-        improved = stats.get("acc1", -1) > position.best
+        best_by = self.settings.best_by
+        improved = stats.get(best_by, -1) > position.best
         if improved:
-            position.best, position.best_epoch = stats["acc1"], position.epoch
-        if "acc1" in stats:
-            dist.print_rank0(f"best accuracy so far: {position.best:.2f} %, after epoch {position.best_epoch}")
+            position.best, position.best_epoch = stats[best_by], position.epoch
+        if best_by in stats:
+            kind = {"acc1": "accuracy", "balanced_acc": "balanced accuracy"}[best_by]
+            dist.print_rank0(f"best {kind} so far: {position.best:.2f} %, after epoch {position.best_epoch}")
         self.log.hold(position.epoch, {f"perf/test_{name}": value for name, value in stats.items()})
         return stats, improved
 

@@ -39,11 +39,14 @@ from util.rng import get_rng_state
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 # Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
+# Flags on which the best figure so far depends.
+BEST_OF = ("best_by", "val_fraction", "val_seed")
 # Flags whose change is not worth a line when a run is resumed: they do not decide which updates are computed.
 NEUTRAL_FLAGS = {
     *("resume", "resume_override", "overwrite", "start_epoch", "eval", "init"),  # how the run starts
     *("output_dir", "log_dir", "save_freq", "keep", "save_minutes", "monitor_freq"),  # its files
     *("num_workers", "pin_mem", "device", "max_megapixels"),
+    *("eval_freq", "confusion", "max_bad_steps", "max_bad_images"),  # what is measured, and tolerated
     *("world_size", "local_rank", "dist_on_itp", "dist_url", "dist_eval", "dist_timeout", "shard"),
     *("compile", "attention", "grad_checkpoint"),  # speed and memory
 }
@@ -302,6 +305,11 @@ class Checkpoints:
         if position.totals:
             weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"]
             position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
+
+        # A best figure of another kind, or of other images, is no measure for those to come.
+        stored = checkpoint_args(checkpoint)
+        if any(stored.get(name, self.args.get(name)) != self.args.get(name) for name in BEST_OF):
+            position.best, position.best_epoch = -1.0, -1
 
         # The place in an epoch is a number of images, which says nothing about another order or grouping of them.
         change = ""

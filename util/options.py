@@ -1,23 +1,20 @@
-"""The flags that the jobs share, and their validation. Names, meanings and defaults are the reference's."""
+"""The flags that the jobs share, and what the rest of the code takes from them (their validation: util/checks.py).
+
+Names, meanings and defaults are the reference's.
+"""
 
 import argparse
-import math
-from fnmatch import fnmatch
-from pathlib import Path
 
 import torch
 
 from util import speed
-from util.checkpoint import output_dir
-from util.checkpoint.files import is_url
-from util.checkpoint.formats import weights_in
+from util.data.class_names import read_class_names
 from util.data.images import Pixels
 from util.data.loaders import Loading
-from util.data.transforms import FinetuneTransform
-from util.distributed import dist, launchers
-from util.errors import UserError
+from util.data.splits import DataSpec
+from util.distributed import dist
 from util.loop import RunSettings
-from util.misc import is_inside
+from util.report.scores import Evaluation
 
 # The flags.
 
@@ -130,7 +127,8 @@ def _add_speed_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add(
         "--data_path",
         metavar="DIR",
@@ -148,6 +146,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     std_help = "standard deviation of each channel (scripts/mean_std.py computes both); default: ImageNet's"
     add("--std", type=float, nargs="+", metavar="S", help=std_help)
     add("--exif", action="store_true", help="rotate images as their EXIF orientation says")
+    add_val_flags(group)
     pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
     add("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
     add(
@@ -161,6 +160,14 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     no_pin_help = "do not pin the loader's memory"
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help=no_pin_help)
+
+
+def add_val_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --val_fraction and --val_seed, of the jobs and of the scripts that read what they read."""
+    fraction_help = "hold this share of the training images out, and use them as val/"
+    parser.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE", help=fraction_help)
+    seed_help = "determines which images --val_fraction holds out"
+    parser.add_argument("--val_seed", default=0, type=int, metavar="SEED", help=seed_help)
 
 
 def _add_run_flags(parser: argparse.ArgumentParser, keeps_all: bool) -> None:
@@ -239,6 +246,15 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
         metavar="SHARE",
         help="train on this share of each class's images, which --seed selects",
     )
+    names_help = (
+        "names of the class folders in the order of the classes' numbers, a line each or as JSON; default: those in "
+        "the checkpoint, or the folders, sorted"
+    )
+    add("--class_names", default="", metavar="FILE", help=names_help)
+    weights_help = "balanced: the loss weighs an image by the inverse of its class's share"
+    add("--class_weights", default="none", choices=("none", "balanced"), help=weights_help)
+    best_help = "figure by which the best checkpoint, and of several --blr the best head, is chosen"
+    add("--best_by", default="acc1", choices=("acc1", "balanced_acc"), help=best_help)
     add("--confusion", default="", metavar="FILE", help="CSV file for the confusion matrix and each class's accuracy")
     add(
         "--crop_pct",
@@ -299,6 +315,27 @@ def loading(args: argparse.Namespace, device: torch.device) -> Loading:
     return Loading(args.batch_size, args.num_workers, args.pin_mem, args.seed, device)
 
 
+def data(args: argparse.Namespace) -> DataSpec:
+    """Return the run's images. With --eval the checkpoint gives the classes their numbers."""
+    names = None if getattr(args, "eval", False) else class_names(args)
+    return DataSpec(args.data_path, args.val_fraction, args.val_seed, names)
+
+
+def class_names(args: argparse.Namespace) -> list[str] | None:
+    """Return the names in the file of --class_names; None without the flag.
+
+    Raises:
+        UserError: It can't be used.
+    """
+    file = getattr(args, "class_names", "")
+    return read_class_names(file) if file else None
+
+
+def evaluation(args: argparse.Namespace, head_names: list[str] | None = None) -> Evaluation:
+    """Return how a classifier is evaluated, with the names of a sweep's heads."""
+    return Evaluation(args.dist_eval, head_names, args.confusion, args.best_by)
+
+
 def run_settings(args: argparse.Namespace, eval_freq: int) -> RunSettings:
     """Return how the run goes on, saves, and stops."""
     return RunSettings(
@@ -308,303 +345,10 @@ def run_settings(args: argparse.Namespace, eval_freq: int) -> RunSettings:
         eval_freq=eval_freq,
         max_bad_steps=args.max_bad_steps,
         max_bad_images=args.max_bad_images,
+        best_by=getattr(args, "best_by", "acc1"),
     )
 
 
 def mixes(args: argparse.Namespace) -> bool:
     """Return whether fine-tuning mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-# Validation: every function returns its problems as messages, so that all are reported at once.
-
-# Ranges of numbers: (test, message).
-AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
-NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "must be at least 0 and finite")
-POSITIVE = (lambda x: 0 < x < math.inf, "must be greater than 0 and finite")
-SHARE = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
-POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1")
-MASK_RATIO = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove at least one patch")
-BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
-SEED = (lambda x: 0 <= x < 2**31, "must be at least 0 and less than 2147483648")
-
-# The flags of each range. Those that a job lacks, and those left at None, are not checked.
-FLAGS_BY_RANGE = [
-    (AT_LEAST_1, "batch_size accum_iter epochs save_freq eval_freq keep max_bad_steps nb_classes"),
-    (AT_LEAST_1, "input_size patch_size in_chans decoder_dim decoder_depth decoder_heads recount"),
-    (NOT_NEGATIVE, "warmup_epochs num_workers start_epoch weight_decay min_lr save_minutes monitor_freq"),
-    (NOT_NEGATIVE, "mixup cutmix color_jitter lr blr"),
-    (POSITIVE, "clip_grad layer_decay dist_timeout max_megapixels"),
-    (POSITIVE_SHARE, "crop_pct"),
-    (SEED, "seed"),
-    (SHARE, "train_fraction max_bad_images reprob mixup_prob mixup_switch_prob"),
-    (BELOW_1, "drop_path smoothing model_ema_decay"),
-    (MASK_RATIO, "mask_ratio"),
-]
-
-
-def check(args: argparse.Namespace, models: dict) -> None:
-    """Check all arguments before any data is read, and set torchrun's environment variables from the launcher's.
-
-    Raises:
-        UserError: There are problems; all of them are named at once.
-    """
-    problems = launchers.set_torchrun_env(args.dist_on_itp, args.dist_url)
-    problems += flag_problems(args, models) + _environment_problems(args)
-    if problems:
-        raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
-
-
-def lock_output_dir(args: argparse.Namespace) -> None:
-    """Reserve output_dir, if there is one, for this run until it ends; with --eval do nothing.
-
-    Raises:
-        UserError: Another run uses the folder; on all ranks.
-    """
-    if args.output_dir and not getattr(args, "eval", False):
-        holder = dist.run_on_rank0(lambda: output_dir.lock_output_dir(args.output_dir))
-        if holder:
-            raise UserError(
-                f"--output_dir {args.output_dir} is in use by another run, {holder}; wait for it to end, or choose "
-                "another folder"
-            )
-
-
-def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
-    """Return the problems that the flags have by themselves, on whichever machine they are to run."""
-    problems = [
-        f"--{name} {value} {message}"
-        for (in_range, message), names in FLAGS_BY_RANGE
-        for name in names.split()
-        for value in _values(getattr(args, name, None))
-        if not in_range(value)
-    ]
-    problems += _model_problems(args, models) + _training_problems(args)
-    if not args.data_path:
-        problems.append(
-            "--data_path is missing: the folder that holds train/<class>/ and val/<class>/, or train.tar and val.tar"
-        )
-    return problems
-
-
-def _values(value: object) -> list | tuple:
-    """Return a flag's values as a sequence, whether it holds none, one or several."""
-    if value is None:
-        return []
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
-    if args.model not in models:
-        return [f"--model {args.model} is unknown: choose one of {', '.join(models)}"]
-
-    # Sizes. Without valid ones there is no number of patches, on which the mask ratio depends.
-    patch = args.patch_size or models[args.model].keywords["patch_size"]
-    sides = _values(args.input_size)
-    if len(sides) > 2:
-        return [f"--input_size {' '.join(map(str, sides))}: give one size, or height and width"]
-    if min(sides) < 1 or patch < 1:
-        return []  # reported as out of range
-    if any(side % patch for side in sides):
-        return [f"--input_size {' '.join(map(str, sides))} is not a multiple of the patch size, {patch}"]
-
-    # Channels, decoder, masks.
-    problems = _pixel_problems(args)
-    if hasattr(args, "decoder_dim"):
-        problems += _decoder_problems(args, models)
-    patches = math.prod(side // patch for side in (sides * 2)[:2])
-    ratio = getattr(args, "mask_ratio", None)
-    if ratio is not None and 0 < ratio < 1 and not 1 <= int(patches * (1 - ratio)) < patches:
-        problems.append(f"--mask_ratio {ratio} must keep and remove at least one of {patches} patches")
-    return problems
-
-
-def _pixel_problems(args: argparse.Namespace) -> list[str]:
-    C = args.in_chans
-    if args.mean is None or args.std is None:
-        return [f"--in_chans {C} needs --mean and --std, {C} numbers each: scripts/mean_std.py computes them"]
-    problems = [
-        f"--{name} needs {C} numbers, one for each of --in_chans {C}"
-        for name in ("mean", "std")
-        if len(getattr(args, name)) != C
-    ]
-    if min(args.std) <= 0:
-        values = " ".join(map(str, args.std))
-        problems.append(f"--std {values}: must be greater than 0; a channel that never changes has 1")
-    return problems
-
-
-def _decoder_problems(args: argparse.Namespace, models: dict) -> list[str]:
-    defaults = models[args.model].keywords
-    width = args.decoder_dim or defaults["decoder_embed_dim"]
-    heads = args.decoder_heads or defaults["decoder_num_heads"]
-    # By 4 for the position embedding: sine and cosine of both coordinates.
-    if width > 0 and heads > 0 and (width % heads or width % 4):
-        return [f"--decoder_dim {width} must be a multiple of 4 and of --decoder_heads {heads}"]
-    return []
-
-
-def _training_problems(args: argparse.Namespace) -> list[str]:
-    # Flags of all jobs.
-    problems = []
-    low, high = args.crop_scale
-    if not 0 < low <= high <= 1:
-        problems.append(f"--crop_scale {low} {high}: needs 0 < MIN <= MAX <= 1")
-    if not getattr(args, "eval", False):
-        problems += [
-            f"--{name} {getattr(args, name)} must be less than --epochs {args.epochs}"
-            for name in ("warmup_epochs", "start_epoch")
-            if getattr(args, name) >= args.epochs
-        ]
-
-    # Flags of single jobs.
-    if hasattr(args, "mixup"):
-        problems += _augmentation_problems(args)
-    if isinstance(args.blr, list):
-        problems += _sweep_problems(args)
-    if getattr(args, "train_fraction", 1) == 0:
-        problems.append("--train_fraction 0 leaves nothing to train on: it must be greater than 0")
-    blocks = getattr(args, "trainable_blocks", None)
-    if blocks is not None and (blocks < 0 or blocks % 0.5):
-        problems.append(f"--trainable_blocks {blocks:g} must be a multiple of 0.5, not negative")
-    if hasattr(args, "probe") and args.batch_size == 1 and not args.eval:
-        problems.append("--batch_size 1: the probe's BatchNorm needs at least 2 images: raise it")
-    if getattr(args, "eval", False) and not args.resume:
-        problems.append("--eval needs --resume FILE, the checkpoint to evaluate")
-    return problems
-
-
-def _augmentation_problems(args: argparse.Namespace) -> list[str]:
-    problems = []
-    if mixes(args) and args.batch_size % 2:
-        problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")
-    bounds = args.cutmix_minmax
-    if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
-        problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
-    try:
-        FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1)
-    except Exception:  # timm asserts, and parses with float()
-        problems.append(
-            f"--aa {args.aa} is not a policy of timm: give for example rand-m9-mstd0.5-inc1, augmix-m3, or none"
-        )
-    return problems
-
-
-def _sweep_problems(args: argparse.Namespace) -> list[str]:
-    """Return a message for each flag that doesn't go with several --blr, each of which trains a head of its own."""
-    problems = []
-    if args.lr is not None:
-        problems.append("--lr gives one learning rate, --blr several: omit one of them")
-    if args.clip_grad is not None:
-        problems.append("--clip_grad would make the heads of several --blr depend on each other: omit it")
-    if args.min_lr:
-        problems.append("--min_lr would differ between the heads of several --blr, which scale it: omit it")
-    if 0 in args.blr:
-        problems.append("--blr 0 among several trains nothing: omit it")
-    if getattr(args, "probe", "") == "attentive":
-        problems.append("--probe attentive takes one --blr: the heads of a sweep would share its query")
-    return problems
-
-
-def device_problems(name: str) -> list[str]:
-    """Check --device on this machine; return a list with one message, or an empty one."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return [f"--device {name} is unknown: choose cuda, mps or cpu"]
-    if device.type == "cuda":
-        return _cuda_problems(name, device)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        return [f"--device {name} is not available on this machine: omit the flag to use the device that is"]
-    return [] if device.type in ("mps", "cpu") else [f"--device {name}: choose cuda, mps or cpu"]
-
-
-def _cuda_problems(name: str, device: torch.device) -> list[str]:
-    if not torch.cuda.is_available():
-        return [f"--device {name}: this machine has no CUDA GPU; omit the flag to use the device that it has"]
-    gpus = torch.cuda.device_count()
-    processes = launchers.gpus_needed(gpus)
-    if device.index is None:
-        if processes <= gpus:
-            return []
-        return [
-            f"--device {name}: the processes of this machine need {processes} GPU(s), one each, and it has {gpus}; "
-            "start fewer processes"
-        ]
-    if processes > 1:
-        return [f"--device {name}: the {processes} processes of this machine take a GPU each; use --device cuda"]
-    if device.index >= gpus:
-        return [f"--device {name}: this machine has {gpus} GPU(s), numbered from 0; choose another number"]
-    return []
-
-
-def _open_file_problems(args: argparse.Namespace) -> list[str]:
-    """Raise the limit of open files where it is too low for the run; return a message if it can't be raised enough."""
-    workers = min(args.num_workers, launchers.cores())
-    tensors = 4 if hasattr(args, "reprob") else 2  # erased boxes travel beside images and classes
-    needed = launchers.open_files_needed(workers, tensors)
-    allowed = launchers.allow_open_files(needed)
-    if allowed >= needed:
-        return []
-    remedy = "raise the limit, or lower --num_workers" if workers else "raise the limit"
-    return [
-        f"'ulimit -n' allows {allowed} open files, and this run needs about {needed} with --num_workers {workers}: "
-        f"{remedy}"
-    ]
-
-
-def _environment_problems(args: argparse.Namespace) -> list[str]:
-    """Return the problems that the flags have on this machine: device, files, folders."""
-    # Device, open files, and input files.
-    problems = device_problems(args.device) + _open_file_problems(args)
-    if args.data_path and not Path(args.data_path).is_dir():
-        problems.append(
-            f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>, or train.tar"
-        )
-    for name in ("resume", "finetune", "init"):
-        source = getattr(args, name, "")
-        # Where a run goes on, the file that it began with is not needed any more.
-        goes_on = name != "resume" and args.resume == "auto" and any(Path(args.output_dir).glob("checkpoint-*.pth"))
-        known = (
-            not source or goes_on or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
-        )
-        if not known and not weights_in(Path(source)):
-            problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
-
-    # Output. Evaluation writes into no folder of a run.
-    if table := getattr(args, "confusion", ""):
-        reason = "it is a folder" if Path(table).is_dir() else output_dir.unwritable(Path(table).parent)
-        if reason:
-            problems.append(f"--confusion {table} can't be written to: {reason}")
-    if args.resume == "auto" and not args.output_dir:
-        problems.append("--resume auto looks for checkpoints in --output_dir, which is '': name the run's folder")
-    return problems if getattr(args, "eval", False) else problems + _output_problems(args)
-
-
-def _output_problems(args: argparse.Namespace) -> list[str]:
-    # Can the folders be written to? If log_dir is output_dir, report it once.
-    problems = []
-    for name in ("output_dir", "log_dir"):
-        path = getattr(args, name)
-        if path and (reason := output_dir.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
-            problems.append(f"--{name} {path} can't be written to: {reason}")
-
-    # Would --overwrite remove the checkpoint from which to start?
-    for name in ("finetune", "init"):
-        source = Path(getattr(args, name, ""))
-        is_checkpoint = fnmatch(source.resolve().name, "checkpoint-*.pth")
-        if args.overwrite and is_checkpoint and is_inside(str(source), args.output_dir):
-            problems.append(f"--overwrite would remove --{name} {source} itself: choose another --output_dir")
-
-    # Does output_dir hold a run that a fresh start would spoil?
-    if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):
-        return problems
-    patterns = "log.txt", "checkpoint-*.pth"
-    files = sorted(path.name for pattern in patterns for path in Path(args.output_dir).glob(pattern))
-    if files:
-        resume = "--resume auto resumes it, " if files != ["log.txt"] else ""
-        problems.append(
-            f"--output_dir {args.output_dir} holds another run ({files[0]}): {resume}--overwrite removes it, or choose "
-            "another folder"
-        )
-    return problems

@@ -1,4 +1,6 @@
 # Sourced by the recipes for CIFAR-10 with the small encoder: the flags that its jobs share, and the encoder they use.
+# To choose settings without the test images, keep such runs apart, and pass --val_fraction 0.1:
+#     OUT=output/choice RESULTS=output/choice recipes/cifar10_small/finetune.sh --val_fraction 0.1 ...
 . "$(dirname "$0")/../common.sh"
 common=(--data_path "$data" --input_size 32 --num_workers 1 --seed $seed --resume auto)
 classify=("${common[@]}" --nb_classes 10 --crop_pct 1 --save_freq 100 --keep 1 --model vit_demo_patch4)

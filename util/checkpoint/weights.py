@@ -36,37 +36,35 @@ def load_model(
     model.load_state_dict(state)
 
 
-def load_for_eval(source: str, model: nn.Module, args: dict, class_to_idx: dict[str, int]) -> None:
+def load_for_eval(
+    source: str, model: nn.Module, args: dict, folders: list[str], class_names: list[str] | None = None
+) -> list[int]:
     """Load the weights to evaluate, or their EMA with args["model_ema"].
 
     Args:
         source: File, folder or address of the checkpoint; "": --resume auto found none.
         model: The classifier to load them into.
         args: The run's flags.
-        class_to_idx: The classes of the run's images.
+        folders: Class folders of the run's images: all the classes of the checkpoint, or some of them.
+        class_names: Names of the checkpoint's classes, in their order; None: those that it stores.
+
+    Returns:
+        The class number, in the checkpoint, of each folder.
 
     Raises:
-        UserError: There is no checkpoint, or it does not fit the model or the classes.
+        UserError: There is no checkpoint, or it does not fit the model or the folders.
     """
     if not source:
         raise UserError(
             f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate. Pass its path as --resume"
         )
     checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
-    load_model(source, checkpoint, model, args, class_to_idx)
-
-    # Released files name no classes: by convention their numbers are those of the sorted folders.
-    classes = model.config["num_classes"]
-    if not checkpoint.get("class_to_idx"):
-        if len(class_to_idx) != classes:
-            raise UserError(
-                f"--data_path has {len(class_to_idx)} class folders in val/, and {source} has {classes} classes "
-                f"without names: class k is taken to be the k-th folder, so that there must be {classes}, some of "
-                "which may be empty"
-            )
-        dist.print_rank0(f"notice: {source} names no classes: class k is taken to be the k-th folder of val/, sorted")
-    comparison.compare_flags(source, checkpoint, args, ("mean", "std", "crop_pct", "exif"))
+    load_model(source, checkpoint, model, args)
+    names = comparison.class_names(source, checkpoint, model.config["num_classes"], class_names)
+    numbers = comparison.match_classes(source, names, folders, model.config["num_classes"])
+    comparison.compare_flags(source, checkpoint, args, ("mean", "std", "crop_pct", "exif", "val_fraction", "val_seed"))
     dist.print_rank0(f"weights from {source}")
+    return numbers
 
 
 def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:

@@ -4,7 +4,7 @@ import errno
 import os
 import posixpath
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -64,6 +64,11 @@ class Members:
     def stored_name(self, name: str) -> str:
         """Return the name in the archive of an image that is called `name` in the listing."""
         return self.prefix + (name.partition("/")[2] if self.adds_class else name)
+
+    def select(self, wanted: np.ndarray) -> "Members":
+        """Return where some of the images lie: those that `wanted` [images] marks."""
+        arrays = {name: getattr(self, name)[wanted] for name in ("numbers", "offsets", "sizes")}
+        return replace(self, **arrays)
 
     def read(self, index: int, name: str) -> bytes:
         """Return the bytes of an image, which is called `name` in the listing.

@@ -15,6 +15,7 @@ from torchvision.datasets import ImageFolder
 from util.data import splits
 from util.data.images import BadImage, Pixels, WrongChannels, load_array
 from util.data.listing import Listing, join_names
+from util.data.splits import DataSpec
 from util.distributed import dist
 from util.errors import LocalError, UserError
 from util.rng import seed_all
@@ -164,6 +165,11 @@ class TrainImages(Dataset):
         seed_all(self.seed, epoch, index)
         return _first_readable(self._load, self._candidates(index), partial(_report_bad, self.bad))
 
+    def counts(self) -> np.ndarray:
+        """Return the number of images of every class that are trained on."""
+        targets = self.images.targets if self.chosen is None else self.images.targets[self.chosen]
+        return np.bincount(targets, minlength=len(self.images.classes))
+
     def _load(self, index: int) -> Sample:
         return self.images[index if self.chosen is None else int(self.chosen[index])]
 
@@ -191,22 +197,22 @@ def _choose_per_class(images: Images, seed: int, fraction: float) -> np.ndarray:
 
 def open_split(
     kind: type[Images],
-    data_path: str,
+    data: DataSpec,
     split: str,
     transform: Callable | None,
     pixels: Pixels,
     *,
     flat: bool = False,
 ) -> Images:
-    """Open data_path/split and check that there are images, and that the first, if readable, fits the model.
+    """Open a split and check that there are images, and that the first, if readable, fits the model.
 
     Args:
         kind: Class of the dataset; it tells whether a class may have no images.
-        data_path: Folder that holds the splits.
+        data: The run's images.
         split: Name of the split, train or val.
         transform: From an array [H, W, C] to a tensor [C, H, W]; None: the arrays are returned as they are.
         pixels: How files become the model's input.
-        flat: Also take images without classes, and those of data_path itself where there is no such split.
+        flat: Also take images without classes, and those of data.path itself where there is no such split.
 
     Returns:
         The dataset.
@@ -216,10 +222,10 @@ def open_split(
             the first image can't be converted to the model's channels.
     """
     # Rank 0 reads folders and headers, and broadcasts the list.
-    source, found = dist.run_on_rank0(lambda: _find_and_list(data_path, split, flat))
+    source, found = dist.run_on_rank0(lambda: splits.list_part(data, split, flat))
     dataset = kind(source.root, found, transform, pixels)
     _check_not_empty(dataset)
-    for notice in _notices(source.root, found):
+    for notice in _notices(data, split, source.root, found):
         dist.print_rank0(f"notice: {notice}")
 
     # Decode one image: if its channels do not fit, neither will those of the others.
@@ -232,20 +238,14 @@ def open_split(
     return dataset
 
 
-def _find_and_list(data_path: str, split: str, flat: bool) -> tuple[splits.Source, Listing]:
-    source = splits.find_split(data_path, split, flat)
-    if source is None:
-        raise UserError(
-            f"no folder {Path(data_path) / split}: --data_path must hold {split}/<class>/<images>, or {split}.tar"
-            f"{splits.similar(data_path, split)}"
-        )
-    # Whatever becomes of the working directory, loader processes find the archives.
-    source = source._replace(archives=[archive.absolute() for archive in source.archives])
-    return source, splits.list_split(source, split, flat)
-
-
-def _notices(root: Path, found: Listing) -> list[str]:
+def _notices(data: DataSpec, split: str, root: Path, found: Listing) -> list[str]:
     """Return what the user should know about a split that was listed."""
+    if data.val_fraction and split == "val":
+        # Of the folder itself, training says what is to be said.
+        notices = [f"{len(found):,} of the {len(found) + found.held_out:,} images in {root} are held out as val"]
+        unread = [place for name in ("val", f"val{splits.ARCHIVE}") if (place := Path(data.path) / name).exists()]
+        return notices + [f"{place} is not read, since --val_fraction is given" for place in unread]
+
     notices = []
     if str(found.left_out):
         notices.append(f"left out in {root}: {found.left_out}")
@@ -269,6 +269,11 @@ def _check_not_empty(dataset: Images) -> None:
     if len(dataset) and not dataset.needs_every_class:
         dist.print_rank0(f"notice: {len(empty)} of {len(dataset.classes)} classes have no images: {folders}")
         return
+
+    if not len(dataset) and dataset.listing.held_out:
+        raise UserError(
+            f"no image of {dataset.root} can be held out for validation: none of its classes has two or more"
+        )
 
     # A training class without any is more likely an unfinished copy than intended.
     left_out = dataset.listing.left_out

@@ -8,7 +8,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +93,8 @@ class Listing:
         members: Where the files lie in archives; None: they are files by themselves. The sequence's paths then are
             MemberPaths.
         mixed: Whether files lie both in the root itself and in folders there, and all count as one class.
+        held_out: Number of files that are not in the list since, of one split's files, some are held out for
+            validation: in the list for training those that are held out, in that for validation the others.
     """
 
     root: str
@@ -103,6 +105,7 @@ class Listing:
     classes: list[str]
     members: Members | None = None
     mixed: bool = False
+    held_out: int = 0
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -111,16 +114,47 @@ class Listing:
         return self._path(index, self.name(index)), int(self.targets[index])
 
     def __iter__(self) -> Iterator[tuple[str | MemberPath, int]]:
+        for index, (name, target) in enumerate(zip(self.names_as_bytes(), self.targets.tolist(), strict=True)):
+            yield self._path(index, os.fsdecode(name)), target
+
+    def names_as_bytes(self) -> Iterator[bytes]:
+        """Yield the path of each file, relative to the root, as bytes."""
         # Plain bytes and integers: indexing arrays a million times would take seconds.
         names, start = self.names.tobytes(), 0
-        for index, (end, target) in enumerate(zip(self.ends.tolist(), self.targets.tolist(), strict=True)):
-            yield self._path(index, os.fsdecode(names[start:end])), target
+        for end in self.ends.tolist():
+            yield names[start:end]
             start = end
 
     def name(self, index: int) -> str:
         """Return the path of a file, relative to the root: <class>/<file>."""
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.names[start : self.ends[index]].tobytes())
+
+    def select(self, wanted: np.ndarray) -> "Listing":
+        """Return the list of some of the files; the others count as held out.
+
+        Args:
+            wanted: Whether to take each file [files].
+        """
+        lengths = np.diff(self.ends, prepend=0)
+        return replace(
+            self,
+            names=self.names[np.repeat(wanted, lengths)],
+            ends=np.cumsum(lengths[wanted]),
+            targets=self.targets[wanted],
+            members=self.members.select(wanted) if self.members else None,
+            held_out=int(len(self) - wanted.sum()),
+        )
+
+    def renumber(self, classes: list[str]) -> "Listing":
+        """Return the same list with the classes in another order, which may name classes without files, too.
+
+        Args:
+            classes: Names of the classes in the order of their new numbers; among them those that the list has.
+        """
+        numbers = {name: number for number, name in enumerate(classes)}
+        renumbered = np.array([numbers[name] for name in self.classes], self.targets.dtype)
+        return replace(self, targets=renumbered[self.targets], classes=classes)
 
     def _path(self, index: int, name: str) -> str | MemberPath:
         return MemberPath(self.members, index, name) if self.members else os.path.join(self.root, name)

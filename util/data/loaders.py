@@ -14,7 +14,7 @@ from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, c
 from util.data.erasing import ErasableImage, erase_boxes, pack_boxes
 from util.data.images import Pixels
 from util.data.listing import UnreadableFolder
-from util.data.splits import find_split, similar
+from util.data.splits import DataSpec, find_split, similar
 from util.distributed import dist, launchers
 from util.distributed.signals import shield_worker
 from util.errors import LocalError, UserError
@@ -156,6 +156,11 @@ class TrainLoader(DeviceLoader):
         if self.problem:
             yield from [last] * left
 
+    def class_weights(self) -> Tensor:
+        """Return balanced weights of the classes [C]: images / (C * images of the class), 1 where all have as many."""
+        counts = torch.from_numpy(self.dataset.counts()).float()
+        return (counts.sum() / (len(counts) * counts)).to(self.device)
+
 
 def collate(samples: list[tuple[Tensor | ErasableImage, int]]) -> tuple[Tensor, ...]:
     """Stack samples to a batch: imgs [N, C, H, W] and class numbers [N], then, if images may be erased, how.
@@ -230,20 +235,20 @@ def _start_worker(_: int) -> None:
 
 
 def train_loader(
-    data_path: str,
+    data: DataSpec,
     transform: Callable,
     pixels: Pixels,
     loading: Loading,
     *,
     fraction: float = 1.0,
     flat: bool = False,
-) -> DeviceLoader:
-    """Open shuffled batches of data_path/train, each rank's from its own share of the images.
+) -> TrainLoader:
+    """Open shuffled batches of the training images, each rank's from its own share of the images.
 
     The sampler leaves an epoch's incomplete last batch out; its set_epoch(epoch) chooses the epoch's order.
 
     Args:
-        data_path: Holds train/<class>/<images>.
+        data: The run's images.
         transform: From an array [H, W, C] to a tensor [C, H, W].
         pixels: How files become the model's input.
         loading: How batches are loaded.
@@ -256,7 +261,7 @@ def train_loader(
     Raises:
         UserError: The folder does not hold images as it should, or too few to fill one batch on every rank.
     """
-    images = open_split(Images, data_path, "train", transform, pixels, flat=flat)
+    images = open_split(Images, data, "train", transform, pixels, flat=flat)
     dataset = TrainImages(images, loading.seed, fraction)
     sampler = EpochSampler(len(dataset), loading.batch_size, loading.seed)
     if not sampler.steps:
@@ -287,14 +292,14 @@ def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceL
 
 
 def monitor_loaders(
-    data_path: str, train: Images, transform: Callable, loading: Loading
+    data: DataSpec, train: Images, transform: Callable, loading: Loading
 ) -> tuple[DeviceLoader | None, DeviceLoader]:
     """Open images to monitor pre-training with: up to 5,000 of val/ and up to 10,000 of train/, evenly spread.
 
     The images are divided among the ranks.
 
     Args:
-        data_path: Holds val/, where there is one.
+        data: The run's images; val may be missing.
         train: The training images, as they were listed, with the pixels that the model takes.
         transform: From an array [H, W, C] to a tensor [C, H, W].
         loading: How batches are loaded.
@@ -314,11 +319,11 @@ def monitor_loaders(
 
     try:
         val = None
-        if dist.run_on_rank0(lambda: find_split(data_path, "val") is not None):
-            val = load_some(open_split(MonitorImages, data_path, "val", transform, train.pixels, flat=True), 5000)
+        if data.val_fraction or dist.run_on_rank0(lambda: find_split(data.path, "val") is not None):
+            val = load_some(open_split(MonitorImages, data, "val", transform, train.pixels, flat=True), 5000)
         else:
-            hint = similar(data_path, "val")
-            dist.print_rank0(f"notice: no val/ in {data_path}, so there will be no test_loss and no test_knn{hint}")
+            hint = similar(data.path, "val")
+            dist.print_rank0(f"notice: no val/ in {data.path}, so there will be no test_loss and no test_knn{hint}")
     except UnreadableFolder:
         raise
     except UserError as error:
@@ -332,7 +337,7 @@ def monitor_loaders(
 
 
 def classifier_loaders(
-    data_path: str,
+    data: DataSpec,
     nb_classes: int,
     train_transform: Callable | None,
     eval_transform: Callable,
@@ -341,11 +346,11 @@ def classifier_loaders(
     *,
     fraction: float = 1.0,
     distributed_eval: bool = False,
-) -> tuple[DeviceLoader | None, DeviceLoader]:
-    """Open the loaders of train/ and val/, whose classes must agree.
+) -> tuple[TrainLoader | None, DeviceLoader]:
+    """Open the loaders of train and val, whose classes must agree.
 
     Args:
-        data_path: Holds train/<class>/<images> and val/<class>/<images>.
+        data: The run's images.
         nb_classes: Number of outputs of the head, which must be the number of classes in training.
         train_transform: Transform of training images; None: train/ is not opened.
         eval_transform: Transform of validation images.
@@ -362,8 +367,8 @@ def classifier_loaders(
     """
     train = None
     if train_transform:
-        train = train_loader(data_path, train_transform, pixels, loading, fraction=fraction)
-    val_set = open_split(EvalImages, data_path, "val", eval_transform, pixels)
+        train = train_loader(data, train_transform, pixels, loading, fraction=fraction)
+    val_set = open_split(EvalImages, data, "val", eval_transform, pixels)
     if train:
         check_classes(train.dataset.images, val_set, nb_classes)
     return train, eval_loader(val_set, loading, distributed_eval)

@@ -3,16 +3,18 @@
     data_path/train/<class>/*.jpg       folders
     data_path/train.tar, train/*.tar    archives (their forms: util/data/archive_forms.py)
 
-The same for val. Pre-training also takes images without class folders, in data_path/train, or images and archives in
-data_path where there is no such split.
+The same for val, in whose place some images of train can be held out (util/data/holdout.py). Pre-training also takes
+images without class folders, in data_path/train, or images and archives in data_path where there is no such split.
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from util.data.archive_forms import list_members
 from util.data.archive_index import load_index
+from util.data.holdout import choose_held_out
 from util.data.images import EXTENSIONS
 from util.data.listing import Listing, join_names, list_files, read_folder
 from util.data.tar import BadArchive
@@ -32,6 +34,23 @@ OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".t
 def is_image(name: str) -> bool:
     """Return whether a file name is that of an image; hidden files (.DS_Store, ._a.jpg) are not."""
     return name.lower().endswith(EXTENSIONS) and name[0] != "."
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The images of a run, and how they are divided.
+
+    Attributes:
+        path: Folder that holds the splits train and val.
+        val_fraction: Share of the images of train that is held out and used as val; 0: val is read.
+        val_seed: Seed that determines which images are held out.
+        class_names: Names of the class folders in the order of the classes' numbers; None: sorted.
+    """
+
+    path: str
+    val_fraction: float = 0.0
+    val_seed: int = 0
+    class_names: list[str] | None = None
 
 
 class Source(NamedTuple):
@@ -153,6 +172,43 @@ def list_split(source: Source, split: str, flat: bool = False) -> Listing:
     found = list_files(str(source.root), classes, is_image)
     found.mixed = mixed
     return found
+
+
+def list_part(data: DataSpec, split: str, flat: bool = False) -> tuple[Source, Listing]:
+    """List the images of a split, or, where images are held out, those of train that are, or are not, held out.
+
+    Args:
+        data: The run's images.
+        split: Name of the split, train or val.
+        flat: Also take images without classes, and those of data.path itself where there is no such split.
+
+    Raises:
+        UserError: The split is missing, has no classes or other ones than data.class_names, or can't be read.
+    """
+    stored = "train" if data.val_fraction else split
+    source = find_split(data.path, stored, flat)
+    if source is None:
+        instead = ", or --val_fraction 0.1 holds out a tenth of the training images" if stored == "val" else ""
+        raise UserError(
+            f"no folder {Path(data.path) / stored}: --data_path must hold {stored}/<class>/<images>, or {stored}.tar"
+            f"{similar(data.path, stored)}{instead}"
+        )
+    # Whatever becomes of the working directory, loader processes find the archives.
+    source = source._replace(archives=[archive.absolute() for archive in source.archives])
+    found = list_split(source, stored, flat)
+
+    if data.val_fraction:
+        held_out = choose_held_out(found.names_as_bytes(), found.targets, data.val_fraction, data.val_seed)
+        found = found.select(held_out if split == "val" else ~held_out)
+    if data.class_names:
+        unknown = sorted(set(found.classes) - set(data.class_names))
+        if unknown:
+            raise UserError(
+                f"--class_names names {len(data.class_names)} classes, not these folders in {source.root}: "
+                f"{join_names(unknown)}. It must name every class folder, in the order of the classes' numbers"
+            )
+        found = found.renumber(data.class_names)
+    return source, found
 
 
 def similar(data_path: str, split: str) -> str:

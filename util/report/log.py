@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from util.checkpoint.output_dir import is_utf8, replace
+from util.data.datasets import TrainImages
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.misc import Checkpoints
@@ -63,7 +64,7 @@ class RunLog:
         work = f", {self.flops_per_image / 1e9:.3g} GFLOP per image" if self.flops_per_image else ""
         total = sum(p.numel() for p in model.parameters())
         batch = args["batch_size"] * args["accum_iter"] * ranks
-        dist.print_rank0(f"data      {len(loader.dataset)} images in {loader.dataset.images.root}")
+        dist.print_rank0(f"data      {describe_images(loader.dataset)}")
         dist.print_rank0(
             f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
             f"{self.n_parameters / 1e6:.2f} M of them trained{work}"
@@ -130,6 +131,13 @@ class RunLog:
         except Exception as error:  # of the writer's thread, too, whatever it met
             self.board = None
             dist.print_rank0(f"warning: no more TensorBoard events, since they can't be written: {error}")
+
+
+def describe_images(dataset: TrainImages) -> str:
+    """Return a phrase that counts the training images, and those that are held out for validation."""
+    held_out = dataset.images.listing.held_out
+    beside = f"; {held_out:,} more are held out for validation" if held_out else ""
+    return f"{len(dataset):,} images in {dataset.images.root}{beside}"
 
 
 def _in_utf8(folder: str) -> str:
