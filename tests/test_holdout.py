@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import ranks
 import torch
 from archives import pack
-from conftest import SAMPLES, link_images
+from conftest import ROOT, SAMPLES, link_images
 
 import main_finetune
 import main_linprobe
@@ -22,6 +23,10 @@ from util.data.images import Pixels
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop
 from util.errors import UserError
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import mean_std
+import pixel_baseline
 
 CPU = torch.device("cpu")
 
@@ -204,13 +209,25 @@ def test_wrong_values_are_refused(flag, folder, tmp_path, refusal):
     assert flag.split()[0] in said
 
 
-def test_the_statistics_leave_out_what_is_held_out(folder, tmp_path, script):
-    train, _ = parts(folder)
-    for name in train:
-        target = tmp_path / "kept" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to((folder / "train" / name).resolve())
-    told = script("scripts/mean_std.py", folder / "train", "--val_fraction", "0.25").stdout
-    assert told == script("scripts/mean_std.py", tmp_path / "kept").stdout
-    assert f"# {len(train)} images" in told
-    assert script("scripts/mean_std.py", folder / "train", "--val_fraction", "2").returncode == 2
+@pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+def test_the_scripts_divide_the_images_as_training_does(folder, tmp_path, capsys):
+    train, val = parts(folder)
+    for split, part in (("train", train), ("val", val)):
+        for name in part:
+            target = tmp_path / split / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to((folder / "train" / name).resolve())
+
+    def printed(main, *argv):
+        capsys.readouterr()
+        main([str(word) for word in argv])
+        return capsys.readouterr().out.splitlines()[-1]
+
+    flags = "--val_fraction", 0.25
+    told = printed(mean_std.main, folder / "train", *flags)
+    assert told == printed(mean_std.main, tmp_path / "train") != printed(mean_std.main, folder / "train")
+    baseline = printed(pixel_baseline.main, "--data_path", folder, "--iterations", 5, *flags)
+    assert baseline == printed(pixel_baseline.main, "--data_path", tmp_path, "--iterations", 5)
+    for main, argv in ((mean_std.main, [folder / "train"]), (pixel_baseline.main, ["--data_path", folder])):
+        with pytest.raises(UserError, match="--val_fraction 2.0 must be at least 0 and less than 1"):
+            main([*map(str, argv), "--val_fraction", "2"])

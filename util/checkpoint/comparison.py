@@ -83,7 +83,7 @@ def refuse_other_classes(source: str, stored: dict[str, int] | None, current: di
     differences = class_differences(list(stored), list(current), source, "--data_path")
     raise UserError(
         f"{source} was trained on other classes, and would name the wrong ones. "
-        f"{differences or 'their order differs'}. Pass the --data_path that it was trained on"
+        f"{differences or 'their order differs'}. Pass the --data_path, and the --class_names, that it was trained with"
     )
 
 
