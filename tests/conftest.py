@@ -33,8 +33,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items):
-    """Start the demo, which takes longest, first, so that no worker waits for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    """Start with the files whose tests take longest, so that no worker waits for one of them at the end."""
+    longest = ("test_demo.py", "test_soak.py", "test_benchmarks.py", "test_recipes.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def link_images(source: Path, target: Path, classes: int | None = None, count: int | None = None) -> None:

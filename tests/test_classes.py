@@ -139,18 +139,18 @@ def expected_figures(file, root, numbers):
     return [100 * float(top[:, 0].float().mean()), 100 * float(top.any(dim=1).float().mean()), float(loss)]
 
 
-def test_evaluation_finds_the_named_classes_whatever_their_order(released, capsys):
+def test_evaluation_finds_the_named_classes_whatever_their_order(released, images, capsys):
     file, names = released
     said, figures = evaluate(
-        capsys, "--nb_classes", 10, "--resume", file, "--data_path", SAMPLES, "--class_names", names
+        capsys, "--nb_classes", 10, "--resume", file, "--data_path", images, "--class_names", names
     )
     listed = names.read_text().split("\n")
-    assert figures == pytest.approx(expected_figures(file, SAMPLES, [listed.index(name) for name in CLASSES]), abs=1e-3)
+    assert figures == pytest.approx(expected_figures(file, images, [listed.index(name) for name in CLASSES]), abs=1e-3)
     assert "notice" not in said
 
     # Without names class k is taken for the k-th folder, which is said once.
-    said, plain = evaluate(capsys, "--nb_classes", 10, "--resume", file, "--data_path", SAMPLES)
-    assert plain == pytest.approx(expected_figures(file, SAMPLES, list(range(10))), abs=1e-3)
+    said, plain = evaluate(capsys, "--nb_classes", 10, "--resume", file, "--data_path", images)
+    assert plain == pytest.approx(expected_figures(file, images, list(range(10))), abs=1e-3)
     assert plain != figures and said.count("class k is taken to be the k-th folder") == 1
 
 

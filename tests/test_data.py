@@ -4,8 +4,6 @@ import io
 import re
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 
 import faults
@@ -287,14 +285,3 @@ def test_a_loader_process_hands_a_users_error_over_without_its_traceback():
     trace = "Original Traceback (most recent call last):\n  File x\nutil.images.BadImage: a\n\n"
     wrapped = LocalError(f"Caught LocalError in worker process 0.\n{trace}util.errors.LocalError: a.png: bad\nmore\n")
     assert str(wrapped) == "a.png: bad\nmore"
-
-
-def test_one_whole_process_ends_in_one_message(data, tmp_path):
-    (data / "train" / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "main_pretrain.py", *job_argv("pretrain", data, tmp_path / "out")],
-        cwd=faults.Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: no images in")

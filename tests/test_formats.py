@@ -31,6 +31,7 @@ from util.misc import Checkpoints, Position
 
 CPU = torch.device("cpu")
 SIZES = ["small", pytest.param("base", marks=pytest.mark.slow)]
+BASE_ENCODER = pytest.param("encoder", "base", marks=pytest.mark.slow)
 CLASSES = {"cat": 0, "dog": 1, "eel": 2}
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
 SMALL_MAE = {**SMALL, "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 4, "norm_pix_loss": True}
@@ -176,8 +177,9 @@ def test_hugging_faces_image_processor_sees_what_evaluation_sees(side, flags, tm
     assert theirs.shape == ours.shape and ((ours - mean) / std - theirs).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["encoder", "pooled", "token", "probe"])
+@pytest.mark.parametrize(
+    ("kind", "size"), [(kind, "small") for kind in ("encoder", "pooled", "token", "probe")] + [BASE_ENCODER]
+)
 def test_models_become_timms_and_come_back(size, kind, tmp_path):
     if kind == "encoder":
         model = autoencoder(size)
@@ -219,8 +221,15 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
     assert torch.equal(fresh.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["encoder", pytest.param("pooled", marks=pytest.mark.slow), "attentive"])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("encoder", "small"),
+        ("attentive", "small"),
+        pytest.param("pooled", "small", marks=pytest.mark.slow),
+        BASE_ENCODER,
+    ],
+)
 def test_models_become_onnx(size, kind, tmp_path):
     """The exported model takes any number of images."""
     if kind == "encoder":

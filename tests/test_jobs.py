@@ -93,6 +93,8 @@ def test_published_classifier_commands_and_their_evaluation(job, published, pret
         "test_acc1",
         "test_acc5",
         "test_loss",
+        "test_balanced_acc",
+        "test_macro_f1",
         "epoch",
         "n_parameters",
         "data_wait",

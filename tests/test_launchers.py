@@ -179,6 +179,7 @@ def test_gpus_that_the_local_executor_would_not_take_are_refused(tmp_path, monke
     main_submitit.executor(args)
 
 
+@pytest.mark.slow
 def test_submitits_debug_runs_in_this_process(images, tmp_path):
     job = submit(images, tmp_path, "--epochs", 2, executor="debug", tasks=1)
     assert "trained 2 epochs" in job.communicate(timeout=120)[0] and job.returncode == 0

@@ -108,4 +108,5 @@ def test_an_old_checkpoint_resumes(job, resume):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert (ours[name] - value).abs().max() <= 1e-5, name  # another processor rounds differently
-    assert ended["stats"] == {name: pytest.approx(value, abs=1e-4) for name, value in end["stats"].items()}
+    stats = {name: ended["stats"][name] for name in end["stats"]}  # which had fewer figures
+    assert stats == {name: pytest.approx(value, abs=1e-4) for name, value in end["stats"].items()}

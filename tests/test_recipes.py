@@ -191,7 +191,8 @@ def test_the_recipes_of_the_small_encoder_on_cifar10_run(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10/pretrain", "cifar10/finetune", "cifar10/scratch", "imagenette/pretrain"])
 def test_recipes_for_a_gpu_have_flags_that_are_right(name, recipe, tmp_path):
-    """Their commands run with one epoch of small images."""
-    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "1", "--warmup_epochs", "0", "--input_size", "32"]
+    """Their commands run with one epoch of small images: of 16 patches by 2 pixels, or of 4 by 16."""
+    side = "8" if name.startswith("cifar10") else "32"
+    small = ["--device", "cpu", "--batch_size", "16", "--epochs", "1", "--warmup_epochs", "0", "--input_size", side]
     recipe(name, *small, *(["--finetune", ""] if name.endswith("finetune") else []))
     assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 1

@@ -1,4 +1,4 @@
-"""Soak test: 80 short epochs of a run that is killed again and again (minutes; pytest -m soak)."""
+"""Soak test: 40 short epochs of a run that is killed again and again (minutes; pytest -m soak)."""
 
 import random
 import re
@@ -7,11 +7,11 @@ import faults
 import pytest
 from runs import EVERY_STEP, assert_same_end, job_argv
 
-EPOCHS, KEEP = 80, 3
+EPOCHS, KEEP = 40, 3
 
 
 @pytest.mark.soak
-def test_80_epochs_under_kill_9(images, tmp_path):
+def test_40_epochs_under_kill_9(images, tmp_path):
     """The run ends as an undisturbed one, and leaves --keep checkpoints, the best and the last."""
     flags = ["--patch_size", 7, "--epochs", EPOCHS, "--keep", KEEP, "--num_workers", 0]
     for name in ("whole", "cut"):
@@ -33,7 +33,7 @@ def test_80_epochs_under_kill_9(images, tmp_path):
             break
         assert code == -9, (tmp_path / "out").read_text()[-3000:]
     print(f"{kills} kills")
-    assert kills >= 8
+    assert kills >= 4
     assert_same_end(tmp_path / "cut", tmp_path / "whole")
     left = sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*"))
     best = int(re.findall(r"best accuracy so far: \S+ %, after epoch (\d+)", (tmp_path / "out").read_text())[-1])

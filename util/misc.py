@@ -39,8 +39,8 @@ from util.rng import get_rng_state
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
 # Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
-# Flags on which the best figure so far depends.
-BEST_OF = ("best_by", "val_fraction", "val_seed")
+# Flags on which the best figure so far depends, with their values in checkpoints that lack them.
+BEST_OF = {"best_by": "acc1", "val_fraction": 0.0, "val_seed": 0}
 # Flags whose change is not worth a line when a run is resumed: they do not decide which updates are computed.
 NEUTRAL_FLAGS = {
     *("resume", "resume_override", "overwrite", "start_epoch", "eval", "init"),  # how the run starts
@@ -308,7 +308,7 @@ class Checkpoints:
 
         # A best figure of another kind, or of other images, is no measure for those to come.
         stored = checkpoint_args(checkpoint)
-        if any(stored.get(name, self.args.get(name)) != self.args.get(name) for name in BEST_OF):
+        if any(stored.get(name, value) != self.args.get(name, value) for name, value in BEST_OF.items()):
             position.best, position.best_epoch = -1.0, -1
 
         # The place in an epoch is a number of images, which says nothing about another order or grouping of them.
