@@ -13,6 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
+import counted
 import torch
 
 import main_finetune
@@ -250,6 +251,7 @@ def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple)
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
+counted.remember_small_models()
 
 
 def process(target, *args):

@@ -8,7 +8,7 @@ import faults
 import pytest
 import torch
 
-COMMON = "--input_size 28 --warmup_epochs 1 --amp off --device cpu"
+COMMON = "--input_size 28 --patch_size 7 --warmup_epochs 1 --amp off --device cpu"
 CLASSIFY = f"{COMMON} --model vit_demo_patch4 --nb_classes 10 --batch_size 16 --epochs 2"
 FLAGS = {
     "pretrain": f"{COMMON} --model mae_vit_demo_patch4 --batch_size 8 --accum_iter 2 --epochs 3 --blr 0.05",

@@ -26,8 +26,8 @@ from util.errors import UserError
 from util.report.scores import Evaluation, Scores
 
 CPU = torch.device("cpu")
-COMMON = "--input_size 28 --batch_size 16 --warmup_epochs 0 --epochs 1 --amp off --device cpu --num_workers 0"
-SMALL = [*COMMON.split(), "--model", "vit_demo_patch4"]
+FLAGS = "--input_size 28 --patch_size 7 --batch_size 16 --epochs 1 --warmup_epochs 0 --num_workers 0"
+SMALL = f"{FLAGS} --amp off --device cpu --model vit_demo_patch4".split()
 CLASSES = sorted(folder.name for folder in (SAMPLES / "val").iterdir())
 
 
@@ -87,7 +87,7 @@ def test_what_is_no_file_of_names_is_refused(text, message, tmp_path):
 def released(tmp_path):
     """File of a classifier in the released form, and one of the names of its classes, whose order is not sorted."""
     torch.manual_seed(0)
-    model = models_vit.vit_demo_patch4(img_size=28, num_classes=10, global_pool=True)
+    model = models_vit.vit_demo_patch4(img_size=28, patch_size=7, num_classes=10, global_pool=True)
     nn.init.normal_(model.head.weight)
     nn.init.normal_(model.head.bias)
     torch.save({"model": model.state_dict()}, tmp_path / "mae_finetuned.pth")

@@ -22,7 +22,9 @@ from util.errors import LocalError, UserError
 
 CPU = torch.device("cpu")
 MAINS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main, "linprobe": main_linprobe.main}
-SMALL = "--input_size 28 --batch_size 16 --num_workers 0 --epochs 1 --warmup_epochs 0 --amp off --device cpu"
+SMALL = (
+    "--input_size 28 --patch_size 7 --batch_size 16 --epochs 1 --warmup_epochs 0 --amp off --device cpu --num_workers 0"
+)
 MODEL = {"pretrain": "mae_vit_demo_patch4", "finetune": "vit_demo_patch4", "linprobe": "vit_demo_patch4"}
 
 

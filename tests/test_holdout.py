@@ -147,7 +147,10 @@ def test_every_rank_has_the_same_parts(folder, tmp_path):
     assert ranks.run(2, tmp_path / "out", held_out_on_ranks, folder) == [expected, expected]
 
 
-SMALL = "--input_size 28 --batch_size 16 --epochs 1 --warmup_epochs 0 --amp off --device cpu --val_fraction 0.25"
+SMALL = (
+    "--input_size 28 --patch_size 7 --batch_size 16 --epochs 1 --warmup_epochs 0 --amp off --device cpu "
+    "--val_fraction 0.25"
+)
 CLASSIFIER = f"{SMALL} --model vit_demo_patch4 --nb_classes 4"
 
 

@@ -159,22 +159,21 @@ def initialised(images, source, tmp_path_factory):
     root = tmp_path_factory.mktemp("init")
     file, _ = released_full(source, root)
     (root / "run").mkdir()
-    finish(images, root / "run", "--num_workers", 0, "--init", file)
+    finish(images, root / "run", "--num_workers", 0, "--init", file, "--patch_size", 4)
     return file, root / "run"
 
 
 def test_a_run_from_a_file_killed_and_resumed_ends_with_the_same_bits(images, initialised, tmp_path):
     """--resume auto beside --init starts from the file once, and goes on from the checkpoints afterwards."""
     file, undisturbed = initialised
-    more = ["--num_workers", 0, "--init", file, "--resume", "auto"]
-    process = faults.start(
-        "pretrain", job_argv(images, tmp_path, *EVERY_STEP, *more), tmp_path / "out", ("slow_steps", 0.05)
-    )
+    more = ["--num_workers", 0, "--init", file, "--resume", "auto", "--patch_size", 4]
+    argv = job_argv(images, tmp_path, *EVERY_STEP, *more)
+    process = faults.start("pretrain", argv, tmp_path / "out", ("slow_steps", 0.05))
     wait_for(tmp_path / "out", r"epoch 1/\d+ \[1/")
     process.kill()
     assert faults.exit_code(process) == -signal.SIGKILL
     assert "starting from" in (tmp_path / "out").read_text()
-    said = finish(images, tmp_path, "--num_workers", 0, "--init", file)
+    said = finish(images, tmp_path, "--num_workers", 0, "--init", file, "--patch_size", 4)
     assert "resuming from" in said and "starting from" not in said and "flags that differ" not in said
     assert_same_end(tmp_path, undisturbed)
 
@@ -194,13 +193,14 @@ def test_the_file_is_not_needed_once_there_are_checkpoints(images, initialised, 
     _, undisturbed = initialised
     shutil.copytree(undisturbed, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-last.pth").unlink()
-    said = finish(images, tmp_path / "run", "--num_workers", 0, "--init", tmp_path / "gone.pth")
+    more = ["--num_workers", 0, "--init", tmp_path / "gone.pth", "--patch_size", 4]
+    said = finish(images, tmp_path / "run", *more)
     assert "resuming from" in said
 
 
 def test_ranks_start_from_the_file_alike(images, initialised, tmp_path):
     file, undisturbed = initialised
-    argv = job_argv(images, tmp_path, "--num_workers", 0, "--init", file, "--batch_size", 4)
+    argv = job_argv(images, tmp_path, "--patch_size", 4, "--num_workers", 0, "--init", file, "--batch_size", 4)
     faults.run_ranks("pretrain", argv, tmp_path)
     one, two = state(undisturbed)["model"], state(tmp_path)["model"]
     assert (one["norm.weight"] - two["norm.weight"]).abs().max() < 0.1
@@ -210,7 +210,7 @@ def test_a_missing_file_and_its_own_removal_are_refused(images, tmp_path):
     with pytest.raises(UserError, match="--init .*none.pth: no such file"):
         main_pretrain.main([str(word) for word in job_argv(images, "", "--init", tmp_path / "none.pth")])
     (tmp_path / "checkpoint-0.pth").touch()
-    argv = job_argv(images, tmp_path, "--init", tmp_path / "checkpoint-0.pth", "--overwrite")
+    argv = job_argv(images, tmp_path, "--patch_size", 4, "--init", tmp_path / "checkpoint-0.pth", "--overwrite")
     with pytest.raises(UserError, match="--overwrite would remove --init .* itself"):
         main_pretrain.main([str(word) for word in argv])
     (tmp_path / "link.pth").symlink_to("checkpoint-0.pth")

@@ -20,8 +20,8 @@ from util.report.scores import Evaluation
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 5}
 SMALL = (
-    "--input_size 28 --batch_size 16 --num_workers 0 --device cpu --epochs 1 --warmup_epochs 0 --amp off "
-    "--nb_classes 10 --model vit_demo_patch4"
+    "--input_size 28 --patch_size 7 --batch_size 16 --epochs 1 --warmup_epochs 0 --amp off --device cpu "
+    "--num_workers 0 --nb_classes 10 --model vit_demo_patch4"
 )
 
 
@@ -48,7 +48,7 @@ def test_without_the_flag_everything_is_trained(images, tmp_path):
     main_finetune.main(words)
     main_finetune.main([*words[:-1], str(tmp_path / "b"), "--trainable_blocks", "1"])
     full, part = (json.loads((tmp_path / run / "log.txt").read_text())["n_parameters"] for run in "ab")
-    model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=10)
+    model = models_vit.MODELS["vit_demo_patch4"](img_size=28, patch_size=7, num_classes=10)
     assert full == sum(p.numel() for p in model.parameters() if p.requires_grad)
     count = sum(p.numel() for module in (model.blocks[-1], model.head, model.fc_norm) for p in module.parameters())
     assert part == count

@@ -273,6 +273,7 @@ def test_sharding_spreads_the_optimisers_memory(tmp_path):
     assert sum(shares) == whole and max(shares) < 0.4 * whole
 
 
+@pytest.mark.slow
 def test_sharded_runs_end_as_others_and_their_checkpoints_fit_anywhere(images, tmp_path):
     """Runs with and without --shard end with the same bits, and resume from each other's files, also on one rank."""
     small = ["--batch_size", 4, "--num_workers", 0, "--epochs", 2]

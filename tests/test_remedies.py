@@ -42,7 +42,7 @@ FLAGS = [
     ("pretrain", ["--batch_size", 81], "lower --batch_size to 20 or less", ["--batch_size", 20]),
     ("linprobe", ["--batch_size", 1], "needs at least 2", ["--batch_size", 2]),
     ("finetune", ["--batch_size", 5], "must be even", ["--batch_size", 6]),
-    ("pretrain", ["--input_size", 30], "not a multiple of the patch size, 4", ["--input_size", 32]),
+    ("pretrain", ["--input_size", 30], "not a multiple of the patch size, 7", ["--input_size", 35]),
     ("pretrain", ["--in_chans", 4], "needs --mean and --std, 4 numbers", "--in_chans 4 --mean 0 0 0 0 --std 1 1 1 1"),
     ("pretrain", "--mean 0 0 0 --std 0 1 1", "that never changes has 1", "--mean 0 0 0 --std 1 1 1"),
     ("pretrain", ["--decoder_dim", 30], "multiple of 4 and of --decoder_heads 4", ["--decoder_dim", 32]),
@@ -139,7 +139,7 @@ def test_another_schedule(run, tmp_path):
         (["--decoder_dim", 32], ["--decoder_dim", 64]),
         (["--decoder_depth", 1], ["--decoder_depth", 2]),
         (["--in_chans", 1], ["--in_chans", 3]),
-        (["--patch_size", 7], ["--patch_size", 4]),
+        (["--patch_size", 4], ["--patch_size", 7]),
     ],
     ids=lambda value: value[0],
 )

@@ -159,8 +159,8 @@ def test_attention_is_plain_only_where_that_is_faster():
 
 
 SMALL = (
-    "--input_size 28 --batch_size 16 --num_workers 0 --device cpu --epochs 2 --warmup_epochs 0 --amp off "
-    "--model vit_demo_patch4 --nb_classes 10"
+    "--input_size 28 --patch_size 7 --batch_size 16 --epochs 2 --warmup_epochs 0 --amp off --device cpu "
+    "--num_workers 0 --model vit_demo_patch4 --nb_classes 10"
 )
 
 
