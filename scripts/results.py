@@ -5,6 +5,7 @@
 Values are mean ± sample standard deviation over the seeds.
 
 results/<dataset>/<row>/seed<S>.jsonl                           a run's log.txt; the last epoch counts
+results/imbalanced/<none|balanced>/seed<S>.jsonl
 results/ablations/<variant>/seed<S>/<pretrain|probe|finetune|partial*>.jsonl
 docs/results/*.png                                              the plots
 """
@@ -53,6 +54,9 @@ PLOTS = {
         [("epochs10", 10), ("epochs20", 20), ("default", 40), ("epochs80", 80)],
     ),
 }
+
+# Folders in results/ that are no dataset's.
+OTHER_FOLDERS = ("ablations", "imbalanced")
 
 # Rows of a dataset's table, in order: name of the folder, label, and name of the figure in the log.
 ROWS = (
@@ -170,7 +174,7 @@ def ablations() -> None:
 
 def datasets() -> None:
     """Print a table of what pre-training gains on each dataset, then a table of each dataset's rows, and plot these."""
-    folders = [path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name != "ablations"]
+    folders = [path for path in (ROOT / "results").iterdir() if path.is_dir() and path.name not in OTHER_FOLDERS]
     overview, tables = [], []
     for folder in sorted(folders):
         summaries = {(row, name): summarise(row_logs(folder, row), name) for row, _, name in ROWS}
@@ -242,7 +246,19 @@ def plot_row(panel: Axes, label: str, paths: list[Path], name: str) -> None:
         panel.text(0.02, lines[-1][name], label, fontsize=7, va="bottom", transform=panel.get_yaxis_transform())
 
 
+def imbalanced() -> None:
+    """Print a table of what weights of the classes gain where classes differ in size."""
+    folder, names = ROOT / "results" / "imbalanced", ("test_acc1", "test_balanced_acc", "test_macro_f1")
+    rows = []
+    for row, label in (("none", "all images weigh alike"), ("balanced", "`--class_weights balanced`")):
+        summaries = [summarise(row_logs(folder, row), name) for name in names]
+        if all(summaries):
+            rows.append([label, *(format_summary(summary) for summary in summaries), summaries[0].count])
+    print(f"\nimbalanced\n\n{table(['', 'accuracy, %', 'balanced accuracy, %', 'macro F1, %', 'n'], rows)}")
+
+
 if __name__ == "__main__":
     PICTURES.mkdir(parents=True, exist_ok=True)
     datasets()
+    imbalanced()
     ablations()
