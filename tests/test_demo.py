@@ -22,16 +22,16 @@ def shorten(command: str, epochs: int, warmup: int) -> str:
 
 @pytest.mark.slow
 def test_demo_shows_what_pretraining_is_worth(script, tmp_path, monkeypatch, capsys):
-    """A third of the demo's epochs, of pre-training a fifth, show it; the differences are larger in the README."""
-    for name, epochs, warmup in (("PRETRAIN", 8, 1), ("PROBE", 3, 1), ("FINETUNE", 3, 1)):
+    """A third of the demo's epochs shows it, with smaller differences than those in the README."""
+    for name, epochs, warmup in (("PRETRAIN", 12, 2), ("PROBE", 3, 1), ("FINETUNE", 3, 1)):
         monkeypatch.setattr(demo, name, shorten(getattr(demo, name), epochs, warmup))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output_dir", str(tmp_path)])
     monkeypatch.chdir(ROOT)
     demo.main()
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["probe"] - results["probe_untrained"] >= 12
-    assert results["finetune"] - results["scratch"] >= 4
+    assert results["probe"] - results["probe_untrained"] >= 18
+    assert results["finetune"] - results["scratch"] >= 6
     assert 78 < results["pixel_neighbours"] < 79 and 0.3 < results["pretrain_loss"] < 1
     rows = ("pre-training loss", "probe, pre-trained", "probe, untrained", "fine-tuned", "from scratch", "raw pixels")
     assert all(row in said for row in rows)

@@ -9,7 +9,8 @@ number=0
 for class in samples/fashion_mnist/train/*; do
     name=$(basename "$class")
     mkdir -p "$data/train/$name" "$data/val/$name"
-    ls -d "$PWD/$class"/* | head -n "${sizes[$number]}" | xargs ln -sft "$data/train/$name"
+    files=("$PWD/$class"/*)
+    ln -sft "$data/train/$name" "${files[@]:0:${sizes[$number]}}"
     ln -sft "$data/val/$name" "$PWD/samples/fashion_mnist/val/$name"/*
     number=$((number + 1))
 done
