@@ -99,6 +99,7 @@ def test_every_policy_survives_its_strongest_posterize(policy):
     assert all(op.aug_fn is not auto_augment.posterize for op in ops) and (ops or policy == "3a")
 
 
+@pytest.mark.slow
 def test_the_project_leaves_timm_as_it_was(script):
     words = """
 from timm.data import auto_augment
