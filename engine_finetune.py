@@ -117,8 +117,7 @@ def evaluate(
         with scaler.autocast():
             logits = model(imgs).float()
         logits = logits if settings.head_names else logits[:, None]  # [N, heads, classes]
-        if scores is None:
-            scores = Scores(heads, logits.shape[2], device, confusion=bool(settings.confusion))
+        scores = scores or Scores(heads, logits.shape[2], device, confusion=bool(settings.confusion))
         scores.update(logits, targets)
 
     # Only here does anything wait for the device. Of a few images a rank may have had none.

@@ -20,9 +20,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import mean_std
 import pixel_baseline
 
-# RandAugment and erasing are on by default, mixup and cutmix by the flags of the small runs.
-JOBS = ("pretrain", "finetune")
-
 
 def words(*values):
     return [str(value) for value in values]
@@ -58,7 +55,7 @@ def assert_equal(folder, expected):
 
 
 def test_runs_on_archives_are_runs_on_folders(images, undisturbed, tmp_path):
-    """Two of the forms, one run killed; the slow tests kill runs of every form, job, number of workers and ranks."""
+    """Two of the forms, one run killed; the slow tests kill a run of every form, alone and on two ranks."""
     cases = [("shards", "pretrain", 2, True), ("webdataset", "finetune", 0, False)]
     for form, job, workers, killed in cases:
         folder = tmp_path / form
@@ -124,8 +121,11 @@ def test_archives_beside_images_are_left_out_of_what_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("job", "workers", "world"), [("pretrain", 0, 2), ("pretrain", 2, 1), ("finetune", 0, 1), ("finetune", 2, 2)]
 )
-def test_every_form_with_any_number_of_workers_and_ranks(job, workers, world, images, tmp_path):
-    """Each is killed with SIGKILL in mid-epoch and resumed; a default test has a run that is not."""
+def test_every_form_with_and_without_workers_on_one_and_two_ranks(job, workers, world, images, tmp_path):
+    """Each is killed with SIGKILL in mid-epoch and resumed; a default test has a run that is not.
+
+    Fine-tuning augments at random by default, and by the flags of the small runs mixes images.
+    """
     (tmp_path / "folders").mkdir()
     run(job, images, tmp_path / "folders", workers, world)
     for form in archives.FORMS:

@@ -238,7 +238,7 @@ def test_class_folders_that_the_file_does_not_name_are_refused(images, tmp_path,
     assert f"not these folders in {images / 'train'}: {CLASSES[0]}" in said
     (tmp_path / "names").write_text("\n".join([*CLASSES, "unicorn"]))
     said = refusal(lambda: main_finetune.main([*argv, "--class_names", str(tmp_path / "names")]))
-    assert "no images in" in said and "unicorn" in said
+    assert "no images in" in said and "unicorn" in said and "take the class out of --class_names" in said
 
 
 def test_an_export_takes_the_names(released, tmp_path, refusal):

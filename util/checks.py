@@ -281,6 +281,7 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         if not known and not weights_in(Path(source)):
             problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
 
+    # Names of classes.
     try:
         options.class_names(args)
     except UserError as error:

@@ -138,7 +138,8 @@ def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
 def _training_part(files: list[ImagePath], root: Path, val_fraction: float, val_seed: int) -> list[ImagePath]:
     """Return the files below a root, <class>/<file>, that a training with --val_fraction does not hold out."""
     names = [file.relative_to(root) for file in files]
-    _, targets = np.unique([str(name.parents[0]).split("/")[0] for name in names], return_inverse=True)
+    classes = [name.parts[0] if len(name.parts) > 1 else "" for name in names]
+    _, targets = np.unique(classes, return_inverse=True)
     held_out = choose_held_out((os.fsencode(str(name)) for name in names), targets, val_fraction, val_seed)
     return [file for file, out in zip(files, held_out, strict=True) if not out]
 

@@ -224,7 +224,7 @@ def open_split(
     # Rank 0 reads folders and headers, and broadcasts the list.
     source, found = dist.run_on_rank0(lambda: splits.list_part(data, split, flat))
     dataset = kind(source.root, found, transform, pixels)
-    _check_not_empty(dataset)
+    _check_not_empty(dataset, named=bool(data.class_names))
     for notice in _notices(data, split, source.root, found):
         dist.print_rank0(f"notice: {notice}")
 
@@ -260,8 +260,13 @@ def _notices(data: DataSpec, split: str, root: Path, found: Listing) -> list[str
     return notices
 
 
-def _check_not_empty(dataset: Images) -> None:
-    """Raise a UserError where a class has no images and needs some, or no class has any; else print a notice."""
+def _check_not_empty(dataset: Images, named: bool) -> None:
+    """Raise a UserError where a class has no images and needs some, or no class has any; else print a notice.
+
+    Args:
+        dataset: The images of a split.
+        named: --class_names names the classes, of which some then need not have a folder.
+    """
     empty = [name for name, count in zip(dataset.classes, dataset.counts(), strict=True) if not count]
     if not empty:
         return
@@ -278,7 +283,8 @@ def _check_not_empty(dataset: Images) -> None:
     # A training class without any is more likely an unfinished copy than intended.
     left_out = dataset.listing.left_out
     there = f" The files there: {left_out}." if str(left_out) else ""
-    raise UserError(f"no images in {folders}: add some, or remove the folder from every split.{there} {splits.ENDINGS}")
+    instead = "take the class out of --class_names and" if named else "remove the folder from"
+    raise UserError(f"no images in {folders}: add some, or {instead} every split.{there} {splits.ENDINGS}")
 
 
 def class_differences(first: list[str], second: list[str], first_name: str, second_name: str) -> str:
