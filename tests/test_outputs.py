@@ -216,7 +216,8 @@ def test_an_output_folder_that_goes_comes_back(images, tmp_path):
     argv = job_argv(images, tmp_path / "out", "--num_workers", 0, "--monitor_freq", 0, "--save_freq", 100)
     process = faults.start("pretrain", argv, tmp_path / "said", ("slow_steps", 0.1))
     wait_for(tmp_path / "said", r"epoch 1/\d+ \[1/")
-    shutil.rmtree(tmp_path / "out")
+    # Renamed first, so that the run can't write into the folder while it is removed.
+    shutil.rmtree((tmp_path / "out").rename(tmp_path / "gone"))
     assert faults.exit_code(process) in (0, 2)
     said = (tmp_path / "said").read_text()
     # A thread of TensorBoard's prints a traceback of its own.
