@@ -159,40 +159,6 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     return folded
 
 
-def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
-    """Return the config.json from which timm builds the model: timm's ViT-B/16, with the shape of this model.
-
-    Args:
-        config: Arguments that build the model here.
-        pixels: Channels, mean and standard deviation of the images.
-        crop_pct: Share of the image that evaluation's centre crop keeps.
-        classes: Names of the classes; None: the model has no head.
-    """
-    # "token" classifies by the class token, "avg" by the mean of the patch tokens.
-    pool = "avg" if config.get("global_pool") else "token"
-    description = {
-        "architecture": "vit_base_patch16_224",  # any ViT will do: model_args change it to this model
-        "num_classes": len(classes or ()),
-        "num_features": config["embed_dim"],
-        "global_pool": pool,
-        "model_args": {name: config[name] for name in models_vit.TRUNK} | {"global_pool": pool},
-        "pretrained_cfg": {
-            "input_size": [config["in_chans"], *to_2tuple(config["img_size"])],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": crop_pct,
-            "crop_mode": "center",
-            "mean": pixels.mean,
-            "std": pixels.std,
-            "num_classes": len(classes or ()),
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
-    return description | ({"label_names": classes} if classes else {})
-
-
 def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
     """Return Hugging Face's preprocessor_config.json: the resizing, cropping and normalisation of evaluation.
 
@@ -220,7 +186,7 @@ def to_timm(folder: Path, source: Source) -> None:
     """Write the classifier, or else the encoder, for timm."""
     is_mae = "decoder_pred.weight" in source.checkpoint["model"]
     model = source.encoder() if is_mae else source.model
-    description = timm_config(model.config, source.pixels, source.crop_pct, source.classes)
+    description = formats.timm_config(model.config, source.pixels, source.crop_pct, source.classes)
     save(folder, fold_probe(model.state_dict(), model.config), description)
 
 

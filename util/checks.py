@@ -292,9 +292,20 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         reason = "it is a folder" if Path(table).is_dir() else output_dir.unwritable(Path(table).parent)
         if reason:
             problems.append(f"--confusion {table} can't be written to: {reason}")
+    problems += _wandb_problems(args.wandb)
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks for checkpoints in --output_dir, which is '': name the run's folder")
     return problems if getattr(args, "eval", False) else problems + _output_problems(args)
+
+
+def _wandb_problems(project: str) -> list[str]:
+    """Check that the package that --wandb needs is there; return a list with one message, or an empty one."""
+    if project:
+        try:
+            from wandb import init  # noqa: F401 (a folder "wandb", which wandb itself makes, would pass as a package)
+        except ImportError:
+            return ["--wandb needs the package wandb: pip install wandb"]
+    return []
 
 
 def _output_problems(args: argparse.Namespace) -> list[str]:

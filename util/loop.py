@@ -90,6 +90,7 @@ class Run:
         checkpoints.prepare(source)
         done = position.images / loader.sampler.images_per_epoch
         log = RunLog(args["output_dir"], args["log_dir"], position.epoch, done)
+        log.mirror_to_wandb(args)
         log.summary(checkpoints, loader, lr)
         return cls(loader, checkpoints, log, position, settings)
 

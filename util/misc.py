@@ -37,6 +37,7 @@ from util.errors import UserError
 from util.rng import get_rng_state
 
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
+WANDB_ID = "wandb-id.txt"  # the run's id at Weights & Biases
 # Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 # Flags on which the best figure so far depends, with their values in checkpoints that lack them.
@@ -44,7 +45,7 @@ BEST_OF = {"best_by": "acc1", "val_fraction": 0.0, "val_seed": 0}
 # Flags whose change is not worth a line when a run is resumed: they do not decide which updates are computed.
 NEUTRAL_FLAGS = {
     *("resume", "resume_override", "overwrite", "start_epoch", "eval", "init"),  # how the run starts
-    *("output_dir", "log_dir", "save_freq", "keep", "save_minutes", "monitor_freq"),  # its files
+    *("output_dir", "log_dir", "wandb", "save_freq", "keep", "save_minutes", "monitor_freq"),  # its files
     *("num_workers", "pin_mem", "device", "max_megapixels"),
     *("eval_freq", "confusion", "max_bad_steps", "max_bad_images"),  # what is measured, and tolerated
     *("world_size", "local_rank", "dist_on_itp", "dist_url", "dist_eval", "dist_timeout", "shard"),
@@ -140,13 +141,14 @@ class Checkpoints:
 
         Unfinished files of a killed run are removed. If the run does not resume from this folder, the checkpoints, logs
         and reconstructions of the run before it are removed with --overwrite, from --log_dir too; without it, the old
-        log.txt is renamed.
+        log.txt is renamed. The run then is a new one at Weights & Biases, too.
         """
         if self.folder is None or dist.rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         unwanted, log = ["checkpoint-*.tmp", ".unfinished-*"], self.folder / "log.txt"
         if not is_inside(source, self.folder):
+            unwanted.append(WANDB_ID)
             if self.args.get("overwrite"):
                 unwanted += ["checkpoint-*.pth", "log.txt", EVENTS, "reconstructions/epoch-*.png"]
                 for file in Path(self.args.get("log_dir") or self.folder).glob(EVENTS):

@@ -174,6 +174,8 @@ def _add_run_flags(parser: argparse.ArgumentParser, keeps_all: bool) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints and log.txt; '': write no files")
     add("--log_dir", metavar="DIR", help="TensorBoard events; default: --output_dir")
+    wandb_help = "log to this project of Weights & Biases, too (pip install wandb); WANDB_MODE=offline: to files"
+    add("--wandb", default="", metavar="PROJECT", help=wandb_help)
     add("--overwrite", action="store_true", help="remove the run that --output_dir holds, and start afresh")
     add("--save_freq", type=int, metavar="EPOCHS", help="epochs between saves of checkpoint-{epoch}.pth")
     add(

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 
+from util.data.images import Pixels
 from util.distributed import dist
 
 # Hugging Face's older names as patterns, and the newer names that replace them, in this order.
@@ -290,6 +292,52 @@ def from_hugging_face_config(config: dict) -> dict:
     labels = config.get("id2label") or {}
     entries = {"model_config": arguments | {"num_classes": len(labels), "global_pool": False}}
     return entries | _named_classes({int(number): name for number, name in labels.items()})
+
+
+def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
+    """Return the config.json from which timm builds a model: timm's ViT-B/16, with the shape of this model.
+
+    Args:
+        config: The model's `config`, its constructor's arguments.
+        pixels: Channels, mean and standard deviation of the images.
+        crop_pct: Share of the image that evaluation's centre crop keeps.
+        classes: Names of the classes; None: the model has no head.
+    """
+    # "token" classifies by the class token, "avg" by the mean of the patch tokens.
+    pool = "avg" if config.get("global_pool") else "token"
+    description = {
+        "architecture": "vit_base_patch16_224",  # any ViT will do: model_args change it to this model
+        "num_classes": len(classes or ()),
+        "num_features": config["embed_dim"],
+        "global_pool": pool,
+        "model_args": {name: config[name] for name in TRUNK} | {"global_pool": pool},
+        "pretrained_cfg": timm_pretrained_cfg(config, pixels, crop_pct, len(classes or ())),
+    }
+    return description | ({"label_names": classes} if classes else {})
+
+
+def timm_pretrained_cfg(config: dict, pixels: Pixels, crop_pct: float, num_classes: int) -> dict:
+    """Return timm's description of how a model's images are prepared, from which timm.data makes a transform.
+
+    Args:
+        config: The model's `config`, its constructor's arguments.
+        pixels: Channels, mean and standard deviation of the images.
+        crop_pct: Share of the image that evaluation's centre crop keeps.
+        num_classes: Outputs of the head; 0: the model has none.
+    """
+    return {
+        "input_size": [config["in_chans"], *to_2tuple(config["img_size"])],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "mean": pixels.mean,
+        "std": pixels.std,
+        "num_classes": num_classes,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }
 
 
 def from_export_config(config: dict) -> dict:

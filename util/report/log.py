@@ -1,25 +1,25 @@
-"""Logs of a run: log.txt (a JSON line per epoch) and TensorBoard, both written by rank 0 only."""
+"""Logs of a run: log.txt (a JSON line per epoch) and boards such as TensorBoard, all written by rank 0 only."""
 
 import json
 import math
-import os
 from pathlib import Path
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from util.checkpoint.output_dir import is_utf8, replace
+from util.checkpoint.output_dir import replace
 from util.data.datasets import TrainImages
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.misc import Checkpoints
+from util.report.boards import Board, TensorBoard, WeightsAndBiases
 from util.report.flops import count_flops
 
 
 class RunLog:
-    """Writer of log.txt in output_dir and of TensorBoard events in log_dir.
+    """Writer of log.txt in output_dir, of TensorBoard events in log_dir, and of a run at Weights & Biases.
 
-    Entries that were logged after the point from which a run resumes are removed, so that no step appears twice.
+    Entries of the first two that were logged after the point from which a run resumes are removed, so that no step
+    appears twice there.
     """
 
     def __init__(self, output_dir: str, log_dir: str, epoch: int, done: float) -> None:
@@ -33,9 +33,7 @@ class RunLog:
         """
         main = dist.rank() == 0
         self.file = Path(output_dir) / "log.txt" if main and output_dir else None
-        self.board = None
-        if main and log_dir:
-            self.board = SummaryWriter(_in_utf8(log_dir), purge_step=int((epoch + done) * 1000))
+        self.boards: list[Board] = [TensorBoard(log_dir, epoch + done)] if main and log_dir else []
         self.n_parameters = 0
         self.flops_per_image = 0.0
         self.held: list[tuple[float, dict[str, float]]] = []
@@ -44,6 +42,18 @@ class RunLog:
         if self.file and self.file.exists():
             kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
             replace(self.file, "".join(f"{line}\n" for line in kept))
+
+    def mirror_to_wandb(self, args: dict) -> None:
+        """Open the run at Weights & Biases that --wandb asks for, if it does; all ranks must call.
+
+        Args:
+            args: The run's flags.
+
+        Raises:
+            UserError: It can't be opened; on all ranks.
+        """
+        if args.get("wandb"):
+            dist.run_on_rank0(lambda: self.boards.append(WeightsAndBiases(args["wandb"], args["output_dir"], args)))
 
     def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
         """Print what is about to be trained; keep its numbers of trained parameters and of operations for the reports.
@@ -76,20 +86,12 @@ class RunLog:
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
-        """Write values to TensorBoard.
+        """Write values, by their tags, to the boards at a fractional epoch."""
+        self._to_boards("scalars", epoch, values)
 
-        The x axis is epoch * 1000, which aligns runs of different batch sizes.
-
-        Args:
-            epoch: Fractional epoch.
-            values: Values by their tags.
-        """
-        for name, value in values.items():
-            self._to_board("add_scalar", name, value, int(epoch * 1000))
-
-    def picture(self, epoch: float, name: str, pixels: Tensor) -> None:
-        """Write a picture, [3, H, W] of 8 bits, to TensorBoard, under a tag and at an epoch."""
-        self._to_board("add_image", name, pixels, int(epoch * 1000))
+    def picture(self, epoch: float, tag: str, pixels: Tensor) -> None:
+        """Write a picture, [3, H, W] of 8 bits, to the boards under a tag at a fractional epoch."""
+        self._to_boards("picture", epoch, tag, pixels)
 
     def hold(self, epoch: float, values: dict[str, float]) -> None:
         """Keep an evaluation's values until `flush_held`, after the next checkpoint, or `close` writes them.
@@ -103,10 +105,10 @@ class RunLog:
         for epoch, values in self.held:
             self.scalars(epoch, values)
         self.held = []
-        self._to_board("flush")
+        self._to_boards("flush")
 
     def epoch(self, values: dict[str, float]) -> None:
-        """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush TensorBoard.
+        """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush the boards.
 
         A value that is not finite becomes null.
         """
@@ -115,22 +117,21 @@ class RunLog:
                 # JSON has no NaN and no infinity.
                 finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
                 file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._to_board("flush")
+        self._to_boards("flush")
 
     def close(self) -> None:
-        """Write the values that were held back, and close TensorBoard."""
+        """Write the values that were held back, and close the boards."""
         self.flush_held()
-        self._to_board("close")
+        self._to_boards("close")
 
-    def _to_board(self, method: str, *values: object) -> None:
-        """Call a method of TensorBoard's writer; when it fails, as on a full disk, go on without TensorBoard."""
-        if self.board is None:
-            return
-        try:
-            getattr(self.board, method)(*values)
-        except Exception as error:  # of the writer's thread, too, whatever it met
-            self.board = None
-            dist.print_rank0(f"warning: no more TensorBoard events, since they can't be written: {error}")
+    def _to_boards(self, method: str, *values: object) -> None:
+        """Call a method of every board; go on without one that fails, as on a full disk."""
+        for board in list(self.boards):
+            try:
+                getattr(board, method)(*values)
+            except Exception as error:  # of the board's thread, too, whatever it met
+                self.boards.remove(board)
+                dist.print_rank0(f"warning: no more {board.name}, since they can't be written: {error}")
 
 
 def describe_images(dataset: TrainImages) -> str:
@@ -138,18 +139,6 @@ def describe_images(dataset: TrainImages) -> str:
     held_out = dataset.images.listing.held_out
     beside = f"; {held_out:,} more are held out for validation" if held_out else ""
     return f"{len(dataset):,} images in {dataset.images.root}{beside}"
-
-
-def _in_utf8(folder: str) -> str:
-    """Return a name of a folder, which is made if needed, that TensorBoard can use: it writes all names as UTF-8.
-
-    Where the folder's own name is not UTF-8, or the system's names are in another encoding, it is Linux's name for an
-    open folder, which is in ASCII.
-    """
-    if is_utf8(folder):
-        return folder
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_RDONLY)}"
 
 
 def _epoch_of(line: str) -> float:

@@ -1,0 +1,140 @@
+"""Models for torch.hub, which calls the functions of this module by their names.
+
+    model = torch.hub.load("FOLDER", "mae_vit_base_patch16", source="local", weights="FILE_OR_URL")
+
+mae_vit_*    masked autoencoders: model(imgs) -> loss, pred, mask (models_mae.py)
+vit_*        classifiers: model(imgs) -> logits, with the file's head, or with num_classes=N a new one (models_vit.py)
+encoder      the encoder of any checkpoint: model(imgs) -> a feature per image [N, D]
+
+`weights` is a checkpoint in any form that the jobs read. It tells the model's image size, channels and patch size;
+weights=None builds a model with random values instead, and takes the constructor's arguments. Without `weights` the
+model has the weights that come with this repository, where there are some for it. How its images are prepared stands
+in `model.pretrained_cfg`, in timm's form:
+
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+"""
+
+import functools
+import pathlib
+
+import models_mae
+import models_vit
+from util import errors
+from util.checkpoint import files, formats
+from util.checkpoint import weights as loading
+from util.data import images, transforms
+
+dependencies = ["torch", "torchvision", "timm", "safetensors"]
+
+# The weights in this repository, by the name of the encoder.
+_INCLUDED = {"demo": pathlib.Path(__file__).parent / "weights" / "mae_vit_demo_patch4_cifar10"}
+
+
+def encoder(weights: str = "included") -> models_vit.VisionTransformer:
+    """Load the encoder of a checkpoint.
+
+    Args:
+        weights: File, folder or address of the checkpoint; default: the small encoder of this repository.
+
+    Returns:
+        The encoder. It returns the class token after `norm` if the checkpoint has that layer, else the mean of the
+        patch tokens after `fc_norm`; `forward_features` returns all tokens [N, 1+L, D].
+    """
+    source, checkpoint = _load("demo", weights)
+    return _described(models_vit.from_checkpoint(checkpoint, source, trunk_only=True), checkpoint)
+
+
+def _autoencoder(name: str, weights: str | None = "included", **arguments) -> models_mae.MaskedAutoencoderViT:
+    """Load a masked autoencoder, encoder and decoder.
+
+    Args:
+        name: The model's.
+        weights: File, folder or address of a checkpoint with its decoder; None: random values.
+        **arguments: For the constructor of a model with random values. With weights, only norm_pix_loss, for a file
+            that does not tell it.
+    """
+    factory = models_mae.MODELS[name]
+    if weights is None:
+        return factory(**arguments)
+    source, checkpoint = _load(name.split("_")[2], weights)
+    _refuse_arguments(arguments, {"norm_pix_loss"})
+    model = models_mae.from_checkpoint(checkpoint, source, arguments.get("norm_pix_loss", False))
+    _refuse_other_sizes(name, factory.keywords, model.config, source)
+    return _described(model, checkpoint)
+
+
+def _classifier(
+    name: str, weights: str | None = "included", num_classes: int | None = None, **arguments
+) -> models_vit.VisionTransformer:
+    """Load a classifier, or put a new head on a pre-trained encoder.
+
+    Args:
+        name: The model's.
+        weights: File, folder or address of a checkpoint; None: random values.
+        num_classes: Outputs of a new head; None: the head is the file's.
+        **arguments: For the constructor, of a model with random values or a new head (global_pool, drop_path_rate,
+            img_size, ...). A new head's model takes what is not given from the file.
+    """
+    factory = models_vit.MODELS[name]
+    if weights is None:
+        return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
+    source, checkpoint = _load(name.split("_")[1], weights)
+    if num_classes is None:
+        _refuse_arguments(arguments, set())
+        model = models_vit.from_checkpoint(checkpoint, source)
+    else:
+        trunk = models_vit.from_checkpoint(checkpoint, source, trunk_only=True).config
+        shape = {argument: trunk[argument] for argument in formats.TRUNK}
+        model = models_vit.VisionTransformer(**{**shape, **arguments, "num_classes": num_classes})
+        loading.load_pretrained(source, model)
+    _refuse_other_sizes(name, factory.keywords, model.config, source)
+    return _described(model, checkpoint)
+
+
+def _load(size: str, weights: str) -> tuple[str, dict]:
+    """Read a checkpoint: its name, and its content. "included" is the one of this repository for this encoder."""
+    if weights == "included":
+        if size not in _INCLUDED:
+            raise errors.UserError(
+                f"no weights of this size ({size}) come with the code: pass weights=FILE_OR_URL, or weights=None for "
+                "random values"
+            )
+        weights = str(_INCLUDED[size])
+    return weights, files.load_checkpoint(weights)
+
+
+def _refuse_arguments(arguments: dict, allowed: set[str]) -> None:
+    """Raise UserError if there are arguments that the file decides."""
+    surplus = ", ".join(sorted(set(arguments) - allowed))
+    if surplus:
+        raise errors.UserError(f"{surplus}: the file decides that; omit it, or pass weights=None for random values")
+
+
+def _refuse_other_sizes(name: str, expected: dict, config: dict, source: str) -> None:
+    """Raise UserError if a checkpoint's encoder is not of the size that the model's name promises."""
+    asked, there = ([sizes[key] for key in ("embed_dim", "depth", "num_heads")] for sizes in (expected, config))
+    if asked != there:
+        raise errors.UserError(
+            f"{source} does not hold {name}: its encoder has width {there[0]}, {there[1]} blocks and {there[2]} "
+            f"attention heads, not {asked[0]}, {asked[1]} and {asked[2]}. Load it under the name of its own model"
+        )
+
+
+def _described(model, checkpoint: dict):
+    """Return the model, with pretrained_cfg as timm's models have it."""
+    flags, config = files.checkpoint_args(checkpoint), model.config
+    pixels = images.Pixels.from_args(flags, config["in_chans"])
+    crop_pct = flags.get("crop_pct") or transforms.default_crop_pct(config["img_size"])
+    model.pretrained_cfg = formats.timm_pretrained_cfg(config, pixels, crop_pct, config.get("num_classes", 0))
+    return model
+
+
+def _entry(load, name: str):
+    """Return the function that torch.hub finds for a model."""
+    entry = functools.partial(load, name)
+    entry.__doc__ = load.__doc__
+    return entry
+
+
+globals().update({name: _entry(_autoencoder, name) for name in models_mae.MODELS})
+globals().update({name: _entry(_classifier, name) for name in models_vit.MODELS})

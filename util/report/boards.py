@@ -1,0 +1,144 @@
+"""Boards that show a run while it trains: TensorBoard and Weights & Biases. A run writes to them on rank 0 only."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from util.checkpoint.output_dir import is_utf8, replace
+from util.errors import UserError
+from util.misc import WANDB_ID
+
+
+class Board(Protocol):
+    """What a run writes to; `name` is for messages."""
+
+    name: str
+
+    def scalars(self, epoch: float, values: dict[str, float]) -> None:
+        """Write values, by their tags, at a fractional epoch."""
+
+    def picture(self, epoch: float, tag: str, pixels: Tensor) -> None:
+        """Write a picture [3, H, W] of 8 bits under a tag at a fractional epoch."""
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+
+    def close(self) -> None:
+        """Write what is buffered, and end."""
+
+
+class TensorBoard:
+    """TensorBoard's events in a folder. The x axis is epoch * 1000, which aligns runs of different batch sizes."""
+
+    name = "TensorBoard events"
+
+    def __init__(self, folder: str, start: float) -> None:
+        """Open the folder, which is made if needed.
+
+        Args:
+            folder: Where the events are written.
+            start: Fractional epoch at which the run starts or resumes: TensorBoard drops what is there from this on.
+        """
+        self.writer = SummaryWriter(_in_utf8(folder), purge_step=int(start * 1000))
+
+    def scalars(self, epoch: float, values: dict[str, float]) -> None:
+        """Write values, by their tags, at a fractional epoch."""
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, int(epoch * 1000))
+
+    def picture(self, epoch: float, tag: str, pixels: Tensor) -> None:
+        """Write a picture [3, H, W] of 8 bits under a tag at a fractional epoch."""
+        self.writer.add_image(tag, pixels, int(epoch * 1000))
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Write what is buffered, and close the file."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run at Weights & Biases, with the epoch as x axis; a run that is resumed goes on there, too.
+
+    By hand since wandb 0.31's own `sync_tensorboard` writes every row twice, and takes 10 s to close.
+    """
+
+    name = "rows for Weights & Biases"
+
+    def __init__(self, project: str, output_dir: str, flags: dict) -> None:
+        """Open the run; its id is kept in output_dir.
+
+        Args:
+            project: Name of the project, or ENTITY/PROJECT.
+            output_dir: The run's folder, where wandb keeps its files, too; "": the run can't go on after a resume.
+            flags: The run's flags, shown as its configuration.
+
+        Raises:
+            UserError: wandb can't open the run.
+        """
+        import wandb  # optional, and it takes a second
+
+        entity, _, project = project.rpartition("/")
+        self.picture_of = wandb.Image
+        try:
+            self.run = wandb.init(
+                project=project,
+                entity=entity or None,
+                name=Path(output_dir).name or None,
+                id=_run_id(output_dir),
+                resume="allow",
+                dir=output_dir or None,
+                config=flags,
+                reinit="finish_previous",
+            )
+        except (wandb.errors.Error, OSError, ValueError) as error:
+            raise UserError(
+                f"--wandb: Weights & Biases can't open a run ({error}): run `wandb login`, or set WANDB_MODE=offline "
+                "and run `wandb sync` later"
+            ) from error
+        self.run.define_metric("epoch")
+        self.run.define_metric("*", step_metric="epoch")
+
+    def scalars(self, epoch: float, values: dict[str, float]) -> None:
+        """Write values, by their tags, at a fractional epoch."""
+        self.run.log({**values, "epoch": epoch})
+
+    def picture(self, epoch: float, tag: str, pixels: Tensor) -> None:
+        """Write a picture [3, H, W] of 8 bits under a tag at a fractional epoch."""
+        self.run.log({tag: self.picture_of(pixels.permute(1, 2, 0).numpy()), "epoch": epoch})
+
+    def flush(self) -> None:
+        """Do nothing: wandb's own process writes every row."""
+
+    def close(self) -> None:
+        """Write or send what is left, and end the run."""
+        self.run.finish()
+
+
+def _run_id(output_dir: str) -> str:
+    """Return the run's id at Weights & Biases: the one that output_dir holds, or a new one, which is kept there."""
+    file = Path(output_dir) / WANDB_ID
+    if output_dir and file.exists():
+        return file.read_text(encoding="ascii").strip()
+    new = secrets.token_hex(4)
+    if output_dir:
+        replace(file, f"{new}\n")
+    return new
+
+
+def _in_utf8(folder: str) -> str:
+    """Return a name of a folder, which is made if needed, that TensorBoard can use: it writes all names as UTF-8.
+
+    Where the folder's own name is not UTF-8, or the system's names are in another encoding, it is Linux's name for an
+    open folder, which is in ASCII.
+    """
+    if is_utf8(folder):
+        return folder
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return f"/proc/{os.getpid()}/fd/{os.open(folder, os.O_RDONLY)}"
