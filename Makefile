@@ -1,4 +1,4 @@
-# make demo: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
+# make demo [ARGS=--quick]: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
 # make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.   make test-...: longer tests (README.md).
 # make mutants: put small faults into the code, one at a time, and see whether the tests notice (CONTRIBUTING.md).
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 .PHONY: demo test test-slow test-soak test-long test-cluster bench-gpu mutants lint clean
 
 demo: $(VENV)/ready
-	$(BIN)/python demo.py
+	$(BIN)/python demo.py $(ARGS)
 
 test: $(VENV)/ready-dev
 	$(PYTEST)

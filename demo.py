@@ -1,12 +1,14 @@
 """Pre-train, probe and fine-tune on the sample images, in minutes on two CPU cores, and print one table of the results.
 
-    python demo.py [--output_dir output/demo] [--seed 0]
+    python demo.py [--quick] [--output_dir output/demo] [--seed 0]
 
 Pre-trains a small MAE on 2,000 images of clothes (samples/fashion_mnist, 28 x 28), then probes and fine-tunes its
 encoder, and does the same without pre-training, for comparison. Each step is a command of one of the scripts and is
-printed; its output goes to output_dir/<step>/out.txt.
+printed, with a bar that shows how far it is; its output goes to output_dir/<step>/out.txt. --quick trains for fewer
+epochs, in about two minutes; the differences then are smaller.
 
 output_dir/
+    pretrain/reconstructions/epoch-0009.png                  the first pictures, after about a minute
     pretrain/ probe/ probe_untrained/ finetune/ scratch/     the --output_dir of each job
     results.json                                             the table's figures
     reconstruction.png                                       how the pre-trained model reconstructs images of val/
@@ -15,6 +17,7 @@ output_dir/
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +27,9 @@ from pathlib import Path
 import torch
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+from util import errors
 
 ROOT = Path(__file__).resolve().parent
 DATA = "samples/fashion_mnist"
@@ -33,7 +39,7 @@ COMMON = f"--data_path {DATA} --input_size 28 --num_workers 1 --amp off --overwr
 CLASSIFY = f"{COMMON} --nb_classes 10 --crop_scale 0.95 1.0 --crop_pct 1 --save_freq 100 --eval_freq 100"
 PRETRAIN = (
     f"main_pretrain.py {COMMON} --crop_scale 0.8 1.0 --model mae_vit_demo_patch4 --batch_size 64 --epochs 40 "
-    "--warmup_epochs 4 --lr 2e-3 --monitor_freq 20"
+    "--warmup_epochs 4 --lr 2e-3 --monitor_freq 10"
 )
 PROBE = (
     f"main_linprobe.py {CLASSIFY} --model vit_demo_patch4 --cls_token --batch_size 50 --epochs 8 --warmup_epochs 1 "
@@ -44,14 +50,22 @@ FINETUNE = (
     "--drop_path 0 --smoothing 0 --aa none --reprob 0"
 )
 
+# Flags that --quick adds to the commands: the last of two values counts.
+QUICK_PRETRAIN = " --epochs 12 --warmup_epochs 2 --monitor_freq 4"
+QUICK_TRAIN = " --epochs 3 --warmup_epochs 1"
+
+# How the jobs report, in their output, where they are.
+PROGRESS = re.compile(r"epoch (?P<epoch>\d+)/\d+ \[(?P<step>\d+)/(?P<steps>\d+)\]  loss (?P<loss>\S+)")
+MONITORED = re.compile(r"monitor after epoch (\d+)")
+
 
 def epochs_of(command: str) -> int:
-    """Return the value of --epochs in a command."""
-    return int(command.split("--epochs ")[1].split()[0])
+    """Return the value of --epochs in a command, the last one if there are several."""
+    return int(command.split("--epochs ")[-1].split()[0])
 
 
 def run(step: str, command: str, output_dir: Path, seed: int) -> dict[str, float]:
-    """Run one step of the demo; its output goes to output_dir/<step>/out.txt.
+    """Run one step of the demo under a progress bar; its output goes to output_dir/<step>/out.txt.
 
     Args:
         step: Name of the step and of its folder.
@@ -70,13 +84,37 @@ def run(step: str, command: str, output_dir: Path, seed: int) -> dict[str, float
     arguments = [*shlex.split(command), "--seed", str(seed), "--output_dir", str(folder)]
     print(f"\n{step}: python {' '.join(arguments)}", flush=True)
 
-    start = time.time()
-    with (folder / "out.txt").open("w") as out:
-        code = subprocess.run([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise SystemExit(f"{step} failed with exit code {code}:\n{(folder / 'out.txt').read_text()[-3000:]}")
+    start, epochs = time.time(), epochs_of(command)
+    layout = "{desc} {percentage:3.0f}% |{bar:24}| {elapsed}, {remaining} left{postfix}"
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with process, (folder / "out.txt").open("w") as out, tqdm(desc=step, total=epochs, bar_format=layout) as bar:
+        for line in process.stdout:
+            out.write(line)
+            show(bar, line, folder)
+    if process.returncode:
+        message = (folder / "out.txt").read_text()[-3000:]
+        raise SystemExit(f"{step} failed with exit code {process.returncode}:\n{message}")
     print(f"{step}: {time.time() - start:.0f} s", flush=True)
     return json.loads((folder / "log.txt").read_text().splitlines()[-1])
+
+
+def show(bar: tqdm, line: str, folder: Path) -> None:
+    """Move the bar as a line of a job's output says, and name the first pictures as soon as they are there.
+
+    Args:
+        bar: The job's bar, which counts epochs.
+        line: A line of the job's output.
+        folder: The job's output_dir.
+    """
+    if found := PROGRESS.search(line):
+        bar.set_postfix_str(f"epoch {found['epoch']}, loss {found['loss']}", refresh=False)
+        bar.update(int(found["epoch"]) + int(found["step"]) / int(found["steps"]) - bar.n)
+    elif found := MONITORED.match(line):
+        pictures = sorted((folder / "reconstructions").glob("epoch-*.png"))
+        if len(pictures) == 1:
+            bar.write(f"first reconstructions, after {int(found[1]) + 1} epochs: {pictures[0]}")
 
 
 def pixel_neighbours() -> float:
@@ -115,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("output/demo"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of every job")
+    parser.add_argument("--quick", action="store_true", help="train for fewer epochs, in about two minutes")
     args = parser.parse_args()
 
     # The samples and the default output_dir lie in the repository; any other is meant from where the user stands.
@@ -122,10 +161,12 @@ def main() -> None:
         args.output_dir = args.output_dir.resolve()
     os.chdir(ROOT)
     start = time.time()
+    pretrain = PRETRAIN + (QUICK_PRETRAIN if args.quick else "")
+    probe, finetune = (command + (QUICK_TRAIN if args.quick else "") for command in (PROBE, FINETUNE))
 
     # Pre-train, and draw how the model reconstructs images that it was not trained on.
-    loss = run("pretrain", PRETRAIN, args.output_dir, args.seed)["train_loss"]
-    checkpoint = str(args.output_dir / "pretrain" / f"checkpoint-{epochs_of(PRETRAIN) - 1}.pth")
+    loss = run("pretrain", pretrain, args.output_dir, args.seed)["train_loss"]
+    checkpoint = str(args.output_dir / "pretrain" / f"checkpoint-{epochs_of(pretrain) - 1}.pth")
     drawing = args.output_dir / "reconstruction.png"
     reconstruct = f"main_reconstruct.py --images {DATA}/val --num 6 --crop_pct 1 --device cpu".split()
     reconstruct += ["--output", str(drawing), "--resume", checkpoint]
@@ -134,10 +175,10 @@ def main() -> None:
     # Probe and fine-tune the pre-trained encoder; then the same without it, to see what pre-training is worth.
     from_encoder = f"--finetune {shlex.quote(checkpoint)}"
     commands = {
-        "probe": f"{PROBE} {from_encoder}",
-        "probe_untrained": PROBE,
-        "finetune": f"{FINETUNE} {from_encoder}",
-        "scratch": FINETUNE,
+        "probe": f"{probe} {from_encoder}",
+        "probe_untrained": probe,
+        "finetune": f"{finetune} {from_encoder}",
+        "scratch": finetune,
     }
     results = {step: run(step, command, args.output_dir, args.seed)["test_acc1"] for step, command in commands.items()}
 
@@ -148,4 +189,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)
