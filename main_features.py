@@ -5,22 +5,30 @@
 DIR holds <class>/<images>, or images alone. features.npz holds `features` [N, D] (with --tokens all: [N, 1+L, D], class
 token first), `files` [N], and, if there are class folders, `labels` [N] and `classes`. Then a k-NN accuracy is printed:
 every image is classified by all the others, or with --neighbours DIR/train by the images of that folder.
+
+With --pictures grid.png some of the images are drawn, too, a row each: the first three principal components of their
+patch tokens as red, green and blue, what the class token attends to in the last block, and the nearest other images.
 """
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
 from util.data.archives import ImagePath
+from util.data.loaders import spread
 from util.errors import UserError
-from util.report import knn
+from util.report import feature_maps, knn, pictures
+
+NEAREST = 3  # neighbours that are drawn
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,23 +44,40 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=("class", "pooled", "all"),
         help="the class token, the mean of the patch tokens (pooled), or all tokens",
     )
+    add("--pictures", type=Path, metavar="FILE", help="picture to draw features into, .png for example")
+    add("--num", default=8, type=int, help="largest number of images in --pictures, evenly spread over the images")
+    add("--heads", action="store_true", help="draw the attention of every head in --pictures, too")
     add("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that classify those of --data_path by k-NN")
     inference.add_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num < 1:
+        parser.error("--num must be at least 1")
+    return args
 
 
-def encode(
-    model: models_vit.VisionTransformer, batches: inference.Batches, kind: str
-) -> tuple[Tensor, list[ImagePath]]:
-    """Encode images and return one feature per readable image, or all its tokens, and the files of these images.
+class Encoded(NamedTuple):
+    """Encoded images.
+
+    Attributes:
+        features: A feature per image [M, D], or all its tokens [M, 1+L, D], as float32 on the CPU.
+        files: The M images.
+    """
+
+    features: Tensor
+    files: list[ImagePath]
+
+    def pooled(self) -> Tensor:
+        """Return a feature per image [M, D]: of all tokens the mean of the patches'."""
+        return self.features if self.features.ndim == 2 else self.features[:, 1:].mean(dim=1)
+
+
+def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind: str) -> Encoded:
+    """Encode the images that are readable.
 
     Args:
         model: The encoder.
         batches: The images.
         kind: "class": the class token; "pooled": the mean of the patch tokens; "all": all tokens.
-
-    Returns:
-        Features [M, D], or with kind "all" tokens [M, 1+L, D], as float32 on the CPU; and M files.
 
     Raises:
         UserError: No image can be read.
@@ -63,7 +88,70 @@ def encode(
         part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[kind]
         parts.append(part.float().cpu())
         readable += files
-    return torch.cat(parts), readable
+    return Encoded(torch.cat(parts), readable)
+
+
+def nearest(features: Tensor, pool: Tensor, own: Tensor | None) -> Tensor:
+    """Find the nearest neighbours of features, by cosine similarity.
+
+    Args:
+        features: Features [N, D].
+        pool: Features to choose from [M, D].
+        own: Numbers of the features in the pool [N], which are no neighbours of their own; None: they are not in it.
+
+    Returns:
+        Their numbers in the pool [N, K], the nearest first; K is NEAREST, or less in a small pool.
+    """
+    cosine = F.normalize(features, dim=1) @ F.normalize(pool, dim=1).T
+    if own is not None:
+        cosine[torch.arange(len(own)), own] = -2  # below any cosine
+    return cosine.topk(min(NEAREST, len(pool) - (own is not None)), dim=1).indices
+
+
+def draw(
+    model: models_vit.VisionTransformer,
+    preprocessing: inference.Preprocessing,
+    encoded: Encoded,
+    others: Encoded | None,
+    args: argparse.Namespace,
+) -> None:
+    """Write --pictures: a row per image with its features and its nearest neighbours.
+
+    Args:
+        model: The encoder.
+        preprocessing: How its images are loaded.
+        encoded: The images, of which some are drawn.
+        others: Images whose nearest are drawn as neighbours; None: those of `encoded` themselves.
+        args: The script's flags.
+    """
+    # Choose the images, and find their neighbours.
+    chosen = torch.tensor(spread(len(encoded.files), args.num))
+    pool = others or encoded
+    neighbours = nearest(encoded.pooled()[chosen], pool.pooled(), None if others else chosen)
+
+    def load(files: list[ImagePath]) -> tuple[Tensor, Tensor]:
+        """Return images [N, C, H, W], normalised, and as they are shown, from 0 to 1."""
+        batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
+        imgs = torch.cat([imgs for _, imgs in batches])
+        pixels = imgs * batches.normalise.std + batches.normalise.mean
+        low, width = pictures.shown_range(pixels)
+        return imgs, ((pixels - low) / width).clamp(0, 1)
+
+    # Draw the features, and beside them the neighbours.
+    imgs, originals = load([encoded.files[number] for number in chosen.tolist()])
+    titles, rows = feature_maps.panels(model, imgs, originals, args.heads)
+    if neighbours.numel():
+        _, shown = load([pool.files[number] for number in neighbours.flatten().tolist()])
+        rows = torch.cat([rows, pictures.to_rgb(shown).unflatten(0, neighbours.shape)], dim=1)
+        titles += [f"nearest {place}" for place in range(1, neighbours.shape[1] + 1)]
+
+    caption = [
+        f"{Path(args.resume).name}: first three principal components of the patch tokens,",
+        "attention of the class token in the last block, nearest images by features",
+    ]
+    with write_whole(args.pictures) as unfinished:
+        pictures.grid(rows.cpu(), titles, caption).save(unfinished)
+    print(f"{len(rows)} images' features drawn in {args.pictures}")
 
 
 def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
@@ -98,6 +186,27 @@ def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = No
     return torch.tensor([classes.index(name) for name in names]), classes
 
 
+def print_knn(
+    features: Tensor, labels: Tensor, others: Encoded | None, neighbours: Path | None, classes: list[str]
+) -> None:
+    """Print how well nearest neighbours tell the classes apart; nothing for all tokens or a single image.
+
+    Args:
+        features: Features to classify [M, D].
+        labels: Their true classes [M].
+        others: The images that classify them; None: every image is classified by all the others.
+        neighbours: Folder of those images.
+        classes: Names of the classes, in the order of their numbers.
+    """
+    if others:
+        other_labels, _ = labels_of(others.files, neighbours, classes)
+        accuracy = knn.accuracy(others.features, other_labels, features, labels)
+        print(f"k-NN among {len(others.files)} images of {neighbours.name}: {accuracy:.2f} %")
+    elif features.ndim == 2 and len(features) > 1:
+        accuracy = knn.accuracy(features, labels, features, labels, same=True)
+        print(f"k-NN, each image named after the others: {accuracy:.2f} %")
+
+
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     """Write the features of a folder's images (argv defaults to the command line's)."""
@@ -105,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     inference.check(args)
     if args.output.suffix != ".npz":
         raise UserError(f"--output {args.output} must end in .npz")
+    if args.pictures:
+        pictures.refuse_other_formats("--pictures", args.pictures)
 
     # Find the images and their classes; the numbers of the classes are those of the neighbours, where there are any.
     files, neighbours, classes = inference.find([args.data_path]), [], None
@@ -126,26 +237,23 @@ def main(argv: list[str] | None = None) -> None:
     batches, others = (
         inference.Batches(paths, model.patch_embed.img_size, preprocessing) for paths in (files, neighbours)
     )
-    features, files = encode(model, batches, args.tokens)
+    encoded = encode(model, batches, args.tokens)
+    features, files = encoded
     relative = [str(path.relative_to(args.data_path)) for path in files]
     arrays = {"features": features.numpy(), "files": np.array(relative)}
+    encoded_others = encode(model, others, args.tokens) if neighbours else None
 
     # With classes, tell how well nearest neighbours separate them.
     if labels is not None:
         labels, _ = labels_of(files, args.data_path, classes)
         arrays |= {"labels": labels.numpy(), "classes": np.array(classes)}
-        if neighbours:
-            neighbour_features, neighbours = encode(model, others, args.tokens)
-            neighbour_labels, _ = labels_of(neighbours, args.neighbours, classes)
-            accuracy = knn.accuracy(neighbour_features, neighbour_labels, features, labels)
-            print(f"k-NN among {len(neighbours)} images of {args.neighbours.name}: {accuracy:.2f} %")
-        elif features.ndim == 2 and len(files) > 1:
-            accuracy = knn.accuracy(features, labels, features, labels, same=True)
-            print(f"k-NN, each image named after the others: {accuracy:.2f} %")
+        print_knn(features, labels, encoded_others, args.neighbours, classes)
 
     with write_whole(args.output) as unfinished:
         np.savez(unfinished, **arrays)
     print(f"{tuple(features.shape)} features of {len(files)} images in {args.output}")
+    if args.pictures:
+        draw(model, preprocessing, encoded, encoded_others, args)
     batches.check_complete(args.output)
     others.check_complete(args.output)
 

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 import models_mae
@@ -71,12 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write the reconstructions (argv defaults to the command line's)."""
     args = get_args(argv)
     inference.check(args)
-    image_format = Image.registered_extensions().get(args.output.suffix.lower())
-    if not args.separate and image_format not in Image.SAVE:
-        raise UserError(
-            f"--output {args.output} does not end in an image format that can be written: end it in .png, for example, "
-            "or pass --separate and a folder"
-        )
+    if not args.separate:
+        pictures.refuse_other_formats("--output", args.output, ", or pass --separate and a folder")
     files = inference.find(args.images, args.num)
 
     # Load the autoencoder. How many patches there are, and so which mask ratios are possible, is known only now.
@@ -106,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         save_panels(args.output, files, rows)
     else:
         with write_whole(args.output) as unfinished:
-            pictures.grid(rows, caption).save(unfinished)
+            pictures.grid(rows, pictures.COLUMNS, caption).save(unfinished)
     print(f"{', '.join(caption)}: {len(files)} images in {args.output}")
     batches.check_complete(args.output)
 

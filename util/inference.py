@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
     """Check the flags before any work.
 
     Args:
-        args: The flags of `add_flags` and the script's --output, with --separate if the script has that.
+        args: The flags of `add_flags` and the script's --output; --separate and --pictures if the script has them.
 
     Raises:
         UserError: Flags are invalid, or the output can't be written; names all problems at once.
@@ -78,10 +78,13 @@ def check(args: argparse.Namespace) -> None:
 
     # With --separate the output is a folder, else a file.
     separate = getattr(args, "separate", False)
-    folder = args.output if separate else args.output.parent
-    reason = "it is a folder" if not separate and args.output.is_dir() else unwritable(folder)
-    if reason:
-        problems.append(f"--output {args.output} can't be written to: {reason}")
+    for name in ("output", "pictures"):
+        path = getattr(args, name, None)
+        if path is None:
+            continue
+        folder = path if separate else path.parent
+        if reason := "it is a folder" if not separate and path.is_dir() else unwritable(folder):
+            problems.append(f"--{name} {path} can't be written to: {reason}")
     if problems:
         raise UserError("; ".join(problems))
 

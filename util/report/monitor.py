@@ -146,7 +146,7 @@ class Monitor:
         caption = [f"epoch {epoch}, {self.masks.ratio:.0%} masked ({self.masks.sampling})"]
         if model.norm_pix_loss:
             caption.append(pictures.NORMALISED)
-        sheet = pictures.grid(rows, caption)
+        sheet = pictures.grid(rows, pictures.COLUMNS, caption)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
         with write_whole(file) as unfinished:
             sheet.save(unfinished)

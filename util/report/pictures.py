@@ -4,11 +4,14 @@ Shapes: N images, C channels, H x W pixels, L patches of p*p*C values; pixels fr
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+
+from util.errors import UserError
 
 COLUMNS = ("original", "masked", "reconstruction", "with visible")
 NORMALISED = "targets were normalised: each patch's mean and variance are the original's"
@@ -40,14 +43,27 @@ def panels(model: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Ten
     pixels = [model.unpatchify(x) for x in (patches, pred, torch.where(removed, pred, patches))]
     pixels = [x * std + mean for x in pixels]
 
-    # Arrays in other units than 0 to 1 are stretched to the original's own range.
-    low, high = pixels[0].amin((1, 2, 3), keepdim=True), pixels[0].amax((1, 2, 3), keepdim=True)
-    other_units = (low < -0.01) | (high > 1.01)
-    low, width = torch.where(other_units, low, 0.0), torch.where(other_units, high - low, 1.0)
+    low, width = shown_range(pixels[0])
     original, reconstruction, with_visible = (((x - low) / width).clamp(0, 1) for x in pixels)
 
     hidden = model.unpatchify(removed.to(imgs.dtype).expand_as(patches)).bool()
     return torch.stack([original, original.masked_fill(hidden, 0.5), reconstruction, with_visible], dim=1)
+
+
+def shown_range(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the range of values that is shown as black to white, of each of the images [N, C, H, W].
+
+    Returns:
+        Its low end and its width, [N, 1, 1, 1] each: 0 and 1, or the image's own where that lies in other units.
+    """
+    low, high = pixels.amin((1, 2, 3), keepdim=True), pixels.amax((1, 2, 3), keepdim=True)
+    other_units = (low < -0.01) | (high > 1.01)
+    return torch.where(other_units, low, 0.0), torch.where(other_units, high - low, 1.0)
+
+
+def to_rgb(pixels: Tensor) -> Tensor:
+    """Turn images [N, C, H, W] into RGB [N, 3, H, W]: their first three channels, or of fewer the first in grey."""
+    return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
 
 
 @torch.no_grad()
@@ -76,37 +92,45 @@ def to_picture(pixels: Tensor, side: int = 0) -> Image.Image:
     """Convert pixels to an RGB picture.
 
     Args:
-        pixels: Pixels [C, H, W], from 0 to 1. The first 3 channels are shown; of fewer the first, in grey.
+        pixels: Pixels [C, H, W], from 0 to 1, of which the channels are shown that `to_rgb` takes.
         side: Least length of the picture's longer side in pixels, reached by whole-number magnification.
     """
-    channels = 3 if len(pixels) >= 3 else 1
-    array = (pixels[:channels].float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, channels]
-    picture = Image.fromarray(array if channels == 3 else np.ascontiguousarray(array[..., 0])).convert("RGB")
+    array = (to_rgb(pixels[None])[0].float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
+    picture = Image.fromarray(np.ascontiguousarray(array))
     times = -(-side // max(picture.size)) if side else 1  # rounded up
     return picture.resize((picture.width * times, picture.height * times), Image.Resampling.NEAREST)
 
 
-def grid(rows: Tensor, caption: Sequence[str], side: int = 160) -> Image.Image:
+def refuse_other_formats(flag: str, path: Path, remedy: str = "") -> None:
+    """Raise UserError if a file that a flag names does not end in an image format that can be written."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(
+            f"{flag} {path} does not end in an image format that can be written: end it in .png, for example{remedy}"
+        )
+
+
+def grid(rows: Tensor, titles: Sequence[str], caption: Sequence[str], side: int = 160) -> Image.Image:
     """Draw a row of panels per image, under the columns' titles and the lines of a caption.
 
     Args:
-        rows: Panels [N, 4, C, H, W].
+        rows: Panels [N, P, C, H, W].
+        titles: Titles of the P columns.
         caption: Lines of text, at the top; at least one.
         side: Least length of a panel's longer side in pixels.
     """
     font, gap, line_height = ImageFont.load_default(14), 6, 20
     pictures = [[to_picture(panel, side) for panel in row] for row in rows]
 
-    # The sheet is as wide as four panels or the longest line of the caption.
+    # The sheet is as wide as its panels or the longest line of the caption.
     width, height = pictures[0][0].size
     top = line_height * (len(caption) + 1) + gap
-    total = max(4 * (width + gap) + gap, *(round(font.getlength(text)) + 2 * gap for text in caption))
+    total = max(len(titles) * (width + gap) + gap, *(round(font.getlength(text)) + 2 * gap for text in caption))
     sheet = Image.new("RGB", (total, top + len(rows) * (height + gap)), "white")
 
     draw = ImageDraw.Draw(sheet)
     for number, text in enumerate(caption):
         draw.text((gap, gap + number * line_height), text, "black", font)
-    for column, title in enumerate(COLUMNS):
+    for column, title in enumerate(titles):
         left = gap + column * (width + gap)
         draw.text((left + width / 2, top - line_height / 2), title, "black", font, anchor="mm")
         for number, row in enumerate(pictures):

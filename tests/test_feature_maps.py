@@ -1,0 +1,175 @@
+"""Pictures of features: components, attention and neighbours are what they are called."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.decomposition import PCA
+
+import main_features
+import models_vit
+from util.errors import UserError
+from util.report import feature_maps
+
+SIZES = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return models_vit.VisionTransformer(**SIZES, in_chans=1, num_classes=0).eval()
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@torch.no_grad()
+def test_attention_is_the_class_tokens_of_the_last_block(pool):
+    torch.manual_seed(0)
+    encoder = models_vit.VisionTransformer(**SIZES, num_classes=0, global_pool=pool).eval()
+    imgs, inputs = torch.randn(3, 3, 16, 24), []
+    hook = encoder.blocks[-1].attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    expected = encoder.forward_features(imgs)
+    hook.remove()
+    tokens, attention = feature_maps.encode_with_attention(encoder, imgs)
+    torch.testing.assert_close(tokens, expected)
+
+    # The same by hand, from the block's weights.
+    qkv = encoder.blocks[-1].attn.qkv(inputs[0]).view(3, 7, 3, 4, 8)  # [N, 1+L, 3, heads, D/heads]
+    query, key = qkv[:, :, 0], qkv[:, :, 1]
+    weights = torch.einsum("nihd,njhd->nhij", query, key).div(8**0.5).softmax(dim=-1)
+    torch.testing.assert_close(attention, weights[:, :, 0, 1:])
+    # The model is as it was before.
+    assert encoder.blocks[-1].attn.fused_attn == encoder.blocks[0].attn.fused_attn
+    assert not encoder.blocks[-1].attn.attn_drop._forward_hooks
+
+
+def test_components_are_scikit_learns_with_fixed_signs():
+    tokens = torch.randn(5, 12, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 16)
+    flat = tokens.flatten(0, 1).numpy()
+    peer = PCA(3, svd_solver="full").fit(flat)
+    signs = np.sign(np.take_along_axis(peer.components_, np.abs(peer.components_).argmax(axis=1)[:, None], axis=1))
+    projected = peer.transform(flat) * signs[:, 0]
+    low, high = np.percentile(projected, [1, 99], axis=0)
+    expected = torch.from_numpy(((projected - low) / (high - low)).clip(0, 1)).float().view(5, 12, 3)
+    torch.testing.assert_close(feature_maps.principal_components(tokens), expected, atol=1e-4, rtol=0)
+
+
+def test_tokens_without_differences_have_no_components():
+    assert torch.equal(feature_maps.principal_components(torch.ones(2, 4, 8)), torch.zeros(2, 4, 3))
+
+
+def test_heat_goes_from_black_over_red_and_yellow_to_white():
+    colours = feature_maps.heat(torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 10.0, 20.0, 30.0]]))
+    expected = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    torch.testing.assert_close(colours, expected.expand(2, -1, -1))
+
+
+@torch.no_grad()
+def test_a_patchs_colour_fills_its_pixels(encoder):
+    imgs = torch.rand(2, 1, 16, 24)
+    titles, panels = feature_maps.panels(encoder, imgs, imgs, per_head=True)
+    assert titles == ["image", "components", "attention", "head 1", "head 2", "head 3", "head 4"]
+    assert panels.shape == (2, 7, 3, 16, 24) and panels.min() >= 0 and panels.max() <= 1
+    assert torch.equal(panels[:, 0], imgs.expand(-1, 3, -1, -1))
+
+    tokens, attention = feature_maps.encode_with_attention(encoder, imgs)
+    colours = panels[:, 1:].unflatten(3, (2, 8)).unflatten(5, (3, 8))  # [N, P, 3, h, p, w, p]
+    assert torch.equal(colours, colours[..., :1, :, :1].expand_as(colours))
+    per_patch = colours[:, :, :, :, 0, :, 0].flatten(3).transpose(2, 3)  # [N, P, L, 3]
+    torch.testing.assert_close(per_patch[:, 0], feature_maps.principal_components(tokens[:, 1:]))
+    torch.testing.assert_close(per_patch[:, 1], feature_maps.heat(attention.mean(dim=1)))
+    torch.testing.assert_close(per_patch[:, 4], feature_maps.heat(attention[:, 2]))
+
+
+def test_no_image_is_its_own_neighbour():
+    pool = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.5, 0.5], [-1.0, 0.0]])
+    own = torch.tensor([0, 2])
+    assert main_features.nearest(pool[own], pool, own).tolist() == [[1, 3, 2], [3, 1, 0]]
+    assert main_features.nearest(pool[own], pool, None).tolist() == [[0, 1, 3], [2, 3, 1]]
+    assert main_features.nearest(pool[:1], pool[:2], torch.tensor([0])).tolist() == [[1]]
+    assert main_features.nearest(pool[:1], pool[:1], torch.tensor([0])).shape == (1, 0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = models_vit.vit_demo_patch4(img_size=28, patch_size=7, num_classes=0, global_pool=False)
+    file = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    torch.save({"model": model.state_dict(), "model_config": model.config}, file)
+    return str(file)
+
+
+def draw(checkpoint, folder, out, *more):
+    words = [
+        "--resume",
+        checkpoint,
+        "--data_path",
+        folder,
+        "--output",
+        out / "f.npz",
+        "--pictures",
+        out / "f.png",
+        *more,
+    ]
+    main_features.main([str(word) for word in [*words, "--device", "cpu"]])
+    return Image.open(out / "f.png")
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "class", "all"])
+def test_the_script_draws_a_row_per_image(tokens, checkpoint, images, tmp_path, capsys):
+    picture = draw(checkpoint, images / "val", tmp_path, "--num", 5, "--tokens", tokens)
+    assert "5 images' features drawn in" in capsys.readouterr().out
+    more = draw(checkpoint, images / "val", tmp_path, "--num", 4, "--tokens", tokens, "--heads")
+    side = picture.height - more.height
+    assert side > 160 and more.width == picture.width + 4 * side  # a column per head, square panels
+
+
+def test_neighbours_come_from_the_other_folder(checkpoint, images, tmp_path, monkeypatch):
+    """The images drawn are those of the largest cosine."""
+    drawn = []
+    monkeypatch.setattr(main_features.pictures, "grid", lambda rows, *_: drawn.append(rows) or Image.new("RGB", (1, 1)))
+    draw(checkpoint, images / "train", tmp_path, "--crop_pct", 1)
+    with np.load(tmp_path / "f.npz") as found:
+        pool, names = found["features"], found["files"]
+    draw(checkpoint, images / "val", tmp_path, "--crop_pct", 1, "--num", 3, "--neighbours", images / "train")
+    with np.load(tmp_path / "f.npz") as found:
+        features = found["features"][[0, 14, 29]]
+    cosine = (features @ pool.T) / np.linalg.norm(features, axis=1)[:, None] / np.linalg.norm(pool, axis=1)
+    for row, order in zip(drawn[1], np.argsort(-cosine, axis=1), strict=True):
+        for panel, number in zip(row[3:], order[:3], strict=True):
+            with Image.open(images / "train" / names[number]) as file:
+                pixels = torch.from_numpy(np.asarray(file.convert("L")) / 255).float()
+            torch.testing.assert_close(panel, pixels.expand(3, -1, -1), atol=1e-5, rtol=0)
+
+    # Of an image that is among the others, too, the nearest is itself.
+    draw(checkpoint, images / "val", tmp_path, "--crop_pct", 1, "--num", 3, "--neighbours", images / "val")
+    assert torch.equal(drawn[2][:, 3], drawn[2][:, 0])
+
+
+def test_all_tokens_are_compared_by_the_mean_of_the_patches():
+    tokens = torch.randn(2, 4, 8)
+    assert torch.equal(main_features.Encoded(tokens, []).pooled(), tokens[:, 1:].mean(dim=1))
+    assert torch.equal(main_features.Encoded(tokens[:, 0], []).pooled(), tokens[:, 0])
+
+
+def test_a_single_image_has_no_neighbours(checkpoint, images, tmp_path):
+    one = sorted((images / "val").rglob("*.png"))[:1]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / one[0].name).symlink_to(one[0].resolve())
+    picture = draw(checkpoint, tmp_path / "one", tmp_path)
+    assert picture.height < 300
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [("f.txt", "--pictures .*f.txt does not end in an image format"), ("none/x/f.png", None), ("", "it is a folder")],
+)
+def test_a_picture_that_cannot_be_written_is_refused_first(pictures, message, checkpoint, images, tmp_path):
+    words = ["--resume", checkpoint, "--data_path", images / "val", "--output", tmp_path / "f.npz"]
+    words += ["--pictures", tmp_path / pictures, "--num", 1]
+    if message is None:  # a folder that can be made
+        main_features.main([str(word) for word in words])
+        assert (tmp_path / pictures).is_file()
+        return
+    with pytest.raises(UserError, match=message):
+        main_features.main([str(word) for word in words])
+    assert not (tmp_path / "f.npz").exists()
