@@ -130,8 +130,8 @@ def pixel_neighbours() -> float:
     return 100 * (train_labels[nearest] == val_labels).float().mean().item()
 
 
-def print_table(results: dict[str, float], seed: int) -> None:
-    """Print the figures of results.json as a table."""
+def print_table(results: dict[str, float], seed: int, quick: bool) -> None:
+    """Print the figures of results.json as a table, and whether they are those of --quick."""
     rows = [
         ("pre-training loss, last epoch", f"{results['pretrain_loss']:.4f}"),
         ("linear probe, pre-trained encoder", f"{results['probe']:.1f} %"),
@@ -140,7 +140,7 @@ def print_table(results: dict[str, float], seed: int) -> None:
         ("the same training from scratch", f"{results['scratch']:.1f} %"),
         ("nearest neighbour in raw pixels", f"{results['pixel_neighbours']:.1f} %"),
     ]
-    duration = f"{results['seconds']:.0f} s, seed {seed}"
+    duration = f"{results['seconds']:.0f} s, seed {seed}{', --quick' if quick else ''}"
     print(f"\nMAE on 2,000 Fashion-MNIST images, accuracy on 2,000 others ({duration})")
     print("-" * 60)
     for name, value in rows:
@@ -170,7 +170,8 @@ def main() -> None:
     drawing = args.output_dir / "reconstruction.png"
     reconstruct = f"main_reconstruct.py --images {DATA}/val --num 6 --crop_pct 1 --device cpu".split()
     reconstruct += ["--output", str(drawing), "--resume", checkpoint]
-    subprocess.run([sys.executable, *reconstruct], check=True)
+    if code := subprocess.run([sys.executable, *reconstruct]).returncode:
+        raise SystemExit(f"main_reconstruct.py failed with exit code {code}: {shlex.join(reconstruct)}")
 
     # Probe and fine-tune the pre-trained encoder; then the same without it, to see what pre-training is worth.
     from_encoder = f"--finetune {shlex.quote(checkpoint)}"
@@ -184,7 +185,7 @@ def main() -> None:
 
     results |= {"pixel_neighbours": pixel_neighbours(), "pretrain_loss": loss, "seconds": time.time() - start}
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print_table(results, args.seed)
+    print_table(results, args.seed, args.quick)
     print(f"Logs, checkpoints and TensorBoard events: {args.output_dir}; look at {drawing}")
 
 

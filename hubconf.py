@@ -15,6 +15,7 @@ in `model.pretrained_cfg`, in timm's form:
 """
 
 import functools
+import os
 import pathlib
 
 import models_mae
@@ -22,7 +23,6 @@ import models_vit
 from util import errors
 from util.checkpoint import files, formats
 from util.checkpoint import weights as loading
-from util.data import images, transforms
 
 dependencies = ["torch", "torchvision", "timm", "safetensors"]
 
@@ -30,7 +30,7 @@ dependencies = ["torch", "torchvision", "timm", "safetensors"]
 _INCLUDED = {"demo": pathlib.Path(__file__).parent / "weights" / "mae_vit_demo_patch4_cifar10"}
 
 
-def encoder(weights: str = "included") -> models_vit.VisionTransformer:
+def encoder(weights: str | os.PathLike = "included") -> models_vit.VisionTransformer:
     """Load the encoder of a checkpoint.
 
     Args:
@@ -44,11 +44,13 @@ def encoder(weights: str = "included") -> models_vit.VisionTransformer:
     return _described(models_vit.from_checkpoint(checkpoint, source, trunk_only=True), checkpoint)
 
 
-def _autoencoder(name: str, weights: str | None = "included", **arguments) -> models_mae.MaskedAutoencoderViT:
+def _autoencoder(
+    name: str, weights: str | os.PathLike | None = "included", **arguments
+) -> models_mae.MaskedAutoencoderViT:
     """Load a masked autoencoder, encoder and decoder.
 
     Args:
-        name: The model's.
+        name: The entry's own name, which torch.hub passes.
         weights: File, folder or address of a checkpoint with its decoder; None: random values.
         **arguments: For the constructor of a model with random values. With weights, only norm_pix_loss, for a file
             that does not tell it.
@@ -64,12 +66,12 @@ def _autoencoder(name: str, weights: str | None = "included", **arguments) -> mo
 
 
 def _classifier(
-    name: str, weights: str | None = "included", num_classes: int | None = None, **arguments
+    name: str, weights: str | os.PathLike | None = "included", num_classes: int | None = None, **arguments
 ) -> models_vit.VisionTransformer:
     """Load a classifier, or put a new head on a pre-trained encoder.
 
     Args:
-        name: The model's.
+        name: The entry's own name, which torch.hub passes.
         weights: File, folder or address of a checkpoint; None: random values.
         num_classes: Outputs of a new head; None: the head is the file's.
         **arguments: For the constructor, of a model with random values or a new head (global_pool, drop_path_rate,
@@ -80,27 +82,33 @@ def _classifier(
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
     source, checkpoint = _load(name.split("_")[1], weights)
     if num_classes is None:
+        if not any(parameter.startswith("head.") for parameter in checkpoint["model"]):
+            raise errors.UserError(f"{source} has no head: pass num_classes=N for a new one")
         _refuse_arguments(arguments, set())
         model = models_vit.from_checkpoint(checkpoint, source)
     else:
         trunk = models_vit.from_checkpoint(checkpoint, source, trunk_only=True).config
-        shape = {argument: trunk[argument] for argument in formats.TRUNK}
-        model = models_vit.VisionTransformer(**{**shape, **arguments, "num_classes": num_classes})
+        kept = {argument: trunk[argument] for argument in formats.TRUNK}
+        stored = checkpoint.get("model_config") or {}
+        kept |= {"global_pool": stored["global_pool"]} if "global_pool" in stored else {}
+        model = models_vit.VisionTransformer(**{**kept, **arguments, "num_classes": num_classes})
         loading.load_pretrained(source, model)
     _refuse_other_sizes(name, factory.keywords, model.config, source)
     return _described(model, checkpoint)
 
 
-def _load(size: str, weights: str) -> tuple[str, dict]:
+def _load(size: str, weights: str | os.PathLike | None) -> tuple[str, dict]:
     """Read a checkpoint: its name, and its content. "included" is the one of this repository for this encoder."""
+    if weights is None:
+        raise errors.UserError("weights=None: name a checkpoint, since an encoder of random values has no use")
     if weights == "included":
         if size not in _INCLUDED:
             raise errors.UserError(
                 f"no weights of this size ({size}) come with the code: pass weights=FILE_OR_URL, or weights=None for "
                 "random values"
             )
-        weights = str(_INCLUDED[size])
-    return weights, files.load_checkpoint(weights)
+        weights = _INCLUDED[size]
+    return str(weights), files.load_checkpoint(str(weights))
 
 
 def _refuse_arguments(arguments: dict, allowed: set[str]) -> None:
@@ -122,10 +130,8 @@ def _refuse_other_sizes(name: str, expected: dict, config: dict, source: str) ->
 
 def _described(model, checkpoint: dict):
     """Return the model, with pretrained_cfg as timm's models have it."""
-    flags, config = files.checkpoint_args(checkpoint), model.config
-    pixels = images.Pixels.from_args(flags, config["in_chans"])
-    crop_pct = flags.get("crop_pct") or transforms.default_crop_pct(config["img_size"])
-    model.pretrained_cfg = formats.timm_pretrained_cfg(config, pixels, crop_pct, config.get("num_classes", 0))
+    settings = formats.evaluation_settings(files.checkpoint_args(checkpoint), model.config)
+    model.pretrained_cfg = formats.timm_pretrained_cfg(model.config, *settings, model.config.get("num_classes", 0))
     return model
 
 

@@ -38,7 +38,6 @@ from util.checkpoint.files import checkpoint_args, load_checkpoint
 from util.checkpoint.output_dir import fsync_path, raise_write_errors, unwritable
 from util.data.class_names import read_class_names
 from util.data.images import Pixels
-from util.data.transforms import default_crop_pct
 from util.errors import UserError
 
 # Flags that the model card repeats as the recipe.
@@ -58,6 +57,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--to", required=True, choices=tuple(EXPORTERS), help="format to export, described above")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--model_ema", action="store_true", help="export the EMA of the weights")
+    inference.add_norm_pix_loss(parser)
     inference.add_class_names(parser)
     add("--license", default="unknown", help="licence of the weights, for the model card")
     return parser.parse_args(argv)
@@ -87,13 +87,14 @@ class Source:
     classes: list[str] | None
 
     @classmethod
-    def load(cls, path: str, ema: bool, names: list[str] | None = None) -> "Source":
+    def load(cls, path: str, ema: bool, names: list[str] | None = None, norm_pix_loss: bool = False) -> "Source":
         """Load a checkpoint and build its model.
 
         Args:
             path: File, folder or address.
             ema: Load the EMA of the weights instead of the weights.
             names: Names of the classes; None: those in the checkpoint.
+            norm_pix_loss: Whether an autoencoder predicts normalised patches, if the checkpoint does not say.
 
         Raises:
             UserError: There is no such checkpoint, no EMA in it, no model that can be built from it, or no head for
@@ -105,7 +106,7 @@ class Source:
             name in checkpoint["model"] for name in ("head.weight", "head.1.weight", "head.1.heads.0.weight")
         )
         if "decoder_pred.weight" in checkpoint["model"]:
-            model = models_mae.from_checkpoint(checkpoint, path)
+            model = models_mae.from_checkpoint(checkpoint, path, norm_pix_loss)
         else:
             model = models_vit.from_checkpoint(checkpoint, path, trunk_only=not has_head)
         config = model.config
@@ -119,8 +120,7 @@ class Source:
             raise UserError(f"{path} has no head, so there are no classes to name: omit --class_names")
 
         flags = checkpoint_args(checkpoint)
-        pixels = Pixels.from_args(flags, config["in_chans"])
-        crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
+        pixels, crop_pct = formats.evaluation_settings(flags, config)
         return cls(path, checkpoint, model, flags, pixels, crop_pct, classes)
 
     @property
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load everything and check what can be checked before a file is written.
     names = read_class_names(args.class_names) if args.class_names else None
-    source = Source.load(args.resume, args.model_ema, names)
+    source = Source.load(args.resume, args.model_ema, names, args.norm_pix_loss)
     if source.config.get("probe") == "attentive" and args.to in ("timm", "hf"):
         raise UserError(
             f"{args.resume} is an attentive probe, which only --to onnx can take: use that, or --to encoder for its "

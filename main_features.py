@@ -11,6 +11,7 @@ patch tokens as red, green and blue, what the class token attends to in the last
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.num < 1:
         parser.error("--num must be at least 1")
+    if args.heads and not args.pictures:
+        parser.error("--heads is drawn into --pictures, which is missing")
     return args
 
 
@@ -129,19 +132,26 @@ def draw(
     pool = others or encoded
     neighbours = nearest(encoded.pooled()[chosen], pool.pooled(), None if others else chosen)
 
-    def load(files: list[ImagePath]) -> tuple[Tensor, Tensor]:
-        """Return images [N, C, H, W], normalised, and as they are shown, from 0 to 1."""
+    def load(source: Encoded, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches of images [N, C, H, W], normalised, and as they are shown, from 0 to 1, on the CPU."""
+        files = [source.files[number] for number in numbers.flatten().tolist()]
         batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
-        imgs = torch.cat([imgs for _, imgs in batches])
-        pixels = imgs * batches.normalise.std + batches.normalise.mean
-        low, width = pictures.shown_range(pixels)
-        return imgs, ((pixels - low) / width).clamp(0, 1)
+        for _, imgs in batches:
+            pixels = (imgs * batches.normalise.std + batches.normalise.mean).cpu()
+            low, width = pictures.shown_range(pixels)
+            yield imgs, ((pixels - low) / width).clamp(0, 1)
 
-    # Draw the features, and beside them the neighbours.
-    imgs, originals = load([encoded.files[number] for number in chosen.tolist()])
-    titles, rows = feature_maps.panels(model, imgs, originals, args.heads)
+    # Encode the chosen images once more, for their tokens and attention, and draw them.
+    parts = []
+    for imgs, shown in load(encoded, chosen):
+        tokens, attention = feature_maps.encode_with_attention(model, imgs)
+        parts.append((tokens[:, 1:].cpu(), attention.cpu(), shown))
+    tokens, attention, originals = (torch.cat(part) for part in zip(*parts, strict=True))
+    titles, rows = feature_maps.panels(tokens, attention, originals, model.patch_embed.grid_size, args.heads)
+
+    # Beside them, their neighbours.
     if neighbours.numel():
-        _, shown = load([pool.files[number] for number in neighbours.flatten().tolist()])
+        shown = torch.cat([shown for _, shown in load(pool, neighbours)])
         rows = torch.cat([rows, pictures.to_rgb(shown).unflatten(0, neighbours.shape)], dim=1)
         titles += [f"nearest {place}" for place in range(1, neighbours.shape[1] + 1)]
 
@@ -149,8 +159,7 @@ def draw(
         f"{Path(args.resume).name}: first three principal components of the patch tokens,",
         "attention of the class token in the last block, nearest images by features",
     ]
-    with write_whole(args.pictures) as unfinished:
-        pictures.grid(rows.cpu(), titles, caption).save(unfinished)
+    pictures.save(pictures.grid(rows, titles, caption), args.pictures)
     print(f"{len(rows)} images' features drawn in {args.pictures}")
 
 
@@ -254,8 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{tuple(features.shape)} features of {len(files)} images in {args.output}")
     if args.pictures:
         draw(model, preprocessing, encoded, encoded_others, args)
-    batches.check_complete(args.output)
-    others.check_complete(args.output)
+    inference.check_complete([batches, others], args.output)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
                 cells += [classes[number], f"{probability:.4f}"]
             writer.writerow([path, *cells[:2], *cells])
     print(f"{len(files) - batches.bad} images named in {args.output}")
-    batches.check_complete(args.output)
+    inference.check_complete([batches], args.output)
 
 
 if __name__ == "__main__":

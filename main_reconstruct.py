@@ -34,11 +34,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches are removed")
     add("--seed", default=0, type=int, help="the mask of an image follows from the seed and the name of the file")
     add("--num", default=8, type=int, help="largest number of images, evenly spread over those of --images")
-    add(
-        "--norm_pix_loss",
-        action="store_true",
-        help="the targets were normalised; needed only for checkpoints that do not store it",
-    )
+    inference.add_norm_pix_loss(parser)
     inference.add_flags(parser)
     args = parser.parse_args(argv)
     if not 0 < args.mask_ratio < 1 or args.num < 1:
@@ -100,10 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.separate:
         save_panels(args.output, files, rows)
     else:
-        with write_whole(args.output) as unfinished:
-            pictures.grid(rows, pictures.COLUMNS, caption).save(unfinished)
+        pictures.save(pictures.grid(rows, pictures.COLUMNS, caption), args.output)
     print(f"{', '.join(caption)}: {len(files)} images in {args.output}")
-    batches.check_complete(args.output)
+    inference.check_complete([batches], args.output)
 
 
 if __name__ == "__main__":

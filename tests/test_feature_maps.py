@@ -8,16 +8,10 @@ from sklearn.decomposition import PCA
 
 import main_features
 import models_vit
-from util.errors import UserError
-from util.report import feature_maps
+from util.errors import Incomplete, UserError
+from util.report import feature_maps, pictures
 
 SIZES = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-
-
-@pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    return models_vit.VisionTransformer(**SIZES, in_chans=1, num_classes=0).eval()
 
 
 @pytest.mark.parametrize("pool", [True, False])
@@ -61,21 +55,21 @@ def test_heat_goes_from_black_over_red_and_yellow_to_white():
     colours = feature_maps.heat(torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 10.0, 20.0, 30.0]]))
     expected = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]])
     torch.testing.assert_close(colours, expected.expand(2, -1, -1))
+    assert torch.equal(feature_maps.heat(torch.zeros(4)), torch.zeros(4, 3))  # attention may underflow
 
 
-@torch.no_grad()
-def test_a_patchs_colour_fills_its_pixels(encoder):
-    imgs = torch.rand(2, 1, 16, 24)
-    titles, panels = feature_maps.panels(encoder, imgs, imgs, per_head=True)
+def test_a_patchs_colour_fills_its_pixels():
+    torch.manual_seed(0)
+    tokens, attention, imgs = torch.randn(2, 6, 32), torch.rand(2, 4, 6), torch.rand(2, 1, 16, 24)
+    titles, panels = feature_maps.panels(tokens, attention, imgs, (2, 3), per_head=True)
     assert titles == ["image", "components", "attention", "head 1", "head 2", "head 3", "head 4"]
     assert panels.shape == (2, 7, 3, 16, 24) and panels.min() >= 0 and panels.max() <= 1
     assert torch.equal(panels[:, 0], imgs.expand(-1, 3, -1, -1))
 
-    tokens, attention = feature_maps.encode_with_attention(encoder, imgs)
     colours = panels[:, 1:].unflatten(3, (2, 8)).unflatten(5, (3, 8))  # [N, P, 3, h, p, w, p]
     assert torch.equal(colours, colours[..., :1, :, :1].expand_as(colours))
     per_patch = colours[:, :, :, :, 0, :, 0].flatten(3).transpose(2, 3)  # [N, P, L, 3]
-    torch.testing.assert_close(per_patch[:, 0], feature_maps.principal_components(tokens[:, 1:]))
+    torch.testing.assert_close(per_patch[:, 0], feature_maps.principal_components(tokens))
     torch.testing.assert_close(per_patch[:, 1], feature_maps.heat(attention.mean(dim=1)))
     torch.testing.assert_close(per_patch[:, 4], feature_maps.heat(attention[:, 2]))
 
@@ -151,24 +145,49 @@ def test_all_tokens_are_compared_by_the_mean_of_the_patches():
     assert torch.equal(main_features.Encoded(tokens[:, 0], []).pooled(), tokens[:, 0])
 
 
+def test_batches_draw_what_one_batch_draws(checkpoint, images, tmp_path):
+    one = np.asarray(draw(checkpoint, images / "val", tmp_path, "--num", 5)).astype(int)
+    several = np.asarray(draw(checkpoint, images / "val", tmp_path, "--num", 5, "--batch_size", 2)).astype(int)
+    assert np.abs(one - several).max() <= 1  # the order of sums
+
+
 def test_a_single_image_has_no_neighbours(checkpoint, images, tmp_path):
     one = sorted((images / "val").rglob("*.png"))[:1]
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / one[0].name).symlink_to(one[0].resolve())
-    picture = draw(checkpoint, tmp_path / "one", tmp_path)
-    assert picture.height < 300
+    alone = draw(checkpoint, tmp_path / "one", tmp_path)
+    among = draw(checkpoint, images / "val", tmp_path, "--num", 1)
+    assert among.width > alone.width + 2 * 160 and among.height == alone.height
+
+
+def test_unreadable_images_are_left_out(checkpoint, images, tmp_path):
+    """Also among the neighbours; both folders' are counted."""
+    for folder, count in (("few", 3), ("others", 5)):
+        (tmp_path / folder / "bag").mkdir(parents=True)
+        for file in sorted((images / "val" / "bag").iterdir())[:count]:
+            (tmp_path / folder / "bag" / file.name).symlink_to(file.resolve())
+        (tmp_path / folder / "bag" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(Incomplete, match=r"2 of 8 images cannot be read .*f.npz is made of the others"):
+        draw(checkpoint, tmp_path / "few", tmp_path, "--neighbours", tmp_path / "others")
+    picture = Image.open(tmp_path / "f.png")
+    assert picture.height > 3 * 160 and picture.width > 6 * 160
+
+
+def test_a_picture_too_large_for_its_format_ends_in_a_message(tmp_path):
+    with pytest.raises(UserError, match=r"f.webp can't hold 2 x 16400 pixels .*draw fewer images, or a .png"):
+        pictures.save(Image.new("RGB", (2, 16400)), tmp_path / "f.webp")
 
 
 @pytest.mark.parametrize(
-    ("pictures", "message"),
+    ("name", "message"),
     [("f.txt", "--pictures .*f.txt does not end in an image format"), ("none/x/f.png", None), ("", "it is a folder")],
 )
-def test_a_picture_that_cannot_be_written_is_refused_first(pictures, message, checkpoint, images, tmp_path):
+def test_a_picture_that_cannot_be_written_is_refused_first(name, message, checkpoint, images, tmp_path):
     words = ["--resume", checkpoint, "--data_path", images / "val", "--output", tmp_path / "f.npz"]
-    words += ["--pictures", tmp_path / pictures, "--num", 1]
+    words += ["--pictures", tmp_path / name, "--num", 1]
     if message is None:  # a folder that can be made
         main_features.main([str(word) for word in words])
-        assert (tmp_path / pictures).is_file()
+        assert (tmp_path / name).is_file()
         return
     with pytest.raises(UserError, match=message):
         main_features.main([str(word) for word in words])

@@ -1,5 +1,6 @@
 """torch.hub: models and their sizes come from the checkpoint, with the weights, from any folder."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -52,6 +53,14 @@ def test_an_encoder_comes_from_any_checkpoint(autoencoder):
         torch.testing.assert_close(encoder(imgs), expected[:, 0])
 
 
+def test_an_encoder_that_pools_the_patches_does_so(tmp_path):
+    trained = models_vit.vit_demo_patch4(**GREY, num_classes=3).eval()
+    encoder = load("encoder", weights=saved(tmp_path / "classifier.pth", trained)).eval()
+    imgs = torch.randn(2, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(imgs), encoder.fc_norm(encoder.forward_features(imgs)[:, 1:].mean(dim=1)))
+
+
 def test_timm_makes_the_transform_of_the_checkpoints_images(autoencoder):
     description = load("encoder", weights=autoencoder[1]).pretrained_cfg
     data = timm.data.resolve_data_config(description)
@@ -65,6 +74,11 @@ def test_a_classifier_has_the_files_head_or_a_new_one(autoencoder, tmp_path):
     imgs = torch.randn(2, 1, 28, 28)
     with torch.no_grad():
         assert torch.equal(load("vit_demo_patch4", weights=file).eval()(imgs), trained(imgs))
+
+    # A new head keeps the pooling that the file tells.
+    assert load("vit_demo_patch4", weights=file, num_classes=5).config["global_pool"] is True
+    by_token = saved(tmp_path / "token.pth", models_vit.vit_demo_patch4(**GREY, num_classes=3, global_pool=False))
+    assert load("vit_demo_patch4", weights=pathlib.Path(by_token), num_classes=5).config["global_pool"] is False
 
     # A new head takes the encoder of both kinds of files, with another pooling and another size where these are given.
     for source, encoder in ((autoencoder[1], autoencoder[0]), (file, trained)):
@@ -91,7 +105,8 @@ def test_without_weights_values_are_random_and_arguments_are_the_constructors():
             "does not hold mae_vit_base_patch16: its encoder has width 128, 6",
         ),
         ("mae_vit_demo_patch4", {"weights": "FILE", "img_size": 32}, "img_size: the file decides that"),
-        ("vit_demo_patch4", {"weights": "FILE"}, "has no head"),
+        ("vit_demo_patch4", {"weights": "FILE"}, "has no head: pass num_classes=N"),
+        ("encoder", {"weights": None}, "name a checkpoint"),
         (
             "mae_vit_large_patch16",
             {},

@@ -10,14 +10,19 @@ import pytest
 import timm
 import torch
 from conftest import SAMPLES
+from PIL import Image
 from sklearn.metrics import jaccard_score
 from torchvision.transforms import v2
 
 import main_export
 import models_vit
+from util.data.images import Pixels
+from util.errors import UserError
 
 pytest.importorskip("segmentation_models_pytorch")
 from recipes.segmentation import garments, train
+
+GREY = Pixels(1, (0.25,), (0.5,))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +89,8 @@ def test_timm_takes_features_of_several_blocks(exported):
 
 
 def test_masks_are_the_garments_and_are_flipped_with_them(data):
-    pairs = train.MaskedImages(data / "train", 1, v2.RandomHorizontalFlip())
-    assert len(pairs) == 16
+    pairs = train.MaskedImages(data / "train", GREY, 3, v2.RandomHorizontalFlip())
+    assert len(pairs) == 16 and pairs.files[0].parent.name == "bag"
     for index, expected in ((0, 1), (15, 2)):
         image, mask = pairs[index]
         flips = {tuple(image.flatten().tolist()) for image, _ in (pairs[index] for _ in range(16))}
@@ -96,16 +101,82 @@ def test_masks_are_the_garments_and_are_flipped_with_them(data):
 
 
 def test_masks_keep_their_numbers_when_they_are_resized(data):
-    pairs = train.MaskedImages(data / "val", 3, v2.Resize((32, 32), antialias=True))
+    pairs = train.MaskedImages(data / "val", Pixels(), 3, v2.Resize((32, 32), antialias=True))
     image, mask = pairs[7]
     assert image.shape == (3, 32, 32) and mask.shape == (32, 32) and mask.unique().tolist() == [0, 2]
 
 
-def test_a_mask_that_is_missing_is_named(data):
-    gone = next((data / "val" / "masks").rglob("*.png"))
-    gone.unlink()
-    with pytest.raises(SystemExit, match=gone.name):
-        train.MaskedImages(data / "val", 1, v2.Identity())
+def spoil(data, kind):
+    """Spoil one image or mask."""
+    image, mask = (sorted((data / "val" / name).rglob("*.png"))[0] for name in ("images", "masks"))
+    if kind == "no mask":
+        mask.unlink()
+    elif kind == "colour mask":
+        Image.new("RGB", (28, 28)).save(mask)
+    elif kind == "class 3":
+        Image.fromarray(np.full((28, 28), 3, np.uint8)).save(mask)
+    elif kind == "no image":
+        image.unlink()
+        image.write_bytes(b"")
+    elif kind == "none":
+        shutil.rmtree(data / "val" / "images")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no mask", "1 masks are missing: .*png"),
+        ("colour mask", "has RGB pixels, not one number each"),
+        ("class 3", "has class 3: --classes 3 allows 0 to 2"),
+        ("no image", "not an image, or empty: remove it"),
+        ("none", "val/images holds no images"),
+    ],
+)
+def test_what_is_wrong_with_the_files_is_said(kind, message, data):
+    spoil(data, kind)
+    with pytest.raises(UserError, match=message):
+        train.MaskedImages(data / "val", GREY, 3, v2.Identity())[0]
+
+
+def test_deep_images_keep_their_depth_and_other_files_are_left_out(data):
+    """As in pre-training, from whose encoder the pixels come."""
+    (data / "val" / "images" / "bag" / "Thumbs.db").write_bytes(b"x")
+    file = sorted((data / "val" / "images").rglob("*.png"))[0]
+    file.unlink()
+    Image.fromarray(np.linspace(0, 65535, 784).reshape(28, 28).astype(np.uint16)).save(file)
+    pairs = train.MaskedImages(data / "val", GREY, 3, v2.Identity())
+    assert len(pairs) == 8
+    image, _ = pairs[0]
+    torch.testing.assert_close(image.flatten(), torch.linspace(0, 1, 784), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"size": 30}, "--size 30 must be a multiple of the encoder's patch size, 4"),
+        ({"encoder": "/nowhere"}, "is no export for timm"),
+        ({"epochs": 0}, "--epochs, --batch_size and --width must be at least 1"),
+        ({"data_path": None}, "--data_path or --predict is needed"),
+        ({"data_path": None, "predict": "here"}, "model.pth does not exist: train first"),
+    ],
+)
+def test_bad_flags_end_in_a_message(flags, message, exported, data, tmp_path, refusal, monkeypatch):
+    given = {
+        "encoder": exported[1],
+        "classes": 3,
+        "size": 32,
+        "data_path": data,
+        "output_dir": tmp_path / "out",
+    } | flags
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    assert message in refusal(train.main)
+
+
+def test_without_the_library_the_message_names_it(exported, monkeypatch, refusal):
+    monkeypatch.setattr(train, "smp", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--encoder=x", "--classes=3", "--size=32", "--output_dir=x"])
+    assert "pip install segmentation_models_pytorch" in refusal(train.main)
 
 
 def test_the_mean_iou_is_scikit_learns():
@@ -120,12 +191,21 @@ def test_the_mean_iou_is_scikit_learns():
     mean, each = train.mean_iou(model, loader, 5, "cpu")
     counted = masks != train.IGNORED
     expected = 100 * jaccard_score(masks[counted], predicted[counted], average=None)
-    assert each[:4] == pytest.approx(list(expected), abs=1e-3) and np.isnan(each[4])
+    assert each[:4] == pytest.approx(list(expected), abs=1e-3) and each[4] is None
     assert mean == pytest.approx(expected.mean(), abs=1e-3)
 
 
 def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch):
-    flags = {"classes": 3, "size": 32, "epochs": 6, "batch_size": 4, "width": 16, "lr": 2e-3, "device": "cpu"}
+    flags = {
+        "num_workers": 0,
+        "classes": 3,
+        "size": 32,
+        "epochs": 6,
+        "batch_size": 4,
+        "width": 16,
+        "lr": 2e-3,
+        "device": "cpu",
+    }
     flags |= {"encoder": exported[1], "data_path": data, "output_dir": tmp_path / "out"}
     monkeypatch.setattr(sys, "argv", ["train.py", *(f"--{name}={value}" for name, value in flags.items())])
     train.main()
@@ -133,5 +213,18 @@ def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch
     assert [line["epoch"] for line in log] == list(range(6))
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"] and log[-1]["test_miou"] > 40
     state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
-    train.Segmenter(arguments(exported[1])).net.load_state_dict(state)
+    model = train.Segmenter(arguments(exported[1]))
+    model.net.load_state_dict(state)
+
+    # The masks that it predicts for other images are those of the trained model.
+    del flags["data_path"]
+    flags["predict"] = data / "val" / "images"
+    monkeypatch.setattr(sys, "argv", ["train.py", *(f"--{name}={value}" for name, value in flags.items())])
+    train.main()
+    masks = sorted((tmp_path / "out" / "predicted").rglob("*.png"))
+    assert [path.parent.name for path in masks] == ["bag"] * 4 + ["dress"] * 4
+    resize = v2.Resize((32, 32), antialias=True)
+    image, _ = train.MaskedImages(data / "val", GREY, 3, resize)[5]
+    with Image.open(masks[5]) as file, torch.no_grad():
+        assert np.array_equal(np.array(file), model.eval()(image[None]).argmax(dim=1)[0].numpy())
     assert not torch.equal(state["encoder.model.blocks.0.mlp.fc1.weight"], exported[0].blocks[0].mlp.fc1.weight)

@@ -47,6 +47,12 @@ def add_size_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_megapixels", type=float, metavar="MEGAPIXELS", help=limit_help)
 
 
+def add_norm_pix_loss(parser: argparse.ArgumentParser) -> None:
+    """Add --norm_pix_loss, for autoencoders in files that do not say how their targets were."""
+    norm_help = "the targets were normalised; needed only for files that do not store it, such as mae_pretrain_*_full"
+    parser.add_argument("--norm_pix_loss", action="store_true", help=norm_help)
+
+
 def add_class_names(parser: argparse.ArgumentParser) -> None:
     """Add --class_names."""
     names_help = "names of the classes in the order of their numbers, a line each or as JSON; default: the checkpoint's"
@@ -217,9 +223,9 @@ class Batches:
         if self.bad == len(self.files):
             raise UserError(f"none of {self.bad} images can be read (named above): fix them, or name others")
 
-    def check_complete(self, output: Path) -> None:
-        """Raise Incomplete if some files were left out of an output, which is written already."""
-        if self.bad:
-            raise Incomplete(
-                f"{self.bad} of {len(self.files)} images cannot be read (named above); {output} holds the others"
-            )
+
+def check_complete(parts: list[Batches], output: Path) -> None:
+    """Raise Incomplete if images were left out of an output, which is written already."""
+    bad, total = sum(batches.bad for batches in parts), sum(len(batches.files) for batches in parts)
+    if bad:
+        raise Incomplete(f"{bad} of {total} images cannot be read (named above); {output} is made of the others")

@@ -3,7 +3,7 @@
 python recipes/segmentation/garments.py DIR
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ SAMPLES = Path(__file__).resolve().parent.parent.parent / "samples" / "fashion_m
 
 def main() -> None:
     """Write DIR/{train,val}/{images,masks}/<class>/<image>.png; the images are links."""
-    target = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, metavar="DIR", help="folder to write")
+    target = parser.parse_args().target
     for split in ("train", "val"):
         for number, folder in enumerate(sorted((SAMPLES / split).iterdir()), start=1):
             images, masks = (target / split / kind / folder.name for kind in ("images", "masks"))

@@ -4,72 +4,105 @@ r"""Fine-tune an encoder for semantic segmentation, under a DPT decoder of segme
     python main_export.py --resume output/pretrain/checkpoint-399.pth --to timm --output exported
     python recipes/segmentation/train.py --encoder exported --data_path DIR --classes 21 --size 224 \
         --output_dir output/segmentation
+    python recipes/segmentation/train.py --encoder exported --predict PHOTOS --classes 21 --size 224 \
+        --output_dir output/segmentation
 
 DIR/{train,val}/images/** holds the images, DIR/{train,val}/masks/** a PNG for each, at the same place and of the same
 name: of class numbers from 0, where 255 does not count. Images and masks are resized to --size, which the encoder's
 patches must divide. Prints the mean IoU on val/ after every epoch; output_dir gets log.txt and model.pth, the weights.
+With --predict the trained model writes a mask for each image of a folder to output_dir/predicted.
 """
 
 import argparse
 import json
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
-import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
-from segmentation_models_pytorch.metrics import get_stats
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from util import errors
+from util.checkpoint.formats import read_config
+from util.data.images import BadImage, Pixels, load_array
+from util.data.splits import is_image
+from util.errors import UserError
+
+try:
+    import segmentation_models_pytorch as smp
+except ImportError:
+    smp = None
+
 IGNORED = 255
 
 
 def get_args() -> argparse.Namespace:
-    """Parse the flags."""
+    """Parse the flags and check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--encoder", required=True, type=Path, metavar="DIR", help="folder that main_export.py --to timm wrote")
     add("--scratch", action="store_true", help="take the encoder's shape only, with random weights, for comparison")
-    add("--data_path", required=True, type=Path, metavar="DIR", help="folder with train/ and val/, described above")
+    add("--data_path", type=Path, metavar="DIR", help="folder with train/ and val/, described above")
+    add("--predict", type=Path, metavar="DIR", help="write masks of these images instead of training")
     add("--classes", required=True, type=int, metavar="N", help="number of classes, the background among them")
     add("--size", required=True, type=int, metavar="SIDE", help="side of the images in pixels")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder of log.txt and model.pth")
-    add("--epochs", default=30, type=int)
-    add("--batch_size", default=32, type=int)
+    add("--epochs", default=30, type=int, help="length of the run")
+    add("--batch_size", default=32, type=int, help="images per batch")
     add("--lr", default=1e-3, type=float, help="peak learning rate of the decoder")
     add("--encoder_lr", default=0.3, type=float, metavar="SHARE", help="the encoder's share of --lr")
     add("--width", default=64, type=int, help="channels of the decoder")
-    add("--seed", default=0, type=int)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--num_workers", default=2, type=int, help="data loading processes")
+    add("--seed", default=0, type=int, help="random seed")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
     args = parser.parse_args()
-    for folder in (args.encoder / "config.json", args.data_path / "train", args.data_path / "val"):
-        if not folder.exists():
-            parser.error(f"{folder} does not exist")
+    if smp is None:
+        raise UserError("this needs segmentation_models_pytorch: pip install segmentation_models_pytorch")
+    config = read_config(args.encoder)
+    if "pretrained_cfg" not in config:
+        raise UserError(f"--encoder {args.encoder} is no export for timm: write one with main_export.py --to timm")
+    patch = config["model_args"]["patch_size"]
+    if args.size < 1 or args.size % patch:
+        raise UserError(f"--size {args.size} must be a multiple of the encoder's patch size, {patch}")
+    if not (args.data_path or args.predict):
+        raise UserError("--data_path or --predict is needed")
+    if not (2 <= args.classes <= IGNORED and min(args.epochs, args.batch_size, args.width) >= 1):
+        raise UserError("--epochs, --batch_size and --width must be at least 1, --classes 2 to 255")
     return args
 
 
 class MaskedImages(Dataset):
-    """Images and their masks: uint8 [C, S, S] and class numbers [S, S]."""
+    """Images and their masks: [C, S, S], of 8 bits or float, and class numbers [S, S]."""
 
-    def __init__(self, root: Path, channels: int, transform: v2.Transform) -> None:
+    def __init__(self, root: Path, pixels: Pixels, classes: int, transform: v2.Transform, masked: bool = True) -> None:
         """List the images.
 
         Args:
-            root: Folder with images/ and masks/.
-            channels: 3 for colour, 1 for grey.
+            root: Folder with images/ and masks/; without masks of images.
+            pixels: Channels of the images.
+            classes: Number of classes.
             transform: Resizes, and may flip, both alike.
+            masked: Whether there are masks; else all masks are 0.
+
+        Raises:
+            UserError: There are no images, or masks are missing.
         """
-        self.files = sorted(path for path in (root / "images").rglob("*") if path.is_file())
-        self.masks = [root / "masks" / path.relative_to(root / "images").with_suffix(".png") for path in self.files]
-        missing = [str(path) for path in self.masks if not path.is_file()]
-        if missing or not self.files:
-            raise SystemExit(f"{root}: {len(self.files)} images; masks that are missing: {missing[:3]}")
-        self.mode, self.transform = "RGB" if channels == 3 else "L", transform
+        self.root = root / "images" if masked else root
+        self.files = sorted(path for path in self.root.rglob("*") if path.is_file() and is_image(path.name))
+        if not self.files:
+            raise UserError(f"{self.root} holds no images")
+        self.masks = [root / "masks" / path.relative_to(self.root).with_suffix(".png") for path in self.files]
+        missing = [str(path) for path in self.masks if masked and not path.is_file()]
+        if missing:
+            raise UserError(f"{len(missing)} masks are missing: {', '.join(missing[:3])}")
+        self.pixels, self.classes, self.transform, self.masked = pixels, classes, transform, masked
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -77,33 +110,45 @@ class MaskedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Load an image and its mask."""
-        with Image.open(self.files[index]) as file:
-            image = v2.functional.pil_to_tensor(file.convert(self.mode))
-        with Image.open(self.masks[index]) as file:
-            mask = torch.from_numpy(np.array(file))
+        try:
+            image = torch.from_numpy(load_array(str(self.files[index]), self.pixels)).permute(2, 0, 1)
+        except BadImage as error:
+            raise UserError(f"{error}: remove it") from error
+        mask = self._load_mask(self.masks[index]) if self.masked else torch.zeros(image.shape[1:], dtype=torch.uint8)
         image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
 
+    def _load_mask(self, path: Path) -> Tensor:
+        with Image.open(path) as file:
+            mask = np.array(file)
+        if mask.ndim != 2:
+            raise UserError(f"{path} is no mask: it has {file.mode} pixels, not one number each")
+        wrong = np.setdiff1d(mask, [*range(self.classes), IGNORED])
+        if len(wrong):
+            raise UserError(f"{path} has class {wrong[0]}: --classes {self.classes} allows 0 to {self.classes - 1}")
+        return torch.from_numpy(mask.astype(np.uint8))
+
 
 class Segmenter(nn.Module):
-    """An encoder under a DPT decoder: images of 8 bits [N, C, S, S] -> logits [N, classes, S, S]."""
+    """An encoder under a DPT decoder: images [N, C, S, S], of 8 bits or from 0 to 1 -> logits [N, classes, S, S]."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Build the model; the decoder's weights are random, the encoder's with --scratch, too."""
         super().__init__()
-        config = json.loads((args.encoder / "config.json").read_text())
+        data = read_config(args.encoder)["pretrained_cfg"]
+        self.pixels = Pixels(data["input_size"][0], tuple(data["mean"]), tuple(data["std"]))
         self.net = smp.DPT(
             f"tu-local-dir:{args.encoder.resolve()}",
-            encoder_weights=None if args.scratch else "the folder's",
-            in_channels=config["pretrained_cfg"]["input_size"][0],
+            encoder_weights=None if args.scratch else "pretrained",  # any name: the folder has one set of weights
+            in_channels=self.pixels.channels,
             classes=args.classes,
             decoder_intermediate_channels=(args.width,) * 4,
             decoder_fusion_channels=args.width,
             img_size=args.size,  # timm resizes the positions
         )
-        data = resolve_model_data_config(self.net.encoder.model)
-        self.channels = data["input_size"][0]
-        self.normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(data["mean"], data["std"])])
+        self.normalise = v2.Compose(
+            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.pixels.mean, self.pixels.std)]
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of every pixel."""
@@ -111,30 +156,29 @@ class Segmenter(nn.Module):
 
 
 @torch.inference_mode()
-def mean_iou(model: Segmenter, loader: DataLoader, classes: int, device: str) -> tuple[float, list[float]]:
+def mean_iou(model: Segmenter, loader: DataLoader, classes: int, device: str) -> tuple[float, list[float | None]]:
     """Return the mean IoU of the classes in per cent, over all pixels of all images, and each class's."""
     model.eval()
     sums = torch.zeros(3, classes, dtype=torch.long)
     for images, masks in loader:
         predicted = model(images.to(device)).argmax(dim=1).cpu()
-        tp, fp, fn, _ = get_stats(predicted, masks, mode="multiclass", num_classes=classes, ignore_index=IGNORED)
+        tp, fp, fn, _ = smp.metrics.get_stats(
+            predicted, masks, mode="multiclass", num_classes=classes, ignore_index=IGNORED
+        )
         sums += torch.stack([tp, fp, fn]).sum(dim=1)
     each = 100 * sums[0] / sums.sum(dim=0)
-    return each.nanmean().item(), each.tolist()  # a class that is nowhere does not count
+    # A class that is neither there nor predicted does not count.
+    return each.nanmean().item(), [None if math.isnan(value) else value for value in each.tolist()]
 
 
-def main() -> None:
-    """Train, and evaluate after every epoch."""
-    args = get_args()
-    torch.manual_seed(args.seed)
-
-    # Model and data.
-    model = Segmenter(args).to(args.device)
-    resize = v2.Resize((args.size, args.size), antialias=True)  # of masks to the nearest
-    train = MaskedImages(args.data_path / "train", model.channels, v2.Compose([resize, v2.RandomHorizontalFlip()]))
-    val = MaskedImages(args.data_path / "val", model.channels, resize)
-    loader = DataLoader(train, args.batch_size, shuffle=True, drop_last=True)
-    val_loader = DataLoader(val, args.batch_size)
+def train(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> None:
+    """Train the model, evaluate it after every epoch, and write log.txt and model.pth."""
+    flip = v2.Compose([resize, v2.RandomHorizontalFlip()])
+    train_images = MaskedImages(args.data_path / "train", model.pixels, args.classes, flip)
+    val_images = MaskedImages(args.data_path / "val", model.pixels, args.classes, resize)
+    batch_size = min(args.batch_size, len(train_images))
+    loader = DataLoader(train_images, batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers)
+    val_loader = DataLoader(val_images, args.batch_size, num_workers=args.num_workers)
 
     # The encoder, if it is pre-trained, needs smaller steps than the new decoder.
     encoder = list(model.net.encoder.parameters())
@@ -164,5 +208,31 @@ def main() -> None:
     torch.save(model.net.state_dict(), args.output_dir / "model.pth")
 
 
+@torch.inference_mode()
+def predict(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> None:
+    """Write a mask of class numbers, of --size, for each image of --predict to output_dir/predicted."""
+    weights = args.output_dir / "model.pth"
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist: train first, with the same --output_dir")
+    model.net.load_state_dict(torch.load(weights, map_location=args.device, weights_only=True))
+    images = MaskedImages(args.predict, model.pixels, args.classes, resize, masked=False)
+    model.eval()
+    for file, (image, _) in zip(images.files, images, strict=True):
+        target = args.output_dir / "predicted" / file.relative_to(args.predict).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        mask = model(image[None].to(args.device)).argmax(dim=1)[0]
+        Image.fromarray(mask.byte().cpu().numpy()).save(target)
+    print(f"{len(images)} masks in {args.output_dir / 'predicted'}")
+
+
+def main() -> None:
+    """Train, or predict with --predict."""
+    args = get_args()
+    torch.manual_seed(args.seed)
+    model = Segmenter(args).to(args.device)
+    resize = v2.Resize((args.size, args.size), antialias=True)  # of masks to the nearest
+    (predict if args.predict else train)(args, model, resize)
+
+
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -21,6 +21,7 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from util.data.images import Pixels
+from util.data.transforms import default_crop_pct
 from util.distributed import dist
 
 # Hugging Face's older names as patterns, and the newer names that replace them, in this order.
@@ -292,6 +293,20 @@ def from_hugging_face_config(config: dict) -> dict:
     labels = config.get("id2label") or {}
     entries = {"model_config": arguments | {"num_classes": len(labels), "global_pool": False}}
     return entries | _named_classes({int(number): name for number, name in labels.items()})
+
+
+def evaluation_settings(flags: dict, config: dict) -> tuple[Pixels, float]:
+    """Return how a checkpoint's job prepares images in evaluation.
+
+    Args:
+        flags: The job's flags; {}: unknown.
+        config: The model's `config`, its constructor's arguments.
+
+    Returns:
+        Channels, mean and standard deviation, and the share of the image that the centre crop keeps.
+    """
+    crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
+    return Pixels.from_args(flags, config["in_chans"]), crop_pct
 
 
 def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:

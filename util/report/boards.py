@@ -100,7 +100,7 @@ class WeightsAndBiases:
         except (wandb.errors.Error, OSError, ValueError) as error:
             raise UserError(
                 f"--wandb: Weights & Biases can't open a run ({error}): run `wandb login`, or set WANDB_MODE=offline "
-                "and run `wandb sync` later"
+                f"and run `wandb sync` later; if the run was deleted there, remove {Path(output_dir) / WANDB_ID}"
             ) from error
         self.run.define_metric("epoch")
         self.run.define_metric("*", step_metric="epoch")

@@ -15,7 +15,6 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from util import masking
 from util.amp import LossScaler
-from util.checkpoint.output_dir import write_whole
 from util.data.loaders import DeviceLoader, lockstep
 from util.distributed import dist
 from util.masking import MaskSettings
@@ -148,6 +147,5 @@ class Monitor:
             caption.append(pictures.NORMALISED)
         sheet = pictures.grid(rows, pictures.COLUMNS, caption)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
-        with write_whole(file) as unfinished:
-            sheet.save(unfinished)
+        pictures.save(sheet, file)
         self.log.picture(epoch, "reconstructions", pil_to_tensor(sheet))

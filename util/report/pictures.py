@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from util.checkpoint.output_dir import write_whole
 from util.errors import UserError
 
 COLUMNS = ("original", "masked", "reconstruction", "with visible")
@@ -107,6 +108,22 @@ def refuse_other_formats(flag: str, path: Path, remedy: str = "") -> None:
         raise UserError(
             f"{flag} {path} does not end in an image format that can be written: end it in .png, for example{remedy}"
         )
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a picture to a file, in the format that the file's name ends in.
+
+    Raises:
+        UserError: The format has no pictures of this size, or the file can't be written.
+    """
+    try:
+        with write_whole(path) as unfinished:
+            picture.save(unfinished)
+    except ValueError as error:  # of the format's coder
+        width, height = picture.size
+        raise UserError(
+            f"{path} can't hold {width} x {height} pixels ({error}): draw fewer images, or a .png"
+        ) from error
 
 
 def grid(rows: Tensor, titles: Sequence[str], caption: Sequence[str], side: int = 160) -> Image.Image:
