@@ -1,5 +1,5 @@
 # make demo [ARGS=--quick]: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
-# make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.   make test-...: longer tests (README.md).
+# make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.   make test-...: longer tests (CONTRIBUTING.md).
 # make mutants: put small faults into the code, one at a time, and see whether the tests notice (CONTRIBUTING.md).
 PYTHON ?= python3
 VENV := .venv

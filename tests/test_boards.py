@@ -13,7 +13,6 @@ from runs import job_argv, log, wait_for
 import main_pretrain
 from util import misc
 
-wandb = pytest.importorskip("wandb")
 FLAGS = ("--num_workers", 0, "--wandb", "lab/mae")
 
 
@@ -64,6 +63,7 @@ SLOW = "import faults, main_pretrain; faults.slow_steps(0.05); faults.errors.run
 @pytest.mark.slow  # two processes
 def test_a_run_goes_on_there_after_a_stop_and_is_the_same_otherwise(images, undisturbed, tmp_path):
     """Both parts are real processes, since wandb ends its run as Python exits."""
+    pytest.importorskip("wandb")
     env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     argv = [str(word) for word in job_argv(images, tmp_path, *FLAGS, "--resume", "auto")]
     with (tmp_path / "out").open("w") as out:
@@ -89,7 +89,7 @@ def test_a_run_goes_on_there_after_a_stop_and_is_the_same_otherwise(images, undi
         assert log(tmp_path)[epoch] == pytest.approx(line, rel=1e-3)
 
 
-def test_a_run_that_begins_anew_is_a_new_one_there(images, tmp_path):
+def test_a_run_that_begins_anew_is_a_new_one_there(tmp_path):
     keeper = misc.Checkpoints(str(tmp_path), "pretrain", None, None, None, {"overwrite": True})
     (tmp_path / misc.WANDB_ID).write_text("abc")
     keeper.prepare(str(tmp_path / "checkpoint-last.pth"))
@@ -105,6 +105,7 @@ def test_without_the_package_nothing_begins(images, tmp_path, monkeypatch, refus
 
 
 def test_without_a_login_the_message_says_how(images, tmp_path, refusal):
+    pytest.importorskip("wandb")
     argv = [str(word) for word in job_argv(images, tmp_path, *FLAGS)]
     message = refusal(lambda: main_pretrain.main(argv))
     assert "--wandb: Weights & Biases can't open a run" in message and "WANDB_MODE=offline" in message

@@ -21,7 +21,7 @@ names = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path
 # Flags in the documents that belong to other programs.
 OTHERS = {
     *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"),  # torchrun
-    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task"),  # srun
+    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),  # srun, sbatch
     *("--ipc", "--shm-size", "--logdir", "--help"),  # docker, tensorboard, any
     *("--sample", "--modules"),  # make mutants
 }
@@ -53,6 +53,7 @@ def test_links_lead_somewhere(document):
         file, _, anchor = target.partition("#")
         path = (document.parent / file).resolve() if file else document
         assert path.exists() and path.is_relative_to(ROOT), f"{document.name}: {target} leads nowhere"
+        assert path.suffix not in (".png", ".svg") or path.stat().st_size > 1000, f"{document.name}: {target} is empty"
         assert not anchor or anchor in anchors(path), f"{document.name}: {target}: {sorted(anchors(path))}"
 
 
@@ -91,15 +92,32 @@ def test_flags_in_the_documents_exist(monkeypatch):
         assert named <= known, f"{document.name}: {sorted(named - known)}"
 
 
-def runnable():
-    """Return the documents' commands in blocks marked "sh run", in their order."""
-    commands = []
+def commands(*marks):
+    """Return the lines of the documents' blocks with these marks, in their order, with the documents' names."""
+    found = []
     for document in DOCUMENTS:
         for mark, block in FENCE.findall(document.read_text()):
-            if mark.strip() == "sh run":
+            if mark.strip() in marks:
                 lines = block.replace("\\\n", " ").splitlines()
-                commands += [(document.name, line) for line in lines if line.strip()]
-    return commands
+                found += [(document.name, line) for line in lines if line.strip()]
+    return found
+
+
+def test_every_command_has_flags_of_its_own_script(monkeypatch):
+    """And a checkpoint's number is that of the last epoch of the run that wrote it."""
+    checked, last = 0, {}
+    for document, line in commands("", "sh", "sh run"):
+        if not (called := re.search(r"(?:python|torchrun.*?) ((?:\w+/)*\w+)\.py\b(.*)", line.split("#")[0])):
+            continue
+        module, words = called[1].replace("/", "."), called[2].split(" -- ")[0]
+        surplus = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", words)) - flags_of(module, monkeypatch)
+        assert not surplus, f"{document}: {line}: {surplus}"
+        checked += 1
+        if (folder := re.search(r"--output_dir (\S+)", words)) and (epochs := re.search(r"--epochs (\d+)", words)):
+            last[folder[1]] = int(epochs[1]) - 1
+        for folder, number in re.findall(r"(\S+)/checkpoint-(\d+)\.pth", words):
+            assert last.get(folder, int(number)) == int(number), f"{document}: {line}"
+    assert checked > 30
 
 
 SMALL = "--input_size 28 --num_workers 0 --batch_size 8 --accum_iter 1 --epochs 1 --warmup_epochs 0 --amp off"
@@ -122,6 +140,19 @@ def workplace(images, tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_python_in_the_documents_runs(workplace):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "export.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        for name, value in (("FOLDER", str(ROOT)), ("checkpoint-399.pth", "mae_pretrain_vit_base_full.pth")):
+            block = block.replace(name, value)
+        block = re.sub(r"vit_base_patch16", "vit_demo_patch4", block).replace("196", "49")
+        values = {"imgs": torch.zeros(2, 3, 28, 28)}
+        exec(block, values)
+        assert values["model"].patch_embed.num_patches == 49
+    assert values["tokens"].shape == (2, 50, 128) and values["pictures"].shape == (2, 3, 28, 28)
+
+
 def shrink(command):
     """Return a command's script and its words, with a small model for one epoch in place of the model that it names."""
     command = re.sub(r"checkpoint-\d+", "checkpoint-0", command.split("#")[0])
@@ -138,13 +169,13 @@ def shrink(command):
 
 
 def test_commands_that_are_marked_as_runnable_run(workplace, monkeypatch, capsys):
-    commands = [(document, *shrink(command)) for document, command in runnable()]
-    assert len(commands) > 10
+    todo = [(document, *shrink(command)) for document, command in commands("sh run")]
+    assert len(todo) > 10
     # Jobs first, pre-training before the others: documents build upon each other's output.
-    commands.sort(key=lambda command: ORDER.index(command[1]) if command[1] in ORDER else len(ORDER))
-    commands.sort(key=lambda command: "--eval" in command[2])
+    todo.sort(key=lambda command: ORDER.index(command[1]) if command[1] in ORDER else len(ORDER))
+    todo.sort(key=lambda command: "--eval" in command[2])
     done = set()
-    for document, script, words in commands:
+    for document, script, words in todo:
         if (script, *words) in done:
             continue
         done.add((script, *words))
@@ -156,5 +187,4 @@ def test_commands_that_are_marked_as_runnable_run(workplace, monkeypatch, capsys
             raise AssertionError(f"{document}: python {script} {' '.join(words)}") from error
     for file in ("predictions.csv", "features.npz", "features.png", "grid.png", "exported/hf/model.safetensors"):
         assert (workplace / file).is_file(), file
-    assert main_export.EXPORTERS  # every format stands in docs/export.md
     assert all(f"| `{name}` |" in (ROOT / "docs" / "export.md").read_text() for name in main_export.EXPORTERS)
