@@ -5,7 +5,7 @@
 Values are mean ± sample standard deviation over the seeds.
 
 results/<dataset>/<row>/seed<S>.jsonl                           a run's log.txt; the last epoch counts
-results/imbalanced/<none|balanced>/seed<S>.jsonl
+results/<imbalanced|segmentation>/<row>/seed<S>.jsonl
 results/ablations/<variant>/seed<S>/<pretrain|probe|finetune|partial*>.jsonl
 docs/results/*.png                                              the plots
 """
@@ -55,8 +55,19 @@ PLOTS = {
     ),
 }
 
+# Comparisons by other figures, by their folder in results/: labels of the rows, and titles of the logs' figures.
+COMPARISONS = {
+    "imbalanced": (
+        {"none": "all images weigh alike", "balanced": "`--class_weights balanced`"},
+        {"test_acc1": "accuracy, %", "test_balanced_acc": "balanced accuracy, %", "test_macro_f1": "macro F1, %"},
+    ),
+    "segmentation": (
+        {"finetune": "pre-trained encoder", "scratch": "from scratch"},
+        {"test_miou": "mean IoU, %"},
+    ),
+}
 # Folders in results/ that are no dataset's.
-OTHER_FOLDERS = ("ablations", "imbalanced")
+OTHER_FOLDERS = ("ablations", *COMPARISONS)
 
 # Rows of a dataset's table, in order: name of the folder, label, and name of the figure in the log.
 ROWS = (
@@ -246,19 +257,20 @@ def plot_row(panel: Axes, label: str, paths: list[Path], name: str) -> None:
         panel.text(0.02, lines[-1][name], label, fontsize=7, va="bottom", transform=panel.get_yaxis_transform())
 
 
-def imbalanced() -> None:
-    """Print a table of what weights of the classes gain where classes differ in size."""
-    folder, names = ROOT / "results" / "imbalanced", ("test_acc1", "test_balanced_acc", "test_macro_f1")
-    rows = []
-    for row, label in (("none", "all images weigh alike"), ("balanced", "`--class_weights balanced`")):
-        summaries = [summarise(row_logs(folder, row), name) for name in names]
-        if all(summaries):
-            rows.append([label, *(format_summary(summary) for summary in summaries), summaries[0].count])
-    print(f"\nimbalanced\n\n{table(['', 'accuracy, %', 'balanced accuracy, %', 'macro F1, %', 'n'], rows)}")
+def comparisons() -> None:
+    """Print a table for each comparison of COMPARISONS whose runs are complete."""
+    for name, (labels, figures) in COMPARISONS.items():
+        rows = []
+        for row, label in labels.items():
+            summaries = [summarise(row_logs(ROOT / "results" / name, row), figure) for figure in figures]
+            if all(summaries):
+                rows.append([label, *(format_summary(summary) for summary in summaries), summaries[0].count])
+        if len(rows) == len(labels):
+            print(f"\n{name}\n\n{table(['', *figures.values(), 'n'], rows)}")
 
 
 if __name__ == "__main__":
     PICTURES.mkdir(parents=True, exist_ok=True)
     datasets()
-    imbalanced()
+    comparisons()
     ablations()

@@ -130,7 +130,7 @@ def test_tables_say_last_epochs_with_mean_and_deviation(tmp_path, monkeypatch, c
 def test_the_published_tables_are_those_of_the_logs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "PICTURES", tmp_path)
     results.datasets()
-    results.imbalanced()
+    results.comparisons()
     results.ablations()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) > 20
