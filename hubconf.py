@@ -50,7 +50,7 @@ def _autoencoder(
     """Load a masked autoencoder, encoder and decoder.
 
     Args:
-        name: The entry's own name, which torch.hub passes.
+        name: Name of the model, which `_entry` fills in.
         weights: File, folder or address of a checkpoint with its decoder; None: random values.
         **arguments: For the constructor of a model with random values. With weights, only norm_pix_loss, for a file
             that does not tell it.
@@ -71,7 +71,7 @@ def _classifier(
     """Load a classifier, or put a new head on a pre-trained encoder.
 
     Args:
-        name: The entry's own name, which torch.hub passes.
+        name: Name of the model, which `_entry` fills in.
         weights: File, folder or address of a checkpoint; None: random values.
         num_classes: Outputs of a new head; None: the head is the file's.
         **arguments: For the constructor, of a model with random values or a new head (global_pool, drop_path_rate,

@@ -4,8 +4,8 @@ The paper's ViT-B, 8 GPUs (effective batch 16384):
     torchrun --nproc_per_node 8 main_linprobe.py --data_path DIR --batch_size 512 --accum_iter 4 --cls_token \
         --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth --epochs 90 --blr 0.1 --weight_decay 0.0 \
         --dist_eval
-Without --finetune an untrained encoder is probed, for comparison. Several learning rates in one pass over the trunk,
-a head each, every one as it would end alone:
+Without --finetune an untrained encoder is probed, for comparison. Several learning rates can be tried in one run: each
+trains a head of its own on the same features, with the same result as in a run of its own:
     python main_linprobe.py ... --blr 0.05 0.1 0.2
 With --probe attentive a learned query pools the patch tokens; it is trained with AdamW.
 

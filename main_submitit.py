@@ -89,7 +89,7 @@ class Job:
         errors.run(save_and_requeue)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Return what submitit is to run when it queues the job again: the same, which then resumes."""
+        """Return the job that submitit queues again: the same script and flags, which then resume the run."""
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -100,7 +100,7 @@ def job_flags(args: argparse.Namespace) -> list[str]:
         UserError: A flag is wrong, or would keep the job from resuming when it is queued again.
         SystemExit: argparse refuses them.
     """
-    # A user's own --output_dir comes later, and counts.
+    # A user's own --output_dir comes later on the command line, and so takes precedence.
     flags = ["--output_dir", str(Path(args.job_dir).absolute()), *args.flags]
     script = importlib.import_module(f"main_{args.job}")
     parsed = script.get_args(flags)

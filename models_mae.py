@@ -182,8 +182,8 @@ class MaskedAutoencoderViT(nn.Module):
         if imgs.shape[2:] != self.patch_embed.img_size:
             raise ValueError(f"images are {tuple(imgs.shape[2:])}, the model is for {self.patch_embed.img_size}")
 
-        # Mask first: pixels of removed patches are never embedded. The three results are the published interface, so
-        # that the indices of the visible patches are derived anew.
+        # Mask first, so that pixels of removed patches are never embedded. The published interface of random_masking
+        # does not return the indices of the visible patches: compute them from ids_restore.
         patches, mask, ids_restore = self.random_masking(self.patchify(imgs), mask_ratio, noise)  # [N, K, p*p*C]
         ids_keep = ids_restore.argsort(dim=1)[:, : patches.shape[1]]
 

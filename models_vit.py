@@ -131,10 +131,10 @@ def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
 
 
 class BatchNormOverRanks(nn.BatchNorm1d):
-    """BatchNorm of features whose statistics, in training, are those of all ranks' images together.
+    """BatchNorm of features that in training uses the statistics of all ranks' images together.
 
-    So several ranks train as one process does with all their images. For a process that is alone, and in evaluation, it
-    is torch's BatchNorm1d. By hand since torch's SyncBatchNorm refuses tensors on the CPU.
+    So several ranks compute what one process would compute with all of their images. With a single process, and in
+    evaluation, it is torch's BatchNorm1d. torch's SyncBatchNorm is not used because it refuses tensors on the CPU.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
         state = add_class_position(state, source)
         config = config_of(state, source)
 
-    # An encoder leaves decoder and head in the file, and nothing else.
+    # Only a decoder, a head and an unneeded norm may stay unused in the file: refuse any other surplus weight.
     if trunk_only:
         config = {name: config[name] for name in TRUNK} | {"num_classes": 0, "global_pool": "norm.weight" not in state}
         encoder_names = from_config(config).state_dict().keys()

@@ -3,11 +3,11 @@
     python recipes/ablations.py                        all, two runs at a time with one thread each: about 3 hours
     python recipes/ablations.py --only mask_ratio      or decoder_depth, targets, sampling, length, partial
 
-Every variant changes one thing of demo.py's recipe; it is pre-trained, linearly probed and fine-tuned. At this scale
-only trends can be compared with the paper. Runs that are complete are skipped, interrupted ones are resumed.
-`python scripts/results.py` makes tables and plots of the logs.
+Every variant changes one aspect of demo.py's recipe (block50 also the mask ratio, the lengths also the warm-up), and is
+pre-trained, linearly probed and fine-tuned. At this scale only trends can be compared with the paper. Runs that are
+complete are skipped, and interrupted ones are resumed. `python scripts/results.py` makes tables and plots of the logs.
 
-results/ablations/<variant>/seed<S>/{pretrain,probe,finetune}.jsonl      the runs' log.txt
+results/ablations/<variant>/seed<S>/{pretrain,probe,finetune,partial*}.jsonl      the runs' log.txt
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python scripts/mean_std.py DIR/train --in_chans 13
 
-All pixels of all images count (with --num N those of N images, evenly spread; with --val_fraction those of the images
-that a training with this flag does not hold out). The values are in the units that
-training sees: 0 to 1 for files of 8 and 16 bits, else as they stand in the file. An image that can't be read is named
-and left out; the exit code is then 1.
+All pixels of all images count; with --num N those of N images, evenly spread over the list; with --val_fraction those
+of the images that training with this flag does not hold out. The values are in the units that training uses: 0 to 1 for
+files of 8 and 16 bits, otherwise those of the file. Images that can't be read are named on stderr and left out; the
+exit code is then 1.
 """
 
 import argparse

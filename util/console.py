@@ -18,7 +18,7 @@ class TolerantStream:
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        """Wrap a stream, whose handling of characters changes thereby; None, Python's closed stream, leads nowhere."""
+        """Wrap a stream and make it escape characters that it can't encode; None (a closed stream) drops all text."""
         self._stream = stream if stream is not None else NOWHERE.open("w", encoding="utf-8")
         with suppress(AttributeError, ValueError):  # a notebook's stream has no encoding
             self._stream.reconfigure(errors="backslashreplace")
@@ -35,9 +35,9 @@ class TolerantStream:
             self._stream.flush()
 
     def flush_or_abandon(self) -> None:
-        """Flush; where that fails, let the stream's descriptor lead nowhere.
+        """Flush the stream; if that fails, redirect its file descriptor to the null device.
 
-        Python flushes its streams once more when it ends, and makes exit code 120 of an error there.
+        Python flushes the streams once more when it exits, and an error there would change the exit code to 120.
         """
         try:
             self._stream.flush()

@@ -31,7 +31,7 @@ OPEN_FILES = re.compile(r"Too many open files|received \d+ items of ancdata")
 class UserError(Exception):
     """Something that the user can fix; the message says what is wrong, where, and what to do.
 
-    Every rank raises it alike, so that one on each machine prints it for all there.
+    All ranks raise the same error, so that only local rank 0 of each machine prints the message.
     """
 
     def __init__(self, message: str) -> None:
@@ -42,11 +42,11 @@ class UserError(Exception):
 
 
 class LocalError(UserError):
-    """A UserError that one rank meets alone, and prints itself."""
+    """A UserError that may occur on one rank alone, so that every rank that raises it prints the message."""
 
 
 class Incomplete(Exception):
-    """The end of work that was done but for some inputs, such as unreadable images; the message counts them."""
+    """Raised when work is done but some inputs, such as unreadable images, were left out; the message counts them."""
 
 
 class Stopped(Exception):

@@ -63,7 +63,7 @@ class Run:
         self.loader, self.checkpoints, self.log = loader, checkpoints, log
         self.position, self.settings = position, settings
         self.bad_steps = BadSteps(settings.max_bad_steps, loader.device, checkpoints.scaler.amp)
-        self.known_bad = 0  # unreadable images that were reported already, counted by every rank
+        self.known_bad = 0  # unreadable images reported so far, summed over the ranks
         self.meters: Meters | None = None  # of the epoch under way, while it is trained
         self.unsaved = False  # whether updates were made since the last checkpoint
         self.rng: dict = {}  # this rank's random streams after the last update
@@ -76,10 +76,10 @@ class Run:
         """Resume from a checkpoint or start afresh; then prepare output_dir, open the logs, print what will be trained.
 
         Args:
-            checkpoints: Of the run; its model, optimizer and scaler take over the state.
+            checkpoints: Checkpoints of the run; the state is loaded into their model, optimiser and scaler.
             loader: Training images.
             source: Checkpoint to resume from; "": none.
-            settings: The run's.
+            settings: Settings of the run.
             lr: Learning rate after warm-up, for the summary.
 
         Raises:
@@ -98,8 +98,9 @@ class Run:
     def first_step(self) -> int:
         """Return the number of batches of the epoch that are done already.
 
-        Runs are saved after updates. So a position within an accumulation group is the end of an epoch: all batches
-        count as done, even if with today's number of ranks a few more would fit in.
+        Runs are saved only after updates. A position within an accumulation group can therefore only be the end of an
+        epoch, whose last group may be smaller: all batches then count as done, even if a few more would fit in with the
+        present number of ranks.
         """
         done = self.position.images // self.checkpoints.images_per_step
         return len(self.loader) if done % self.checkpoints.args["accum_iter"] else done
@@ -151,10 +152,11 @@ class Run:
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """Return a context that saves what was trained before an error goes on.
+        """Return a context that saves the updates made before an error, and then raises the error again.
 
-        Not saved is what comes before a FloatingPointError, which asks for an earlier checkpoint, and with several
-        ranks what comes before the error of a single one, since saving takes all of them.
+        Two kinds of errors are not preceded by saving: a FloatingPointError, after which the run is to resume from an
+        earlier checkpoint; and, with several ranks, an error that may concern one rank alone, since all ranks must take
+        part in saving.
         """
         try:
             yield
@@ -171,7 +173,7 @@ class Run:
             raise
 
     def _save_last_update(self) -> None:
-        """Save the run as it was after its last update, though micro-steps of another one may be done."""
+        """Save the state after the last update, without the batches already accumulated for the next one."""
         if self.meters is not None:
             self.meters.rewind()
             self._note_position()
@@ -187,7 +189,7 @@ class Run:
         """
         position = self.position
         position.images = len(self.loader) * self.checkpoints.images_per_step
-        # Rank 0's figures for all: with their own, rounded differently, ranks could decide differently.
+        # All ranks use rank 0's figures: their own may be rounded differently, and they must agree on the best epoch.
         stats = dist.gather(evaluate(position.epoch, self.poll))[0]
         best_by = self.settings.best_by
         improved = stats.get(best_by, -1) > position.best

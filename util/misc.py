@@ -64,7 +64,8 @@ class Position:
         totals: Sums and counts of this epoch's averages so far, by name.
         best: Best accuracy so far, in per cent; -1: none.
         best_epoch: The epoch of the best accuracy; -1: none.
-        branch: How often the run went back to an earlier checkpoint: what was made on an earlier branch is abandoned.
+        branch: Number that grows each time the run goes back to an earlier checkpoint; --resume auto takes a checkpoint
+            of the highest branch first.
         rng: States of the random streams by rank, as a checkpoint held them; empty in a new run.
         stats: train_* and test_* of log.txt's line of the last epoch completed.
     """
@@ -303,17 +304,18 @@ class Checkpoints:
             stats=checkpoint.get("stats", {}),
         )
 
-        # The sums of an epoch's beginning count batches: count them in batches of today's size.
+        # The stored sums count batches of the checkpoint's size: convert them to batches of the present size.
         if position.totals:
             weight = checkpoint_args(checkpoint)["batch_size"] / self.args["batch_size"]
             position.totals = {name: [value * weight for value in pair] for name, pair in position.totals.items()}
 
-        # A best figure of another kind, or of other images, is no measure for those to come.
+        # A best value of another figure, or on other validation images, can't be compared with the coming ones.
         stored = checkpoint_args(checkpoint)
         if any(stored.get(name, value) != self.args.get(name, value) for name, value in BEST_OF.items()):
             position.best, position.best_epoch = -1.0, -1
 
-        # The place in an epoch is a number of images, which says nothing about another order or grouping of them.
+        # The position in an epoch is a number of images, which has no meaning if they now come in another order or in
+        # other batches: start the epoch again.
         change = ""
         if batch_changed:
             change = "batch size changed"

@@ -1,6 +1,6 @@
 """The flags that the jobs share, and what the rest of the code takes from them (their validation: util/checks.py).
 
-Names, meanings and defaults are the reference's.
+Flags that the reference also has keep its names, meanings and defaults, with the exceptions listed in docs/flags.md.
 """
 
 import argparse

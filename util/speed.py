@@ -44,8 +44,8 @@ def choose_attention(device: torch.device, amp: str) -> str:
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that a step frees, for the next step; for training on the CPU.
 
-    By default glibc maps memory anew for every large tensor, and the kernel clears its pages, which took 13 % of a
-    ViT-B step in bf16. With another C library the function does nothing.
+    By default glibc maps new memory for every large tensor, and the kernel clears its pages. Keeping the memory made a
+    ViT-B step in bf16 13 % faster (BENCHMARKS.md). With another C library the function does nothing.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):

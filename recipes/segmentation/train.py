@@ -7,9 +7,10 @@ r"""Fine-tune an encoder for semantic segmentation, under a DPT decoder of segme
     python recipes/segmentation/train.py --encoder exported --predict PHOTOS --classes 21 --size 224 \
         --output_dir output/segmentation
 
-DIR/{train,val}/images/** holds the images, DIR/{train,val}/masks/** a PNG for each, at the same place and of the same
-name: of class numbers from 0, where 255 does not count. Images and masks are resized to --size, which the encoder's
-patches must divide. Prints the mean IoU on val/ after every epoch; output_dir gets log.txt and model.pth, the weights.
+DIR/{train,val}/images/** holds the images, and DIR/{train,val}/masks/** a PNG mask for each, under the same folder and
+name. A mask's pixels are class numbers from 0; pixels of 255 are ignored. Images and masks are resized to --size, a
+multiple of the encoder's patch size. The mean IoU on val/ is printed after every epoch, and the log (log.txt) and the
+weights (model.pth) are written to output_dir.
 With --predict the trained model writes a mask for each image of a folder to output_dir/predicted.
 """
 
@@ -85,7 +86,7 @@ class MaskedImages(Dataset):
         """List the images.
 
         Args:
-            root: Folder with images/ and masks/; without masks of images.
+            root: Folder that holds images/ and masks/; if `masked` is False, a folder of images.
             pixels: Channels of the images.
             classes: Number of classes.
             transform: Resizes, and may flip, both alike.

@@ -239,7 +239,8 @@ def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]
     if "cls_token" in missing:
         return "its encoder has no class token, which the models here need: use another file"
 
-    # No flag explains a weight that is neither a decoder's or a head's, nor the other norm's, nor of further blocks.
+    # Other flags can explain surplus weights of a decoder, a head, the other norm or further blocks. Any other surplus
+    # weight belongs to an encoder of another architecture.
     foreign = [
         name
         for name in sorted(surplus)

@@ -261,10 +261,10 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _plausible_entries(content: dict) -> dict:
-    """Return the entries of a checkpoint beside its weights, as far as they mean here what their names say.
+    """Return those entries of a checkpoint, other than its weights, that certainly mean the same here.
 
-    Everything counts beside a "job" of this project, or in a folder that was read with its config.json. Elsewhere only
-    what has the form of the reference's checkpoints counts.
+    These are all entries if the file names a "job" of this project or comes from a folder that was read with its
+    config.json. Of any other file they are only the entries in the form of the reference's checkpoints.
     """
     if "model" not in content:
         return {}

@@ -21,7 +21,7 @@ _held: dict[str, int] = {}  # path of the folder -> descriptor of its lock file
 
 
 def is_utf8(path: str | Path) -> bool:
-    """Return whether a path's bytes on the disk are its UTF-8, as libraries suppose that encode names themselves."""
+    """Return whether a path is stored on the disk as UTF-8, which libraries that encode names themselves assume."""
     try:
         return str(Path(path).absolute()).encode() == os.fsencode(Path(path).absolute())
     except UnicodeEncodeError:
@@ -48,8 +48,8 @@ def unwritable(folder: str) -> str:
 def lock_output_dir(folder: str) -> str:
     """Create a folder if needed, and lock it for this process until it ends, however it ends.
 
-    It is a POSIX record lock. The loader's processes would inherit a lock of flock's, and keep the folder locked after
-    this process is killed; they do not inherit this one.
+    The lock is a POSIX record lock, which child processes do not inherit. A lock made with flock would be inherited by
+    the loader's processes, which would keep the folder locked after this process is killed.
 
     Returns:
         The process that holds the folder already, in words; "" if the folder is locked for this process now, or the

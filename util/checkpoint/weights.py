@@ -153,7 +153,7 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     missing, surplus = set(model_state) - set(state) - new, set(state) - set(model_state)
     comparison.refuse_misfits(source, compared, model, args, missing, surplus)
 
-    # A decoder that predicts normalised patches, or does not, goes on from another loss than the run's.
+    # A decoder that was trained with another --norm_pix_loss predicts other targets: print a notice.
     flags = ("mean", "std", "norm_pix_loss") if has_decoder else ("mean", "std")
     comparison.compare_flags(source, checkpoint, args, flags)
 
@@ -191,7 +191,11 @@ def _describe_unmatched(new: set[str], unused: set[str]) -> str:
 
 
 def other_norm(state: dict[str, torch.Tensor]) -> set[str]:
-    """Return the names of the norm that an encoder with the other pooling would use: never more than one is needed."""
+    """Return the names of those final norms in a state dict that a model may leave unused.
+
+    A model uses one of them, according to its pooling: `norm` for the class token, `fc_norm` for the mean of the
+    patches. The names of `fc_norm` are returned only if `norm` is there as well.
+    """
     names = {name for name in state if name.startswith("norm.")}
     return names | {name for name in state if name.startswith("fc_norm.") and names}
 

@@ -8,10 +8,10 @@
                                         names of numbers are the lines of classes.txt beside the archives, or in
                                         data_path, else class_<number>
 
-Leading folders up to one named like the split, which all images share, don't count (tar cf train.tar train). For
-pre-training, train.tar may also hold images alone, and WebDataset shards may lack classes. The result is the listing of
-the same images in class folders, so that classes, order, names and masks are those of the folders. Only numbered
-classes keep their numbers, where folders are numbered in the order of their names.
+Leading folders that all images share are ignored up to the one named like the split (tar cf train.tar train). For
+pre-training, train.tar may also hold images without class folders, and WebDataset shards may lack classes. The result
+equals the listing of the same images in class folders: classes, order, names and masks are the same. There is one
+difference: classes that are given as numbers keep them, while folders are numbered in the order of their names.
 """
 
 import json
@@ -394,7 +394,7 @@ def _arrange(images: Files, classes: Classes, prefix: str, left_out: LeftOut) ->
     targets = np.array(classes.targets, np.int32)
     order = order[np.argsort(targets[order], kind="stable")].tolist()
 
-    # In a folder one of the two would have replaced the other; which one is meant, nobody knows.
+    # Two images of the same name could not lie in one folder, and it is unknown which of them is meant: refuse both.
     for first, second in pairwise(order):
         if keys[first] == keys[second] and not (
             classes.are_samples and images.numbers[first] != images.numbers[second]

@@ -1,8 +1,8 @@
 """The index of an archive: which files are in it, and where.
 
-It is read off the headers, about 200,000 a second where the disk is no limit. ARCHIVE.index beside an archive, which
-scripts/pack.py writes, is read instead if it belongs to the archive as it is now: size and time of change are those
-that it states, and where it says that the first and the last file begin, their headers are.
+It is built from the archive's headers, about 200,000 per second unless the disk is slower. If ARCHIVE.index, which
+scripts/pack.py writes, lies beside the archive, it is read instead, as long as it is current: it must state the
+archive's present size and modification time, and the headers of the first and the last file must lie where it says.
 """
 
 import json

@@ -50,8 +50,8 @@ class Members:
         numbers: Number of each image's archive [images].
         offsets: Where each image's bytes begin there [images].
         sizes: Number of its bytes [images].
-        prefix: What the names in the archives begin with, and those of the listing don't.
-        adds_class: Whether the names of the listing begin with a class that those in the archives lack.
+        prefix: Leading folders of every name in the archives, which the names in the listing omit.
+        adds_class: Whether the names in the listing begin with a class folder that the names in the archives lack.
     """
 
     archives: list[str]

@@ -28,7 +28,7 @@ class Images(ImageFolder):
     """Images of one split: (image, class number) by index, without hidden files and folders."""
 
     needs_every_class = True  # a class without images is an error
-    announce = True  # unreadable images are named; not where other images of the same files do so already
+    announce = True  # name unreadable images on stderr; False if another dataset of the same files names them
 
     def __init__(self, root: Path, listing: Listing, transform: Callable | None, pixels: Pixels) -> None:
         """Set up the dataset.
@@ -241,7 +241,7 @@ def open_split(
 def _notices(data: DataSpec, split: str, root: Path, found: Listing) -> list[str]:
     """Return what the user should know about a split that was listed."""
     if data.val_fraction and split == "val":
-        # Of the folder itself, training says what is to be said.
+        # Notices about the folder itself are printed when the training split is opened.
         notices = [f"{len(found):,} of the {len(found) + found.held_out:,} images in {root} are held out as val"]
         unread = [place for name in ("val", f"val{splits.ARCHIVE}") if (place := Path(data.path) / name).exists()]
         return notices + [f"{place} is not read, since --val_fraction is given" for place in unread]

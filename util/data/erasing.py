@@ -1,7 +1,7 @@
-"""Random erasing: drawn when an image is loaded, and done when its batch is normalised on the device.
+"""Random erasing, which is drawn when an image is loaded and applied when its batch is normalised on the device.
 
-Images travel to the device as bytes. What erasing puts into them are values of normalised images, which no byte holds:
-they travel beside the images, for the quarter of them or so that is erased.
+Images are sent to the device as bytes. Erasing fills boxes with values of normalised images, which bytes can't hold:
+these values are sent separately, for those images only that are erased (by default a quarter of them).
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Box(NamedTuple):
 
 
 class ErasableImage(NamedTuple):
-    """An image [C, H, W] that is not normalised yet, and the boxes that are to be erased of it then, in their order."""
+    """An image [C, H, W] before normalisation, and the boxes to erase in it after normalisation, in order."""
 
     img: Tensor
     boxes: list[Box]
@@ -60,10 +60,10 @@ def pack_boxes(boxes: list[list[Box]]) -> tuple[Tensor, Tensor]:
     """Pack a batch's boxes into two tensors, since each tensor that a loader process sends takes an open file.
 
     Args:
-        boxes: Those of each image.
+        boxes: The boxes of each image.
 
     Returns:
-        Of each of B boxes (image, top, left, h, w) [B, 5]; and the values of all of them [V].
+        A row (image, top, left, h, w) for each of the B boxes, [B, 5], and the values of all boxes in one vector [V].
     """
     numbered = [(number, box) for number, own in enumerate(boxes) for box in own]
     places = [(number, box.top, box.left, *box.values.shape[1:]) for number, box in numbered]
@@ -76,8 +76,8 @@ def erase_boxes(imgs: Tensor, places: Tensor, values: Tensor) -> None:
 
     Args:
         imgs: The images [N, C, H, W].
-        places: Of pack_boxes, on the CPU.
-        values: Of pack_boxes, on the images' device.
+        places: First result of `pack_boxes` [B, 5], on the CPU.
+        values: Second result of `pack_boxes` [V], on the images' device.
     """
     start = 0
     for number, top, left, h, w in places.tolist():

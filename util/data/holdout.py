@@ -9,9 +9,10 @@ import numpy as np
 def choose_held_out(names: Iterable[bytes], targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """Choose the images to hold out: those for which a hash of seed and name, as a number from 0 to 1, is small.
 
-    So an image's lot does not depend on the other images, and about the same share of every class is held out. Only
-    where that would leave a class of two or more images without any for validation, or for training, one is moved: that
-    of the smallest hash, or of the largest. The only image of a class is never held out.
+    So the choice for an image does not depend on the other images, and about the same share of every class is held out.
+    There is one exception: a class of two or more images needs at least one for training and one for validation. If it
+    has none for validation, the image with the smallest hash is held out; if it has none for training, the image with
+    the largest hash is kept for training. The only image of a class is never held out.
 
     Args:
         names: Paths of the images, relative to the split [images].

@@ -22,8 +22,8 @@ What may be opened: the formats that Pillow decodes by itself (FORMATS), by a fi
 those that start another program, such as EPS. HEIC needs the package pillow-heif. Images above a number of pixels
 (--max_megapixels) are refused: a small file may claim to be a huge image.
 
-Metadata is of no account: where Pillow refuses a file because of it, the pixels are decoded alone, and an orientation
-that is unknown or unreadable means the picture as it is stored. Damaged or missing pixels make a bad image.
+Broken metadata is ignored: if Pillow refuses a file because of it, the pixels are decoded without the metadata, and if
+the orientation is unknown or unreadable, the image is not rotated. Damaged or missing pixels raise BadImage.
 """
 
 import io
@@ -199,7 +199,7 @@ def _decode_with_pillow(data: bytes, pixels: Pixels) -> np.ndarray:
             tiff_pages = _count_pages(data, needed=bands == 1 and pixels.channels > 1)
             if tiff_pages == pixels.channels > 1 and bands == 1:
                 return stack_pages(img, pixels.channels)
-            # Of some samples, such as infrared beside RGB, Pillow keeps but the first ones.
+            # If pixels have further samples, such as infrared beside RGB, Pillow keeps only the first ones.
             if bands < pixels.channels == tiff.samples(data):
                 with suppress(WrongChannels):
                     return _decode_with_tifffile(data, pixels)

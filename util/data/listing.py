@@ -93,8 +93,8 @@ class Listing:
         members: Where the files lie in archives; None: they are files by themselves. The sequence's paths then are
             MemberPaths.
         mixed: Whether files lie both in the root itself and in folders there, and all count as one class.
-        held_out: Number of files that are not in the list since, of one split's files, some are held out for
-            validation: in the list for training those that are held out, in that for validation the others.
+        held_out: Number of the split's files that are not in this list because some are held out for validation: for
+            the training list the held-out files, for the validation list all others.
     """
 
     root: str
@@ -206,7 +206,8 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
         UnreadableFolder: A folder can't be read.
     """
     left_out = LeftOut() if left_out is None else left_out
-    # A link to a folder around the root would lead back to the root; by the root's own path and by its links' targets.
+    # Count the folders that contain the root as seen already, since a link to one of them would lead back to the root:
+    # its parents by the path as given, and by the path with links resolved.
     around = {*Path(os.path.abspath(root)).parents, *Path(os.path.realpath(root)).parents}
     seen = {_identity(str(folder)) for folder in around}
 

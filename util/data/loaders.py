@@ -43,10 +43,10 @@ class Loading:
 class EpochSampler(Sampler):
     """Sampler of the keys (epoch, index) of the images that this rank loads in an epoch: shuffled, full batches only.
 
-    An epoch can start at any of its batches; its length counts the images of all of them. The k-th batches of all
-    ranks together are the k-th stretch of the epoch's order, the same for any number of ranks as long as batch_size
-    times ranks is the same. By hand since torch's DistributedSampler always starts at the first batch, and repeats
-    images to make the ranks' shares equal.
+    An epoch can start at any of its batches; the sampler's length always counts this rank's images of the whole epoch.
+    Taken together, the k-th batches of all ranks are the k-th section of the epoch's order, so that they hold the same
+    images for any number of ranks with the same batch_size * ranks. torch's DistributedSampler is not used because it
+    always starts at the first batch, and repeats images to make the ranks' shares equal.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
@@ -80,8 +80,8 @@ class EpochSampler(Sampler):
 class Normalise:
     """Normalisation of images on the device, equal to torchvision's ToTensor and Normalize bit for bit.
 
-    By hand since timm's PrefetchLoader divides by 255 last, which rounds differently, and torchvision's function sends
-    mean and std to the GPU with every batch, and waits for it.
+    timm's PrefetchLoader is not used because it divides by 255 last, which rounds differently, and torchvision's
+    function is not used because it sends mean and std to the GPU with every batch, and waits for the transfer.
     """
 
     def __init__(self, pixels: Pixels, device: torch.device) -> None:
@@ -97,7 +97,7 @@ class Normalise:
 
 
 class DeviceLoader:
-    """Loader of batches that are on the device and normalised there: 8 bits are a quarter of the bytes to send."""
+    """Loader that sends batches to the device before normalising them: 8 bits are a quarter of float32's bytes."""
 
     def __init__(self, loader: DataLoader, device: torch.device, pixels: Pixels) -> None:
         """Wrap a loader.
@@ -108,7 +108,7 @@ class DeviceLoader:
             pixels: Mean and standard deviation to normalise with.
         """
         self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
-        self.problem = ""  # why a rank of a training can't load any more
+        self.problem = ""  # why this rank can't load any more training images; "": it can
         self.device, self.normalise = device, Normalise(pixels, device)
 
     def __len__(self) -> int:
@@ -137,10 +137,11 @@ class DeviceLoader:
 
 
 class TrainLoader(DeviceLoader):
-    """Loader of training batches, of which every rank gives as many, whatever happens to its images.
+    """Loader of training batches that yields the same number on every rank, even if a rank can't load its images.
 
-    A rank that can't load any more, which the others would wait for, notes the `problem` and gives its last batch again
-    until all ranks stop together. Before the first batch, and in a process that is alone, it raises the error.
+    A rank that can't load any more must not simply stop, since the others would wait for it. It stores the message in
+    `problem` and repeats its last batch until all ranks stop together. Before the first batch, or with a single
+    process, it raises the error instead.
     """
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -330,7 +331,7 @@ def monitor_loaders(
         dist.print_rank0(f"warning: val/ is not used for monitoring: {error}")
         val = None
 
-    # Of the training images the training says what is to be said.
+    # Training itself names its unreadable images: do not name them a second time.
     seen = MonitorImages(train.root, train.listing, transform, train.pixels)
     seen.announce = False
     return val, load_some(seen, 10000)

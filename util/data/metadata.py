@@ -1,7 +1,7 @@
 """Take the metadata out of an image file, for files that Pillow refuses because of broken metadata.
 
-What is left, and copied as it stands, is what the pixels need, and EXIF where it is whole (for the orientation). So it
-is still Pillow that judges the pixels: of a file whose pixels are cut off or damaged nothing readable is made.
+The parts that the pixels need are copied unchanged, and so is EXIF (for the orientation) if it is intact. Pillow then
+decodes the result as usual: a file whose pixels are cut off or damaged stays unreadable.
 """
 
 import re

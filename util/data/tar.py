@@ -89,7 +89,7 @@ class HeaderReader:
                 raise BadArchive(self._describe_damage(header, position)) from error
             data = position + BLOCK
 
-            # What describes the next member is kept for it. What is of no known type has bytes, which are skipped.
+            # Keep the content of a header that describes the next member; skip the content of any other unknown type.
             if kind not in KINDS:
                 if kind in NEXT_HEADER:
                     pax = _pax_records(self._content(data, size))

@@ -50,9 +50,9 @@ def random_box(
     """Draw the box of a random crop: area uniform, aspect ratio log-uniform in 3/4 to 4/3, position uniform.
 
     Like torchvision's RandomResizedCrop, draw again until the box fits into the image, and after 10 draws take the
-    largest box of an allowed aspect ratio, from the middle. By hand since torchvision draws tensors, which takes
-    0.1 ms, and has no crop like probing's, which clips the first box to the image, so that wide crops of narrow images
-    are kept.
+    largest box of an allowed aspect ratio, from the middle. torchvision's function is not used because it draws
+    tensors, which takes 0.1 ms, and because it lacks the crop of linear probing (`one_draw`), where the first box is
+    clipped to the image, so that wide crops of narrow images are kept.
 
     Args:
         height: Height of the image in pixels.
@@ -143,7 +143,7 @@ def resize_part(pixels: np.ndarray, resized: tuple[int, int], corner: tuple[int,
     """
     boxes, skipped, scales = [], [], []
     for length, total, first, count in zip(pixels.shape[:2], resized, corner, size, strict=True):
-        # A resized pixel depends on the original within two pixels of the coarser of both.
+        # A resized pixel depends on the original up to a distance of two pixels, of whichever image is the coarser.
         step = length / total
         margin = 2 * max(1, step) + 1
         before, end = max(0, int(first * step - margin)), math.ceil((first + count) * step + margin)
@@ -197,10 +197,10 @@ class CentreCrop:
 class FinetuneTransform:
     """Crop, flip, RandAugment or colour jitter, and random erasing, the augmentation of fine-tuning.
 
-    Takes an array [H, W, C] to an image [C, *size] of the same type, 8 bits or float32, and what is to be erased of it
-    once it is normalised. Crop and flip are Crop's, distributed as timm's; policies, jitter and erasing are timm's own.
-    Policies and jitter work on Pillow's images, which hold 8 bits and one or three channels: other arrays are only
-    cropped, flipped and erased.
+    Takes an array [H, W, C] to an image [C, *size] of the same type, 8 bits or float32, and to the boxes to erase in it
+    after normalisation. Crop and flip are those of `Crop`, with the same distribution as timm's; policies, jitter and
+    erasing are timm's own. Policies and jitter need Pillow's images, which hold 8 bits and one or three channels: other
+    arrays are only cropped, flipped and erased.
     """
 
     def __init__(

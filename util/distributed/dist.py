@@ -57,7 +57,7 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
 
     Raises:
         RendezvousError: The group could not be set up: ranks that did not come in time, a port in use, a bad address.
-            (A later wait in vain ends as a RuntimeError.)
+            (If a rank stops answering later, torch raises a RuntimeError.)
     """
     own_device = torch.device(device)
     if own_device.type == "cuda":
@@ -88,9 +88,9 @@ def _join_process_group(device: torch.device, dist_url: str, timeout: timedelta)
     own_rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address = dist_url if dist_url != "env://" else "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
 
-    # Torch keeps to the timeout only where the other side speaks its protocol: any other server, which accepts the
-    # connection and then says nothing, would hold it for ever. So a thread of its own connects, and this one waits,
-    # open to signals. It is no ThreadPoolExecutor's thread, since the process could not exit before that one returns.
+    # Torch respects the timeout only if the other side speaks its protocol: a server of another kind, which accepts
+    # the connection and then sends nothing, would block it for ever. So a separate thread connects, while this one
+    # waits and can handle signals. A thread of ThreadPoolExecutor would keep the process from exiting: use a daemon.
     joined = Future()
 
     def join() -> None:
@@ -131,9 +131,9 @@ def _connect(device: torch.device, dist_url: str, own_rank: int, world: int, tim
 
 
 def exit_if_connecting(code: int) -> None:
-    """End the process at once with this exit code if the thread that joins the group is still held; else do nothing.
+    """End the process at once with this exit code if the thread that joins the group is still blocked; else do nothing.
 
-    Were that thread let go while Python is shutting down, it would abort the process: exit code 134.
+    If that thread resumed while Python is shutting down, it would abort the process, with exit code 134.
     """
     if _connecting is not None and _connecting.is_alive():
         sys.stdout.flush()
@@ -142,12 +142,12 @@ def exit_if_connecting(code: int) -> None:
 
 
 def _agree_on_prefix(store: td.Store, own_rank: int, world: int, timeout: timedelta) -> str:
-    """Agree with all living ranks on a prefix for the store's keys that no dead process's keys can carry.
+    """Agree with all living ranks on a prefix for the store's keys that no process of an earlier start has used.
 
-    torchrun's store outlives its restarts. Neither the store nor the number of restarts, which a node that comes back
-    counts from 0 again, tells a living process's keys from a dead one's. So each rank publishes a random token that
-    nobody had before, and rank 0 answers under that token with its own, the prefix. A rank that got the answer
-    confirms it under the prefix.
+    torchrun's store survives restarts, and keeps the keys of processes that have died. The number of restarts can't
+    tell their keys apart, since a node that comes back counts from 0 again. So each rank publishes a random token under
+    its own number. Rank 0 answers under that token with its own token, which becomes the prefix. The rank then confirms
+    under the prefix that it has received the answer.
 
     Raises:
         TimeoutError: On rank 0: some ranks did not confirm in time.
@@ -243,10 +243,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def differentiable_sum(values: Tensor) -> Tensor:
-    """Return the elementwise sum over all ranks, as part of the graph: its gradient is that of all ranks' losses.
+    """Return the elementwise sum over all ranks; gradients flow back through it to the values of every rank.
 
-    So DDP's mean of the ranks' gradients is the gradient of the mean of their losses, as without this exchange. Where a
-    backward pass follows, all ranks must run it.
+    Each rank's values receive the gradient of the sum of all ranks' losses. DDP's mean over the ranks is then the
+    gradient of the mean loss, as it is without this exchange. If one rank runs the backward pass, all ranks must.
     """
     return _SumOverRanks.apply(values) if td.is_initialized() else values
 

@@ -17,12 +17,12 @@ ECHO_S = 1.0  # under torchrun, a repetition of the signal within so many second
 
 
 class Requests:
-    """Requests to stop, by signal, and to save, by the clock; a context in which one signal doesn't end the process.
+    """Requests to stop (by signal) or to save (by the clock), as a context in which a first signal doesn't end the run.
 
-    Within it SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP are noted, and `poll` reports them; SIGHUP stays ignored
-    where it is, as nohup has it. A second signal ends the process at once. torchrun passes signals on that its
-    processes have had from the terminal already, so under torchrun a second signal within a second does not count.
-    Outside the main thread, signals are not handled.
+    Within the context SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP are only recorded, and `poll` reports them. SIGHUP
+    stays ignored if it is ignored already, as under nohup. A second signal ends the process at once. torchrun forwards
+    signals that its processes have already received from the terminal; therefore, under torchrun, a second signal
+    within ECHO_S is not counted. Outside the main thread, signals are not handled.
     """
 
     def __init__(self, save_minutes: float) -> None:
@@ -68,8 +68,8 @@ class Requests:
     def poll(self, failed: bool = False) -> tuple[int, bool, bool]:
         """Return what the ranks ask for: the signal to stop for (0: none), whether to save now, whether one failed.
 
-        All ranks must call it equally often, and get the same answer. With several ranks it is the answer to the call
-        before, whose exchange went on in the background meanwhile, so that no step waits for it.
+        All ranks must call it equally often, and get the same answer. With several ranks it is the result of the
+        exchange that the previous call started, which ran in the background since, so that no step waits for it.
 
         Args:
             failed: Whether this rank can't go on.
@@ -84,7 +84,8 @@ class Requests:
             self.exchange.wait()
             answer = self.flags.tolist()
 
-        # The question of this call. Its clock has not been set back yet where the answer is to save: don't ask twice.
+        # Start the exchange whose result the next call returns. If this call's answer is to save, the clock has not
+        # been restarted yet: do not request the same save again.
         self.flags = torch.tensor([self.signum, int(due and not answer[1] and dist.rank() == 0), int(failed)])
         self.exchange = td.all_reduce(self.flags, td.ReduceOp.MAX, group=self.group, async_op=True)
         return answer[0], bool(answer[1]), bool(answer[2])

@@ -266,8 +266,8 @@ def _name_classes(rows: Rows, columns: Columns, paths: list[Path]) -> tuple[list
 def _name_files(rows: Rows, owners: list[str], paths: list[Path]) -> tuple[list[int], list[str]]:
     """Return which rows to pack, by their index, and <class>/<file> of each.
 
-    The files have the names that are stored with them, if all have one, unlike any other of the class; else their
-    file's name and the row's number.
+    The images keep the names that are stored with them if all have one and none occurs twice in a class. Otherwise
+    names are made from the parquet file's name and the row's number.
 
     Args:
         rows: The rows; those that are no images are counted as empty where names have to be made.

@@ -37,7 +37,8 @@ class Images:
         names: <class>/<file> of each; <file> alone where there are no classes.
         sizes: Number of bytes of each.
         classes: Names of the classes, with those that have no images; [""]: there are no classes.
-        read: Yields the content of the images of some numbers, which ascend. Raises a UserError where it can't.
+        read: Yields the contents of the images with the given numbers, which must ascend. Raises a UserError if one
+            can't be read.
         notices: What the user should know, a line each.
     """
 
@@ -219,7 +220,7 @@ def write_shard(path: Path, shard: Shard, images: Images, contents: Iterator[byt
                 archive.addfile(_entry(name, len(data)), io.BytesIO(data))
                 archive.members.clear()  # tarfile would keep all headers in memory
 
-        # The system is to forget what it keeps of the file in memory, so that the disk is asked.
+        # Drop the file from the system's page cache, so that the comparison reads it from the disk.
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):

@@ -20,7 +20,7 @@ DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, z
 
 
 def check_images(images: Images, sources: list[Path]) -> Images:
-    """Return images of one split as they are.
+    """Check that images belong to one split, add a notice if their classes get other numbers, and return them.
 
     Raises:
         UserError: There are none, or their classes are the names of splits.

@@ -133,10 +133,10 @@ def _run_id(output_dir: str) -> str:
 
 
 def _in_utf8(folder: str) -> str:
-    """Return a name of a folder, which is made if needed, that TensorBoard can use: it writes all names as UTF-8.
+    """Return a name of a folder that TensorBoard can open, although it encodes all names as UTF-8.
 
-    Where the folder's own name is not UTF-8, or the system's names are in another encoding, it is Linux's name for an
-    open folder, which is in ASCII.
+    If the folder's own name is not UTF-8, or the system uses another encoding for names, the folder is made if needed
+    and opened, and Linux's ASCII name for the open folder (/proc/PID/fd/N) is returned.
     """
     if is_utf8(folder):
         return folder

@@ -94,9 +94,10 @@ class RunLog:
         self._to_boards("picture", epoch, tag, pixels)
 
     def hold(self, epoch: float, values: dict[str, float]) -> None:
-        """Keep an evaluation's values until `flush_held`, after the next checkpoint, or `close` writes them.
+        """Hold an evaluation's values back until the next checkpoint (`flush_held`) or the end of the run (`close`).
 
-        Written at once, they would be there twice if a run resumed from an earlier checkpoint and evaluated again.
+        If they were written at once, a run that is interrupted before that checkpoint would evaluate again after it
+        resumes, and write the same values a second time.
         """
         self.held.append((epoch, values))
 

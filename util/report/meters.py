@@ -188,7 +188,7 @@ class _Progress:
         self.header = f"{epoch}/{epochs}" if epochs else str(epoch)
         self.start, self.line = time.perf_counter(), None
         if dist.rank() == 0 and sys.stdout.isatty():
-            # The columns of a bar are better spent on figures.
+            # No bar is drawn: the terminal's columns are needed for the figures.
             self.line = tqdm(file=sys.stdout, dynamic_ncols=True, bar_format="{desc}", desc=self.header)
 
     def show(self, step: int, words: list[str]) -> None:

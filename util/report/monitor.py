@@ -25,7 +25,10 @@ PICTURES = 8  # images whose reconstructions are shown
 
 
 class Monitor:
-    """The images by which pre-training is monitored; a call measures the model. All ranks call, each on its share."""
+    """Monitoring of a pre-training run: a call measures the model on a fixed set of images.
+
+    All ranks must call it; each measures its own share of the images.
+    """
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class Monitor:
             than one; {} without val.
 
         Raises:
-            UserError: An image can't be read, or the picture can't be written; on all ranks.
+            UserError: Too many images in a row can't be read (a single one is replaced by the next readable one), or
+                the picture can't be written; on all ranks.
         """
         model = dist.unwrap(model).eval()
         with torch.compiler.set_stance("force_eager"):  # other shapes than in training: not worth a compilation

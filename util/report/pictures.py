@@ -31,7 +31,7 @@ def panels(model: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Ten
 
     Returns:
         The panels [N, 4, C, H, W], from 0 to 1. Predictions of normalised patches get the original patches' mean and
-        variance; an image in units other than 0 to 1 is stretched to them from its own range.
+        variance. If an image's values lie outside of 0 to 1, its own range is mapped to 0 to 1.
     """
     # Give predictions of normalised patches the mean and variance of the original patches.
     patches, pred = model.patchify(imgs), pred.to(imgs.dtype)

@@ -75,7 +75,7 @@ class Scores:
             self.table.scatter_add_(1, by_head * C + answers, ones)
 
     def add_up(self) -> None:
-        """Add up the counts of all ranks, in place; all must call."""
+        """Add up the counts of all ranks in place, all but `table` (see write_confusion); all ranks must call."""
         for name in ("sums", "hits", "predicted", "support"):
             values = getattr(self, name)
             total = dist.sum_over_ranks(values.flatten().tolist(), values.device)
