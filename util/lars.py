@@ -12,7 +12,7 @@ class LARS(torch.optim.Optimizer):
     Matrices: g <- g + weight_decay * w, then g <- g * trust_coefficient * |w| / |g| (factor 1 where a norm is 0).
     1-D parameters: plain momentum without decay. Then buffer <- momentum * buffer + g, w <- w - lr * buffer.
     Like torch's fused optimisers it reads its attribute `found_inf`, if set: a tensor, 1 if a step must do nothing.
-    By hand since timm's divides by |g| + weight_decay * |w|, which is another step once there is weight decay.
+    Written by hand because timm's divides by |g| + weight_decay * |w|, which is another step if there is weight decay.
     """
 
     def __init__(

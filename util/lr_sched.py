@@ -10,7 +10,8 @@ import torch
 class CosineSchedule:
     """Learning rate as a function of the fractional epoch, without a state (paper, appendix A).
 
-    By hand since timm's schedulers keep `initial_lr` in the optimiser's groups, which published checkpoints lack.
+    Written by hand because timm's schedulers keep `initial_lr` in the optimiser's groups, which published checkpoints
+    lack.
 
     Attributes:
         lr: Learning rate after warm-up.

@@ -107,7 +107,7 @@ def orientation(img: Image.Image) -> int:
 def turn_upright(img: Image.Image) -> Image.Image:
     """Apply the EXIF orientation of a loaded image; one that needs no turning is returned as it is.
 
-    By hand since ImageOps.exif_transpose also writes all EXIF anew, and fails on what it can't read.
+    Written by hand because ImageOps.exif_transpose also writes all EXIF anew, and fails on what it can't read.
     """
     turn = TURNS.get(orientation(img))
     return img if turn is None else img.transpose(turn)

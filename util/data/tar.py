@@ -1,8 +1,8 @@
 """Read the headers of tar archives: the names of the files in them, and where their bytes lie.
 
-Nothing is ever extracted: a member's name is only a name. By hand since Python's tarfile takes seven times as long and
-shares its file position with forked processes. The formats that tar programs write are read: POSIX (ustar, pax), GNU,
-and the old one before them, with names of any length. Every header's checksum is checked.
+Nothing is ever extracted: a member's name is only a name. Written by hand because Python's tarfile takes seven times as
+long, and shares its file position with forked processes. The formats that tar programs write are read: POSIX (ustar,
+pax), GNU, and the old one before them, with names of any length. Every header's checksum is checked.
 """
 
 import os

@@ -227,7 +227,7 @@ def max_over_ranks(values: Tensor, device: torch.device) -> Tensor:
 class _SumOverRanks(torch.autograd.Function):
     """The sum of a tensor over all ranks, through which gradients flow.
 
-    By hand since torch.distributed.nn.functional.all_reduce is deprecated, and the function that replaces it private.
+    Written by hand because torch.distributed.nn.functional.all_reduce is deprecated, and its replacement is private.
     """
 
     @staticmethod

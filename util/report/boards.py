@@ -66,7 +66,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run at Weights & Biases, with the epoch as x axis; a run that is resumed goes on there, too.
 
-    By hand since wandb 0.31's own `sync_tensorboard` writes every row twice, and takes 10 s to close.
+    Written by hand because wandb 0.31's own `sync_tensorboard` writes every row twice, and takes 10 s to close.
     """
 
     name = "rows for Weights & Biases"
