@@ -94,23 +94,6 @@ def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind
     return Encoded(torch.cat(parts), readable)
 
 
-def nearest(features: Tensor, pool: Tensor, own: Tensor | None) -> Tensor:
-    """Find the nearest neighbours of features, by cosine similarity.
-
-    Args:
-        features: Features [N, D].
-        pool: Features to choose from [M, D].
-        own: Numbers of the features in the pool [N], which are no neighbours of their own; None: they are not in it.
-
-    Returns:
-        Their numbers in the pool [N, K], the nearest first; K is NEAREST, or less in a small pool.
-    """
-    cosine = F.normalize(features, dim=1) @ F.normalize(pool, dim=1).T
-    if own is not None:
-        cosine[torch.arange(len(own)), own] = -2  # below any cosine
-    return cosine.topk(min(NEAREST, len(pool) - (own is not None)), dim=1).indices
-
-
 def draw(
     model: models_vit.VisionTransformer,
     preprocessing: inference.Preprocessing,
@@ -130,16 +113,15 @@ def draw(
     # Choose the images, and find their neighbours.
     chosen = torch.tensor(spread(len(encoded.files), args.num))
     pool = others or encoded
-    neighbours = nearest(encoded.pooled()[chosen], pool.pooled(), None if others else chosen)
+    features, candidates = (F.normalize(x, dim=1) for x in (encoded.pooled()[chosen], pool.pooled()))
+    _, neighbours = knn.nearest(candidates, features, NEAREST, None if others else chosen)
 
     def load(source: Encoded, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of images [N, C, H, W], normalised, and as they are shown, from 0 to 1, on the CPU."""
         files = [source.files[number] for number in numbers.flatten().tolist()]
         batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
         for _, imgs in batches:
-            pixels = (imgs * batches.normalise.std + batches.normalise.mean).cpu()
-            low, width = pictures.shown_range(pixels)
-            yield imgs, ((pixels - low) / width).clamp(0, 1)
+            yield imgs, pictures.to_shown(imgs, batches.normalise.mean, batches.normalise.std).cpu()
 
     # Encode the chosen images once more, for their tokens and attention, and draw them.
     parts = []

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 import main_features
 import models_vit
 from util.errors import Incomplete, UserError
-from util.report import feature_maps, pictures
+from util.report import feature_maps, knn, pictures
 
 SIZES = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 
@@ -76,11 +76,16 @@ def test_a_patchs_colour_fills_its_pixels():
 
 def test_no_image_is_its_own_neighbour():
     pool = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.5, 0.5], [-1.0, 0.0]])
+    pool = torch.nn.functional.normalize(pool, dim=1)
     own = torch.tensor([0, 2])
-    assert main_features.nearest(pool[own], pool, own).tolist() == [[1, 3, 2], [3, 1, 0]]
-    assert main_features.nearest(pool[own], pool, None).tolist() == [[0, 1, 3], [2, 3, 1]]
-    assert main_features.nearest(pool[:1], pool[:2], torch.tensor([0])).tolist() == [[1]]
-    assert main_features.nearest(pool[:1], pool[:1], torch.tensor([0])).shape == (1, 0)
+
+    def nearest(features, candidates, own):
+        return knn.nearest(candidates, features, 3, own)[1]
+
+    assert nearest(pool[own], pool, own).tolist() == [[1, 3, 2], [3, 1, 0]]
+    assert nearest(pool[own], pool, None).tolist() == [[0, 1, 3], [2, 3, 1]]
+    assert nearest(pool[:1], pool[:2], torch.tensor([0])).tolist() == [[1]]
+    assert nearest(pool[:1], pool[:1], torch.tensor([0])).shape == (1, 0)
 
 
 @pytest.fixture(scope="module")

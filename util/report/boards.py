@@ -41,7 +41,7 @@ class TensorBoard:
 
         Args:
             folder: Where the events are written.
-            start: Fractional epoch at which the run starts or resumes: TensorBoard drops what is there from this on.
+            start: Fractional epoch at which the run starts or resumes: TensorBoard hides events logged from there on.
         """
         self.writer = SummaryWriter(_in_utf8(folder), purge_step=int(start * 1000))
 
@@ -76,7 +76,7 @@ class WeightsAndBiases:
 
         Args:
             project: Name of the project, or ENTITY/PROJECT.
-            output_dir: The run's folder, where wandb keeps its files, too; "": the run can't go on after a resume.
+            output_dir: The run's folder, where wandb keeps its files, too; "": a run that resumes is a new one there.
             flags: The run's flags, shown as its configuration.
 
         Raises:

@@ -7,6 +7,24 @@ from torch.nn import functional as F
 K, TEMPERATURE = 20, 0.07
 
 
+def nearest(train: Tensor, features: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find the nearest neighbours of features by cosine similarity.
+
+    Args:
+        train: Features to choose from [N, D], of length 1.
+        features: Features whose neighbours are wanted [M, D], of length 1.
+        k: Number of neighbours; fewer are returned if there are not so many.
+        own: Numbers of the features in `train` [M], where they are not their own neighbours; None: they are not there.
+
+    Returns:
+        Cosines and numbers in `train` [M, k], the nearest first.
+    """
+    cosine = features @ train.T
+    if own is not None:
+        cosine[torch.arange(len(own), device=cosine.device), own] = -2  # below any cosine
+    return cosine.topk(min(k, len(train) - (own is not None)), dim=1)
+
+
 def accuracy(
     train: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor, chunk: int = 1024, same: bool = False
 ) -> float:
@@ -25,16 +43,14 @@ def accuracy(
     # The product of normalised features is their cosine similarity.
     train, features = F.normalize(train.float(), dim=1), F.normalize(features.float(), dim=1)
     classes = int(max(train_targets.max(), targets.max())) + 1
-    k, correct = min(K, len(train) - same), 0
+    correct = 0
     for start in range(0, len(features), chunk):
-        cosine = features[start : start + chunk] @ train.T  # [chunk, N]
-        if same:
-            rows = torch.arange(len(cosine), device=cosine.device)
-            cosine[rows, start + rows] = -2  # below any cosine
+        part = features[start : start + chunk]
+        own = start + torch.arange(len(part), device=part.device) if same else None
+        cosine, index = nearest(train, part, K, own)
 
         # Sum the neighbours' weights by class. The 1 cancels out, and keeps exp() from overflowing.
-        nearest, index = cosine.topk(k, dim=1)
-        votes = torch.zeros(len(cosine), classes, device=cosine.device)
-        votes.scatter_add_(1, train_targets[index], ((nearest - 1) / TEMPERATURE).exp())
+        votes = torch.zeros(len(part), classes, device=part.device)
+        votes.scatter_add_(1, train_targets[index], ((cosine - 1) / TEMPERATURE).exp())
         correct += int((votes.argmax(dim=1) == targets[start : start + chunk]).sum())
     return 100 * correct / len(features)

@@ -62,6 +62,19 @@ def shown_range(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(other_units, low, 0.0), torch.where(other_units, high - low, 1.0)
 
 
+def to_shown(imgs: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn normalised images [N, C, H, W] into pixels from 0 to 1, as `shown_range` maps them.
+
+    Args:
+        imgs: Images [N, C, H, W], normalised.
+        mean: Mean by which they are normalised [C, 1, 1].
+        std: Standard deviation by which they are normalised [C, 1, 1].
+    """
+    pixels = imgs * std + mean
+    low, width = shown_range(pixels)
+    return ((pixels - low) / width).clamp(0, 1)
+
+
 def to_rgb(pixels: Tensor) -> Tensor:
     """Turn images [N, C, H, W] into RGB [N, 3, H, W]: their first three channels, or of fewer the first in grey."""
     return pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
