@@ -88,6 +88,15 @@ def test_no_image_is_its_own_neighbour():
     assert nearest(pool[:1], pool[:1], torch.tensor([0])).shape == (1, 0)
 
 
+def test_in_every_chunk_no_image_votes_for_itself():
+    """Each feature is nearest to another class's: its own vote, which weighs most, would make it right."""
+    features = torch.eye(6)[[0, 0, 1, 1, 2, 2]] + 0.1 * torch.eye(6)
+    targets = torch.tensor([0, 1, 0, 1, 0, 1])
+    for chunk in (2, 4, 1024):
+        assert knn.accuracy(features, targets, features, targets, chunk=chunk, same=True) == 0
+    assert knn.accuracy(features, targets, features, targets, chunk=2) == 100
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
