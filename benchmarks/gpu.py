@@ -73,7 +73,7 @@ STAGES = (  # the most valuable first, since the last may be dropped
     Stage("step_large", _step("pretrain", "mae_vit_large_patch16", 256, PRETRAIN_ROWS), QUICK_STEP, 2.5),
     Stage("step_base", _step("pretrain", "mae_vit_base_patch16", 256, PRETRAIN_ROWS), "", 1.5),
     Stage("train_large", _train("pretrain", "mae_vit_large_patch16", 256), QUICK_TRAIN, 2),
-    Stage("train_base", _train("pretrain", "mae_vit_base_patch16", 256), "", 2),
+    Stage("train_base", _train("pretrain", "mae_vit_base_patch16", 256, "--num_workers 14"), "", 2),
     Stage("finetune_base", _step("finetune", "vit_base_patch16", 256, FEW_ROWS), "", 1.3),
     Stage("finetune_large", _step("finetune", "vit_large_patch16", 128, FEW_ROWS), "", 1.5),
     Stage("train_finetune", _train("finetune", "vit_base_patch16", 256), "", 2),

@@ -251,7 +251,10 @@ def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple)
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
-counted.remember_small_models()
+# Counting operations starts autograd's threads. These initialise CUDA on a machine with a GPU, and processes that are
+# forked afterwards can't use it any more.
+if not torch.cuda.device_count():
+    counted.remember_small_models()
 
 
 def process(target, *args):

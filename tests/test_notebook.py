@@ -4,7 +4,6 @@ import base64
 import io
 import re
 
-import nbformat
 import pytest
 import torch
 from conftest import ROOT
@@ -12,6 +11,7 @@ from PIL import Image
 
 import models_mae
 
+nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = ROOT / "notebooks" / "reconstruct.ipynb"
 
