@@ -320,12 +320,27 @@ def build(row: str, args: argparse.Namespace, setting: dict) -> Step:
 def profile(args: argparse.Namespace) -> None:
     """Print the kernels (on a CPU the operations) that take most of the time, in 3 steps of the first of --rows.
 
+    On a GPU also print how long the process takes to start the kernels of a step: if as long as the step, the GPU waits
+    for the process.
+
     hf_best and hf_compiled run uncompiled, with transformers' default attention; --hf_attention is ignored.
     """
     device = torch.device(args.device)
     step = build((args.rows or ROWS)[0], args, {"attention": None, "compiled": False})
     for _ in range(3):
         seconds(step, device)
+
+    # On a GPU a step returns once its kernels are started; the wait for the GPU before it is not counted.
+    if device.type == "cuda":
+        starts = []
+        for _ in range(10):
+            torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            step()
+            starts.append(time.perf_counter() - begin)
+        print(f"{statistics.median(starts):.4f} s to start the kernels of a step")
+
+    # The time of each kernel.
     kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[kind]) as result:
         took = seconds(lambda: [step() for _ in range(3)], device) / 3
