@@ -30,9 +30,11 @@ def describe_machine(stage: dict) -> str:
 
 
 def describe_run(stage: dict) -> str:
-    """Describe a stage's run: the command, the number of measurements, and the commit."""
-    repeats = f"n = {stage['result']['n']}, " if "n" in stage["result"] else ""
-    return f"`python {stage['command']}`, {repeats}commit {stage['commit']}:\n"
+    """Describe a stage's run: the command, the number of measurements, and the commit; for a step also the peak."""
+    result = stage["result"]
+    repeats = f", n = {result['n']}" if "n" in result else ""
+    peak = f", bf16 peak {result['peak_tflops']['bf16']:.0f} TFLOP/s" if "peak_tflops" in result else ""
+    return f"`python {stage['command']}`{repeats}, commit {stage['commit']}{peak}"
 
 
 def tests(result: dict) -> str:
@@ -47,42 +49,47 @@ def peaks(result: dict) -> str:
     return table(["", "sustained", "spread"], rows)
 
 
-def steps(result: dict) -> str:
-    """Return the table of a training step; its first row is this code, and the others are compared with it."""
-    base_rate = result["rows"][0]["images_per_s"]
-    rows = [
-        [
-            row["name"],
-            f"{row['images_per_s']:.0f}",
-            f"{base_rate / row['images_per_s']:.2f}",
-            f"{row['tflops']:.0f}",
-            f"{row['fraction_of_peak']:.0%}",
-            f"{row['spread']:.1%}",
-            f"{row['peak_memory_gb']:.1f}",
+def steps(results: list[dict]) -> str:
+    """Return one table of training steps; the first row of each is this code, with which the others are compared."""
+    rows = []
+    for result in results:
+        title = f"{STEPS[result['job']]}, {result['model']}, batch {result['batch_size']}"
+        base_rate = result["rows"][0]["images_per_s"]
+        rows += [
+            [
+                "" if number else title,
+                row["name"],
+                f"{row['images_per_s']:.0f}",
+                f"{base_rate / row['images_per_s']:.2f}",
+                f"{row['tflops']:.0f}",
+                f"{row['fraction_of_peak']:.0%}",
+                f"{row['spread']:.1%}",
+                f"{row['peak_memory_gb']:.1f}",
+            ]
+            for number, row in enumerate(result["rows"])
         ]
-        for row in result["rows"]
-    ]
-    peak = result["peak_tflops"]["bf16"]
-    title = f"{STEPS[result['job']]}, {result['model']}, batch {result['batch_size']}; bf16 peak {peak:.0f} TFLOP/s"
-    head = [title, "images/s", "ours / it", "TFLOP/s", "of the peak", "spread", "peak memory, GB"]
+    head = ["step", "row", "images/s", "ours / it", "TFLOP/s", "of the peak", "spread", "peak memory, GB"]
     return table(head, rows)
 
 
-def trainings(result: dict) -> str:
-    """Return a Markdown table of a step alone and of a whole training run, which shows what loading costs."""
-    step, run = result["rows"]
-    title = f"{STEPS[result['job']]}, {result['model']}, batch {result['batch_size']}, {result['num_workers']} workers"
-    rows = [
-        ["step alone", f"{step['images_per_s']:.0f}", "100%", "", ""],
-        [
-            f"main_{result['job']}.py on photographs",
-            f"{run['images_per_s']:.0f}",
-            f"{run['of_step']:.1%}",
-            f"{run['spread']:.1%}",
-            f"{run['data_wait']:.0%}",
-        ],
-    ]
-    return table([title, "images/s", "of the step", "spread", "data_wait"], rows)
+def trainings(results: list[dict]) -> str:
+    """Return one table of whole training runs, each beside its step alone, which shows what loading costs."""
+    rows = []
+    for result in results:
+        step, run = result["rows"]
+        rows.append(
+            [
+                f"main_{result['job']}.py, {result['model']}, batch {result['batch_size']}",
+                result["num_workers"],
+                f"{step['images_per_s']:.0f}",
+                f"{run['images_per_s']:.0f}",
+                f"{run['of_step']:.1%}",
+                f"{run['spread']:.1%}",
+                f"{run['data_wait']:.0%}",
+            ]
+        )
+    head = ["run", "workers", "step alone, images/s", "run, images/s", "of the step", "spread", "data_wait"]
+    return table(head, rows)
 
 
 def tuning(result: dict) -> str:
@@ -127,14 +134,15 @@ def masking(result: dict) -> str:
     return table([f"batch {result['batch_size']}", "images/s", "spread", "times the baseline", "paper"], rows)
 
 
-# Sections in order: title, prefixes of the stages' names, function that makes a table of a stage's result.
+# Sections in order: title, prefixes of the stages' names, function that makes a table; True: one table of all stages'
+# results, below which their commands are listed, False: a table for each result, below its command.
 SECTIONS = (
-    ("Tests on the device", "tests", tests),
-    ("What the device sustains", "peaks", peaks),
-    ("A training step", ("step_", "compiled_", "finetune_", "probe_"), steps),
-    ("Whole runs on photographs", "train_", trainings),
-    ("What was tried to go faster", "tuning", tuning),
-    ("What masking saves: the paper's Table 2", "masking_", masking),
+    ("Tests on the device", ("tests",), tests, False),
+    ("What the device sustains", ("peaks",), peaks, False),
+    ("A training step", ("step_", "finetune_", "probe_", "compiled_"), steps, True),
+    ("Whole runs on photographs", ("train_",), trainings, True),
+    ("What was tried to go faster", ("tuning",), tuning, False),
+    ("What masking saves: the paper's Table 2", ("masking_",), masking, False),
 )
 
 
@@ -142,19 +150,25 @@ def render(folder: Path) -> str:
     """Return all tables of a folder of results; a section without results says that it was not measured."""
     stages = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
-    # Usually one machine ran everything, and is named once, at the top.
+    # Usually one machine ran everything, and is named once, at the top; otherwise each command's machine is named.
     machines = dict.fromkeys(describe_machine(stage) for stage in stages.values())
     text = "".join(f"\n{name}.\n" for name in machines)
 
-    # The sections, with a table for each of their stages.
-    for title, prefixes, make_table in SECTIONS:
-        matching = [stage for name, stage in stages.items() if name.startswith(prefixes)]
-        text += f"\n### {title}\n"
-        for stage in matching:
-            prefix = f"{describe_machine(stage)}. " if len(machines) > 1 else ""
-            text += f"\n{prefix}{describe_run(stage)}\n{make_table(stage['result'])}"
+    for title, prefixes, make_table, together in SECTIONS:
+        matching = [stage for prefix in prefixes for name, stage in stages.items() if name.startswith(prefix)]
+        runs = [
+            f"{describe_machine(stage)}: {describe_run(stage)}" if len(machines) > 1 else describe_run(stage)
+            for stage in matching
+        ]
+        text += f"\n### {title}\n\n"
         if not matching:
-            text += "\nNot measured.\n"
+            text += "Not measured.\n"
+        elif together:
+            text += make_table([stage["result"] for stage in matching]) + "\n"
+            text += "".join(f"- {run}\n" for run in runs)
+        else:
+            pairs = zip(matching, runs, strict=True)
+            text += "\n".join(f"{run}:\n\n{make_table(stage['result'])}" for stage, run in pairs)
     return text
 
 
