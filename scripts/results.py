@@ -1,4 +1,4 @@
-"""Make the tables of RESULTS.md, on stdout, and its plots from the logs under results/.
+"""Make the tables of RESULTS.md and docs/ablations.md, on stdout, and its plots from the logs under results/.
 
     python scripts/results.py > tables.md              needs matplotlib: pip install matplotlib
 
