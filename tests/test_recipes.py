@@ -183,11 +183,11 @@ def test_the_recipes_of_the_small_encoder_on_cifar10_run(recipe, tmp_path):
     small = ["--batch_size", "4", "--epochs", "1", "--warmup_epochs", "0"]
     recipe("cifar10_small/pretrain", *small, "--save_freq", "1")
     encoder = str(tmp_path / "my out" / "pretrain-seed0" / "checkpoint-0.pth")
-    for row in ("finetune", "scratch", "finetune_10pct", "scratch_10pct", "probe_cls", "probe_pooled", "attentive"):
-        recipe(f"cifar10_small/{row}", *small, ENCODER=encoder)
-    recipe("cifar10_small/knn", ENCODER=encoder)
-    recipe("cifar10_small/pixels")
-    assert len(list((tmp_path / "results").rglob("seed0.jsonl"))) == 10
+    recipe("cifar10_small/all", *small, ENCODER=encoder, JOBS="2", OMP_NUM_THREADS="1")
+    logs = sorted(str(path.relative_to(tmp_path / "results")) for path in (tmp_path / "results").rglob("*.jsonl"))
+    seeds = dict.fromkeys(("finetune", "knn", "pixels", "pretrain", "scratch"), 1)
+    seeds |= dict.fromkeys(("attentive", "finetune_10pct", "probe_cls", "probe_pooled", "scratch_10pct"), 3)
+    assert logs == sorted(f"{row}/seed{number}.jsonl" for row, count in seeds.items() for number in range(count))
 
 
 @pytest.mark.slow
