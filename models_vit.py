@@ -258,6 +258,8 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
     if not config:
         state = add_class_position(state, source)
         config = config_of(state, source)
+    if "cls_token" not in state:
+        raise UserError(f"{source} does not fit: {comparison.NO_CLASS_TOKEN}")
 
     # Only a decoder, a head and an unneeded norm may stay unused in the file: refuse any other surplus weight.
     if trunk_only:

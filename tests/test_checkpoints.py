@@ -227,6 +227,8 @@ def test_resuming_another_architecture_names_both_sides(checkpoint):
         UserError, match=r"model: small in the file, large here \(--model\)\n  encoder width: 16 in the file, 32 here"
     ):
         resume(path, autoencoder(embed_dim=32), model="large")
+    with pytest.raises(UserError, match=r"attention heads: 2 in the file, 1 here \(--model\)"):
+        resume(path, autoencoder(embed_dim=32, num_heads=1))
 
 
 def save_spoiled(path, target, spoil):

@@ -1,6 +1,7 @@
 """Constants that the paper or its published code fixes: initial values, epsilons, momenta, margins, temperatures."""
 
 import math
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -72,6 +73,19 @@ def test_an_autoencoders_initial_values():
         assert token.std().item() == pytest.approx(0.02, rel=0.2) and abs(token.mean()) < 0.006
 
 
+def test_models_without_arguments_are_the_published_ones():
+    """An autoencoder of ViT-L with a decoder of 8 blocks, 512 wide, 16 heads; a classifier of ViT-B."""
+    autoencoder, classifier = (
+        {name: parameter.default for name, parameter in signature(constructor).parameters.items()}
+        for constructor in (models_mae.MaskedAutoencoderViT, models_vit.VisionTransformer)
+    )
+    both = {"img_size": 224, "patch_size": 16, "in_chans": 3, "mlp_ratio": 4.0}
+    large, base = ({"embed_dim": d, "depth": b, "num_heads": h} for d, b, h in ((1024, 24, 16), (768, 12, 12)))
+    decoder = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+    assert autoencoder == both | large | decoder | {"norm_pix_loss": False}
+    assert classifier == both | base | {"num_classes": 1000, "global_pool": True, "drop_path_rate": 0.0}
+
+
 def test_every_layer_norm_has_the_published_epsilon():
     models = [
         autoencoder(),
@@ -112,6 +126,14 @@ def test_adamws_constants(job, betas, decay):
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["amsgrad"]) == (betas, 1e-8, False)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, decay}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_adamw_is_fused_with_and_without_sharding(ranks, monkeypatch):
+    monkeypatch.setattr(optim.dist, "world_size", lambda: ranks)
+    monkeypatch.setattr(optim, "ZeroRedundancyOptimizer", lambda groups, kind, **more: kind(groups, **more))
+    optimizer = optim.adamw([{"params": nn.Linear(2, 2).parameters()}], 1e-3, shard=True)
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def test_larss_constants():

@@ -52,7 +52,11 @@ BAD_FOLDERS = [
     ("pretrain", lambda data: shutil.rmtree(data / "train"), "no folder .*train: --data_path must hold train/<class>/"),
     ("finetune", lambda data: shutil.rmtree(data / "val"), "no folder .*val: --data_path must hold val/<class>/"),
     ("pretrain", lambda data: [shutil.rmtree(p) for p in (data / "train").iterdir()], "train has no class folders"),
-    ("pretrain", lambda data: (data / "train" / "empty").mkdir(), "no images in .*train/empty: add some, or remove"),
+    (
+        "pretrain",
+        lambda data: (data / "train" / "empty").mkdir(),
+        "no images in .*train/empty: add some, or remove the folder from every split. (?!The files)",
+    ),
     (
         "linprobe",
         lambda data: (data / "val" / "empty").mkdir(),

@@ -283,7 +283,10 @@ FOREIGN = {
         lambda: timm.models.beit.Beit(**SIZES, num_classes=0, use_rel_pos_bias=True).state_dict(),
         "does not fit|holds no Vision Transformer",
     ),
-    "no class token": (lambda: foreign({"class_token": False, "global_pool": "avg"}), "no class token|cls_token"),
+    "no class token": (
+        lambda: foreign({"class_token": False, "global_pool": "avg"}),
+        "encoder has no class token, which",
+    ),
     "extra block weight": (lambda: foreign({}) | {"blocks.0.adapter.weight": torch.ones(1)}, "blocks.0.adapter.weight"),
 }
 

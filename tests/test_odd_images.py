@@ -426,7 +426,10 @@ def test_a_gif_with_an_odd_extension_keeps_its_transparency():
 
 
 def tiff_with(tags, next_page=0):
-    """An uncompressed TIFF of the picture, with further tags: {tag: (type, number of values, value of 4 bytes)}."""
+    """An uncompressed TIFF of the picture, with further tags: {tag: (type, number of values, value of 4 bytes)}.
+
+    None as a tag's description leaves the tag out.
+    """
     short, long = (lambda value: (3, 1, struct.pack("<HH", value, 0))), (lambda value: (4, 1, struct.pack("<I", value)))
     tags = {
         256: short(W),
@@ -437,6 +440,7 @@ def tiff_with(tags, next_page=0):
         277: short(3),
         278: short(H),
     } | tags
+    tags = {tag: value for tag, value in tags.items() if value}
     end = 10 + 12 * (len(tags) + 2) + 4
     tags |= {279: long(PICTURE.size), 273: long(end)}
     entries = b"".join(struct.pack("<HHI", tag, *tags[tag][:2]) + tags[tag][2] for tag in sorted(tags))
@@ -468,6 +472,11 @@ def test_a_page_behind_the_picture_that_is_broken_does_not_matter(offset):
 
 
 # TIFFs that Pillow can't read.
+
+
+@pytest.mark.parametrize("tag", [256, 257])
+def test_a_tiff_without_width_or_height_has_no_samples(tag):
+    assert tiff.samples(tiff_with({})) == 3 and tiff.samples(tiff_with({tag: None})) == 0
 
 
 def tiff_of(array, **more):
@@ -554,6 +563,7 @@ def test_a_tiff_that_is_cut_off_stays_bad(kind, layout):
         (lambda: LAYOUTS["planar"](ARRAYS["13 x uint16"]), "13 samples per pixel, uint16"),
         (lambda: tiff_of(noise(9, 11, 5), photometric="rgb", extrasamples=[0, 0]), "5 samples per pixel, uint8"),
         (lambda: tiff_of(noise(9, 11).astype(np.float16)), "1 sample per pixel, float16"),
+        (lambda: tiff_with({258: None, 277: (3, 1, b"\5\0\0\0")}), "5 samples per pixel, uint1"),  # 1 bit by default
     ],
 )
 def test_without_tifffile_the_first_file_says_what_to_install(make, said, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ import models_mae
 import models_vit
 from util import checks, errors
 from util.amp import LossScaler
+from util.checkpoint import files
 from util.checkpoint.files import load_checkpoint
 from util.data import datasets, loaders
 from util.data.images import Pixels
@@ -312,6 +313,15 @@ def test_a_disk_that_takes_no_download_is_named(number, server, tmp_path, monkey
     monkeypatch.setattr(torch.hub, "download_url_to_file", raising(OSError(number, os.strerror(number))))
     with pytest.raises(UserError, match=f"cannot keep the download in {tmp_path}/cache/.*{os.strerror(number)}. Set"):
         load_checkpoint(f"{server}/web.pth")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_shows_how_far_a_download_is(rank, server, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(dist, "rank", lambda: rank)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, path, progress: shown.append(progress))
+    files._fetch(f"{server}/web.pth", tmp_path / "web.pth")
+    assert shown == [rank == 0]
 
 
 def test_an_address_that_cannot_be_read_is_not_the_folders_fault(server):

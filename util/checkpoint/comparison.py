@@ -225,6 +225,9 @@ def refuse_misfits(
     raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
 
 
+NO_CLASS_TOKEN = "its encoder has no class token, which the models here need: use another file"
+
+
 def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]) -> str:
     """Return what to do about weights that do not fit, as far as their names tell.
 
@@ -237,7 +240,7 @@ def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]
     if "patch_embed.proj.weight" not in state:
         return "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
     if "cls_token" in missing:
-        return "its encoder has no class token, which the models here need: use another file"
+        return NO_CLASS_TOKEN
 
     # Other flags can explain surplus weights of a decoder, a head, the other norm or further blocks. Any other surplus
     # weight belongs to an encoder of another architecture.

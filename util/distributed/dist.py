@@ -64,8 +64,8 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
         if own_device.index is None:
             own_device = torch.device("cuda", launchers.gpu_index(torch.cuda.device_count()))
         torch.cuda.set_device(own_device)
-        # The patch embedding is the only convolution. The same algorithm in every process lets a resumed run compute the
-        # same bits; with cudnn.benchmark, which chooses by timing, it may be another after a restart.
+        # The patch embedding is the only convolution. With the same algorithm in every process a resumed run computes
+        # the same bits; cudnn.benchmark chooses by timing, and may choose another after a restart.
         torch.backends.cudnn.deterministic = True
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         _join_process_group(own_device, dist_url, timedelta(minutes=timeout_minutes))
