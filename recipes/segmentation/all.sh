@@ -11,7 +11,7 @@ for seed in 0 1 2; do
     python main_export.py --resume "$out/pretrain-seed$seed/checkpoint-39.pth" --to timm --output "$out/encoder-seed$seed"
     for row in finetune scratch; do
         python recipes/segmentation/train.py --encoder "$out/encoder-seed$seed" --data_path "$data" --classes 11 \
-            --size 32 --seed $seed --output_dir "$out/$row-seed$seed" "$@" \
+            --size 32 --epochs 20 --seed $seed --output_dir "$out/$row-seed$seed" "$@" \
             $([ $row = finetune ] || echo --scratch --encoder_lr 1)
         keep $row
     done
