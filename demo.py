@@ -14,7 +14,6 @@ output_dir/
     reconstruction.png                                       how the pre-trained model reconstructs images of val/
 """
 
-import argparse
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from util import errors
+from util.command_line import Parser
 
 ROOT = Path(__file__).resolve().parent
 DATA = "samples/fashion_mnist"
@@ -150,7 +150,7 @@ def print_table(results: dict[str, float], seed: int, quick: bool) -> None:
 
 def main() -> None:
     """Run the five jobs one after the other and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("output/demo"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="seed of every job")
     parser.add_argument("--quick", action="store_true", help="train for fewer epochs, in about two minutes")

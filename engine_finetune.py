@@ -55,7 +55,8 @@ def train_one_epoch(
         with updater.micro_step(epoch, step, len(loader)):
             if mixup_fn:
                 imgs, targets = mixup_fn(imgs, targets)
-            loss = criterion(model(imgs), targets)
+            # In float32: under autocast on a CPU, timm's label smoothing would return a loss in bf16.
+            loss = criterion(model(imgs).float(), targets)
         skipped = updater.backward(loss)  # None inside an accumulation group
 
         meters.update(loss=loss, lr=updater.lr)

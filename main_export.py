@@ -36,6 +36,7 @@ from util import errors, inference
 from util.checkpoint import comparison, formats
 from util.checkpoint.files import checkpoint_args, load_checkpoint
 from util.checkpoint.output_dir import fsync_path, raise_write_errors, unwritable
+from util.command_line import Parser
 from util.data.class_names import read_class_names
 from util.data.images import Pixels
 from util.errors import UserError
@@ -51,7 +52,7 @@ RECIPE = {
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="checkpoint of any of the jobs, or anything --finetune reads")
     add("--to", required=True, choices=tuple(EXPORTERS), help="format to export, described above")
@@ -288,11 +289,16 @@ def replace_export(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: It can't be written.
     """
+    existed = folder.exists()
     with raise_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
             unfinished = Path(name)
-            yield unfinished
+            try:
+                yield unfinished
+            except BaseException:
+                shutil.rmtree(name if existed else folder)
+                raise
             files = [path.name for path in unfinished.iterdir()]
             for file in files:
                 fsync_path(unfinished / file)
@@ -432,7 +438,7 @@ def main(argv: list[str] | None = None) -> None:
         EXPORTERS[args.to](unfinished, source)
         text = card(source, args).encode("utf-8", errors="backslashreplace")
         (unfinished / "README.md").write_bytes(text)
-    print(f"{args.resume} as {args.to} in {args.output}")
+    print(f"{args.resume} is exported to {args.output} ({args.to}); its README.md says how to load it")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
+from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.loaders import spread
 from util.errors import UserError
@@ -34,10 +35,11 @@ NEAREST = 3  # neighbours that are drawn
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a checkpoint")
-    add("--data_path", required=True, type=Path, metavar="DIR", help="images to encode, in class folders or not")
+    images_help = "images to encode, in class folders or not"
+    add("--images", "--data_path", dest="data_path", required=True, type=Path, metavar="DIR", help=images_help)
     add("--output", required=True, type=Path, help="file to write, .npz")
     add(
         "--tokens",
@@ -195,7 +197,7 @@ def print_knn(
         print(f"k-NN among {len(others.files)} images of {neighbours.name}: {accuracy:.2f} %")
     elif features.ndim == 2 and len(features) > 1:
         accuracy = knn.accuracy(features, labels, features, labels, same=True)
-        print(f"k-NN, each image named after the others: {accuracy:.2f} %")
+        print(f"k-NN accuracy, each image classified by all others: {accuracy:.2f} %")
 
 
 @torch.inference_mode()

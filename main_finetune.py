@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, val_loader = open_data(args, device)
     classes, settings = val_loader.dataset.class_to_idx, options.evaluation(args)
     source = misc.resolve_resume(args.resume, args.output_dir, "finetune", args.model)
-    model = build_model(args, pretrained=bool(args.finetune) and not source).to(device)
+    model = build_model(args, pretrained=options.starts_pretrained(args, source)).to(device)
     scaler = LossScaler(args.amp, device)
 
     # With --eval that is all.

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     source = misc.resolve_resume(args.resume, args.output_dir, "linprobe", args.model)
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
     settings = options.evaluation(args, [f"blr{blr:g}" for blr in rates] if len(rates) > 1 else None)
-    model = build_model(args, rates, pretrained=bool(args.finetune) and not source).to(device)
+    model = build_model(args, rates, pretrained=options.starts_pretrained(args, source)).to(device)
     scaler = LossScaler(args.amp, device)
 
     # With --eval that is all.

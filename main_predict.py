@@ -19,6 +19,7 @@ from util import errors, inference
 from util.checkpoint import comparison
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
+from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.class_names import read_class_names
 from util.errors import UserError
@@ -28,7 +29,7 @@ TOP = 5  # classes per image, or all where there are fewer
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a classifier's checkpoint")
     add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to classify")
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             for number, probability in zip(numbers, probabilities, strict=True):
                 cells += [classes[number], f"{probability:.4f}"]
             writer.writerow([path, *cells[:2], *cells])
-    print(f"{len(files) - batches.bad} images named in {args.output}")
+    print(f"classes of {len(files) - batches.bad} images written to {args.output}")
     inference.check_complete([batches], args.output)
 
 

@@ -17,6 +17,7 @@ import models_mae
 from util import errors, inference, masking
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
+from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.errors import UserError
 from util.report import pictures
@@ -24,7 +25,7 @@ from util.report import pictures
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the flags (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a checkpoint with its decoder")
     add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to reconstruct")

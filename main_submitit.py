@@ -23,7 +23,8 @@ import submitit
 
 import models_mae
 import models_vit
-from util import checks, errors, options
+from util import checks, errors
+from util.command_line import Parser
 from util.errors import UserError
 
 MODELS = {"pretrain": models_mae.MODELS, "finetune": models_vit.MODELS, "linprobe": models_vit.MODELS}
@@ -38,10 +39,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         separator = argv.index("--")
         launcher_flags, flags = argv[:separator], argv[separator + 1 :]
 
-    parser = argparse.ArgumentParser(
-        description="Submit a job through submitit: main_submitit.py JOB ... -- FLAGS OF THE JOB",
-        formatter_class=options.HelpFormatter,
-    )
+    parser = Parser("Submit a job through submitit: main_submitit.py JOB ... -- FLAGS OF THE JOB")
     add = parser.add_argument
     add("job", choices=list(MODELS), help="script to run: main_JOB.py")
     add("--job_dir", required=True, metavar="DIR", help="folder for the logs and the job's output; seen by all nodes")
@@ -98,7 +96,6 @@ def job_flags(args: argparse.Namespace) -> list[str]:
 
     Raises:
         UserError: A flag is wrong, or would keep the job from resuming when it is queued again.
-        SystemExit: argparse refuses them.
     """
     # A user's own --output_dir comes later on the command line, and so takes precedence.
     flags = ["--output_dir", str(Path(args.job_dir).absolute()), *args.flags]

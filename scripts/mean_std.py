@@ -17,6 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import checks, errors, inference, options
+from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.datasets import TRIES
 from util.data.images import BadImage, Pixels, load_array
@@ -103,7 +104,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: A number is out of range.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, nargs="+", help="folders or archives of images, or image files")
     add("--in_chans", default=3, type=int, help="channels of the images")

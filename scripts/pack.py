@@ -15,7 +15,6 @@ shard, and one that is complete writes nothing; a folder that holds other shards
 parquet files are read twice, the first time for the images' sizes.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
 from util.checkpoint.output_dir import unwritable
+from util.command_line import Parser
 from util.data import splits, tar
 from util.data.listing import join_names, read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
@@ -143,7 +143,7 @@ def parse_size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Pack one split or two, or write indexes (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("sources", metavar="SOURCE", type=Path, nargs="+", help="a folder, or archives, or folders of archives")
     add("--output", type=Path, metavar="DIR", help="folder of the shards; where the source has two splits, of theirs")

@@ -7,7 +7,6 @@ All images must have one size. Their pixels are standardised. One baseline is sc
 pre-training's monitoring use. A JSON line is printed: test_acc1 is the accuracy of the first, test_knn of the second.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import checks, errors, options
+from util.command_line import Parser
 from util.data import datasets
 from util.data.images import Pixels
 from util.data.splits import DataSpec
@@ -41,7 +41,7 @@ def pixels(images: datasets.Images) -> tuple[np.ndarray, np.ndarray]:
 
 def main(argv: list[str] | None = None) -> None:
     """Fit the baselines and print their accuracies as a JSON line (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--data_path",
         type=Path,

@@ -13,7 +13,6 @@ nothing is written. --per_class N keeps the first N images of each class: the sa
 `fashion_mnist --per_class 200`.
 """
 
-import argparse
 import gzip
 import shutil
 import sys
@@ -28,6 +27,7 @@ from torchvision import datasets
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
+from util.command_line import Parser
 from util.data.splits import is_image
 from util.errors import UserError
 
@@ -213,7 +213,7 @@ def prepare(
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare one dataset (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("name", choices=list(COUNTS), help="dataset")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--source", type=Path, help="folder or archive to read; default: download")

@@ -15,7 +15,6 @@ With --packed no single image is written: output/train/shard-00000.tar and so on
 archives of 1 GB that training reads in place, and so do those in output/val.
 """
 
-import argparse
 import csv
 import io
 import os
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from util import errors
+from util.command_line import Parser
 from util.data.archive_index import load_index
 from util.data.archives import open_archive
 from util.data.splits import ARCHIVE, is_image
@@ -321,7 +321,7 @@ def pack_train(source: Path, output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare one split or both (argv defaults to the command line's)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write train/ and val/ to")
     parser.add_argument("--train", type=Path, metavar="TAR", help="archive of the training images")
     parser.add_argument("--val", type=Path, metavar="TAR_OR_FOLDER", help="validation images")

@@ -83,7 +83,7 @@ def test_bad_folders(job, spoil, message, data, tmp_path):
     [
         ("finetune", ["--nb_classes", "9"], "has 10 classes and --nb_classes is 9: pass --nb_classes 10"),
         ("linprobe", ["--nb_classes", "1000"], "--nb_classes is 1000: pass --nb_classes 10"),
-        ("pretrain", ["--batch_size", "81"], "80 training images on 1 processes don't fill one batch of 81"),
+        ("pretrain", ["--batch_size", "81"], "80 training images don't fill one batch of 81"),
     ],
 )
 def test_flags_that_do_not_fit_the_folders(job, more, message, images, tmp_path):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
 import engine_finetune
@@ -55,6 +56,20 @@ def test_an_incomplete_last_group_is_an_update_of_its_own_mean():
     expected = train(linear_model(), [concatenate(data[:2]), concatenate(data[2:4]), data[4]], accum_iter=1)
     assert torch.allclose(ours.weight, expected.weight, atol=1e-6)
     assert not torch.allclose(ours.weight, train(linear_model(), data[:4], accum_iter=2).weight, atol=1e-4)
+
+
+def test_the_loss_of_fine_tuning_in_bf16_is_taken_in_float32():
+    """timm's label smoothing, which keeps the type of the logits, is called with float32 under autocast, too."""
+    seen = []
+
+    def criterion(logits, targets):
+        seen.append(logits.dtype)
+        return LabelSmoothingCrossEntropy(0.1)(logits, targets)
+
+    model = linear_model()
+    updater = Updater(model, torch.optim.SGD(model.parameters(), lr=0.1), CONSTANT, LossScaler("bf16", CPU))
+    engine_finetune.train_one_epoch(model, criterion, random_batches(2), updater, 0)
+    assert seen == [torch.float32] * 2
 
 
 def test_micro_steps_cover_an_epoch():

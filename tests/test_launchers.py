@@ -160,7 +160,7 @@ def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, t
     ("flags", "expected"),
     [
         (["--epochs", 0], "--epochs 0 must be at least 1"),
-        (["--no_such_flag"], "unrecognized arguments"),
+        (["--no_such_flag"], "unknown flag --no_such_flag"),
         (["--resume", "x.pth"], "resumes from its own folder only (--resume auto); omit the flag"),
         (["--overwrite"], "choose another --job_dir"),
     ],

@@ -9,6 +9,7 @@ import torch
 import main_finetune
 import main_linprobe
 import main_pretrain
+import main_reconstruct
 import models_mae
 import models_vit
 from util import checks, misc, options, speed
@@ -178,10 +179,32 @@ def test_bad_arguments(job, flags, message):
         ("finetune", "--remode blur"),
     ],
 )
-def test_what_argparse_refuses_names_the_flag(job, flags, capsys):
-    with pytest.raises(SystemExit) as caught:
-        JOBS[job].get_args(flags.split())
-    assert caught.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+def test_what_argparse_refuses_names_the_flag(job, flags, refusal):
+    said = refusal(lambda: JOBS[job].get_args(flags.split()))
+    assert flags.split()[0] in said and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--modle x", "unknown flag --modle: did you mean --model? --help lists all flags"),
+        (
+            "--lerning_rate=3 --batchsize 8",
+            "unknown flag --lerning_rate, --batchsize: did you mean --batch_size? --help",
+        ),
+        ("--zzz", "unknown flag --zzz. --help lists all flags"),
+        ("folder", "unknown argument folder. --help"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_named_with_the_one_that_was_meant(flags, said, refusal):
+    assert said in refusal(lambda: main_pretrain.get_args(flags.split()))
+
+
+def test_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main_reconstruct.get_args(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "share of the patches that are removed (default: 0.75)" in printed and "(default: None)" not in printed
 
 
 def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):

@@ -1,5 +1,7 @@
 """Several ranks: they compute the same as one, and none waits for ever."""
 
+import os
+import sys
 import time
 
 import faults
@@ -183,6 +185,21 @@ def test_a_bad_image_that_one_rank_meets_is_every_ranks_error(images, tmp_path):
     bad.write_bytes(b"")
     said = ranks.run(2, tmp_path / "out", error_of_evaluation, tmp_path / "val")
     assert said[0] == said[1] and str(bad) in said[0]
+
+
+def seconds_of_a_fork():
+    start = time.perf_counter()
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return time.perf_counter() - start
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11, 10), reason="CPython's issue 112275 is mended there")
+def test_forks_wait_for_gloos_threads(tmp_path):
+    """A process that is forked while such a thread enters Python would never start."""
+    assert min(ranks.run(2, tmp_path, seconds_of_a_fork)) > 0.02
 
 
 def save_requests_after_an_hour():

@@ -160,14 +160,18 @@ def test_a_checkpoint_of_another_kind(run, tmp_path):
 
 
 def test_too_many_unreadable_images(data, run):
-    file = next((data / "train" / "bag").iterdir())
-    file.unlink()
-    file.write_bytes(b"")
+    """A single one never stops the run, unless none is allowed."""
+    first, second = list((data / "train" / "bag").iterdir())[:2]
+    for file in (first, second):
+        file.unlink()
+        file.write_bytes(b"")
     with pytest.raises(UserError, match="--max_bad_images 0.01: fix or remove them, or raise the limit"):
         run("pretrain")
     run("pretrain", "--max_bad_images", 0.1)
-    file.unlink()
+    first.unlink()
     run("pretrain")
+    with pytest.raises(UserError, match="1 of .* images .* cannot be read"):
+        run("pretrain", "--max_bad_images", 0)
 
 
 def test_a_large_image(data, run, monkeypatch):

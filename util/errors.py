@@ -156,8 +156,8 @@ def _describe_runtime_error(text: str) -> tuple[str, int] | None:
         ), 1
     if dist.world_size() > 1 and PEERS.search(text):
         return (
-            f"error: rank {dist.rank()} lost another process: {text.splitlines()[0]}. See that process's own message "
-            "for the reason; resume from the newest checkpoint with --resume auto"
+            f"error: rank {dist.rank()} lost another process, whose own message says why (look at the other nodes' "
+            f"output, too). Resume from the newest checkpoint with --resume auto. Seen here: {text.splitlines()[0]}"
         ), 1
     return None
 

@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="rotate photographs as their EXIF orientation says; default: as in the checkpoint's evaluation",
     )
     add_size_limit(parser)
-    add("--device", default=dist.default_device(), help="cuda, mps or cpu; default: the best one that is available")
+    add("--device", default=dist.default_device(), help="cuda, mps or cpu")
 
 
 def add_size_limit(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The loop over epochs that the three jobs share, and what goes on around an epoch's steps."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,6 +147,9 @@ class Run:
         self.log.close()
         epochs, images = max(0, self.settings.epochs - first_epoch), describe_images(self.loader.dataset)
         dist.print_rank0(f"trained {epochs} epochs in {time.time() - start:.0f} s, on {images}")
+        if self.position.best_epoch >= 0:
+            folder = self.checkpoints.folder
+            self._print_best("", f", in {folder / f'checkpoint-{self.position.best_epoch}.pth'}" if folder else "")
 
     def _is_last(self, epoch: int) -> bool:
         return epoch + 1 == self.settings.epochs
@@ -196,10 +200,14 @@ class Run:
         if improved:
             position.best, position.best_epoch = stats[best_by], position.epoch
         if best_by in stats:
-            kind = {"acc1": "accuracy", "balanced_acc": "balanced accuracy"}[best_by]
-            dist.print_rank0(f"best {kind} so far: {position.best:.2f} %, after epoch {position.best_epoch}")
+            self._print_best(" so far")
         self.log.hold(position.epoch, {f"perf/test_{name}": value for name, value in stats.items()})
         return stats, improved
+
+    def _print_best(self, when: str, where: str = "") -> None:
+        kind = {"acc1": "accuracy", "balanced_acc": "balanced accuracy"}[self.settings.best_by]
+        position = self.position
+        dist.print_rank0(f"best {kind}{when}: {position.best:.2f} %, after epoch {position.best_epoch}{where}")
 
     def _end_epoch(self, stats: Stats, improved: bool) -> None:
         """Log the epoch; save a checkpoint if it is time for one."""
@@ -316,7 +324,7 @@ class Run:
         bad, total = int(marked.sum()), len(images)
         self.known_bad = bad * dist.world_size()
         dist.print_rank0(f"warning: {bad} of {total} images cannot be read and are replaced by others")
-        if bad > self.settings.max_bad_images * total:
+        if bad > math.ceil(self.settings.max_bad_images * total):  # 1 of a few images is tolerated, but none with 0
             raise UserError(
                 f"{bad} of {total} images in {images.images.root} cannot be read (named above), more than "
                 f"--max_bad_images {self.settings.max_bad_images:g}: fix or remove them, or raise the limit"

@@ -464,5 +464,5 @@ def _newest_valid(folder: Path, job: str, model: str) -> str:
             + "\n  Choose another --output_dir, or leave out --resume and pass --overwrite to remove them and start "
             "from scratch"
         )
-    dist.print_rank0(f"--resume auto: no valid checkpoint in {folder}; starting from scratch")
+    dist.print_rank0(f"--resume auto: no checkpoint in {folder} yet; a new run starts")
     return ""

@@ -8,6 +8,7 @@ import argparse
 import torch
 
 from util import speed
+from util.command_line import Parser
 from util.data.class_names import read_class_names
 from util.data.images import Pixels
 from util.data.loaders import Loading
@@ -19,20 +20,7 @@ from util.report.scores import Evaluation
 # The flags.
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Format --help with the default of each flag, unless that is None, False or empty."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_none = action.default is None or action.default is False or action.default in ("", [])
-        return action.help if has_none else super()._get_help_string(action)
-
-
-def common_parser(
-    description: str, models: dict, several_rates: bool = False, **defaults: object
-) -> argparse.ArgumentParser:
+def common_parser(description: str, models: dict, several_rates: bool = False, **defaults: object) -> Parser:
     """Create a parser with the flags that all three jobs share.
 
     Args:
@@ -41,7 +29,7 @@ def common_parser(
         several_rates: Whether --blr takes several values (linear probing, whose optimiser can't be sharded).
         **defaults: The job's own defaults, by the flags' names; "keep" must be among them.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    parser = Parser(description)
     _add_model_flags(parser, models)
     _add_training_flags(parser, several_rates)
     _add_speed_flags(parser)
@@ -354,3 +342,15 @@ def run_settings(args: argparse.Namespace, eval_freq: int) -> RunSettings:
 def mixes(args: argparse.Namespace) -> bool:
     """Return whether fine-tuning mixes images, by mixup or cutmix."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def starts_pretrained(args: argparse.Namespace, source: str) -> bool:
+    """Return whether a classifier is to load the encoder of --finetune; print a notice if all its weights are random.
+
+    Args:
+        args: The run's flags.
+        source: The checkpoint that the run resumes, which has the encoder already; "": none.
+    """
+    if not (args.finetune or source):
+        dist.print_rank0("notice: without --finetune the encoder starts from random weights")
+    return bool(args.finetune) and not source

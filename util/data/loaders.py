@@ -271,9 +271,10 @@ def train_loader(
             raise UserError(
                 f"{count} training images can't be shared by {ranks} processes: start at most {count}, or add images"
             )
+        shared = f" on {ranks} processes" if ranks > 1 else ""
         raise UserError(
-            f"{count} training images on {ranks} processes don't fill one batch of {loading.batch_size}: lower "
-            f"--batch_size to {count // ranks} or less"
+            f"{count} training images{shared} don't fill one batch of {loading.batch_size}: lower --batch_size to "
+            f"{count // ranks} or less"
         )
     loader = _data_loader(dataset, loading, sampler)
     return TrainLoader(loader, loading.device, pixels)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -113,6 +114,18 @@ def _join_process_group(device: torch.device, dist_url: str, timeout: timedelta)
             "this is the first node's address, that the port is free and open, and that GLOO_SOCKET_IFNAME or "
             "NCCL_SOCKET_IFNAME names the network interface"
         ) from error
+    _pause_before_forks()
+
+
+@cache
+def _pause_before_forks() -> None:
+    """Make this process wait for 20 ms before it forks, for example loader processes; once for all its forks.
+
+    Gloo's threads enter Python for a moment after an exchange. If the process forks at that moment, a lock stays locked
+    in the new process, which then waits for ever. CPython has no such lock since 3.11.10 (its issue 112275).
+    """
+    if sys.version_info < (3, 11, 10):
+        os.register_at_fork(before=partial(time.sleep, 0.02))
 
 
 def _connect(device: torch.device, dist_url: str, own_rank: int, world: int, timeout: timedelta) -> None:

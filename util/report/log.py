@@ -80,8 +80,7 @@ class RunLog:
             f"{self.n_parameters / 1e6:.2f} M of them trained{work}"
         )
         dist.print_rank0(
-            f"training  effective batch {batch} on {ranks} process(es), lr {lr:.3g}, {loader.device}, "
-            f"amp {checkpoints.scaler.amp}"
+            f"training  effective batch {batch}, learning rate {lr:.3g}, {loader.device}, amp {checkpoints.scaler.amp}"
         )
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 

@@ -158,7 +158,8 @@ class Meters:
     def _words(self, means: dict[str, float], speed: dict[str, float]) -> list[str]:
         words = [f"{name} {_short(value)}" for name, value in means.items()]
         if self.images_per_step:
-            words.append(f"{speed['images_per_s']:.0f} img/s")
+            rate = speed["images_per_s"]
+            words.append(f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.2g} img/s")
         if self.flops_per_image:
             words.append(f"{speed['tflops']:.3g} TFLOP/s")
         words.append(f"data {speed['data_wait']:.0%}")
