@@ -220,6 +220,8 @@ EIGHT_BITS = np.rint(np.linspace(0, 255, 64)).reshape(8, 8)
         (Image.fromarray(RAMP.astype(np.int32)), "i.tif", EIGHT_BITS),
         (Image.fromarray((RAMP / 65535).astype(np.float32)), "f.tif", EIGHT_BITS),
         (Image.fromarray((RAMP * 3 - 70000).astype(np.float32)), "range.tif", EIGHT_BITS),
+        (Image.fromarray((RAMP / 6000).astype(np.float32)), "from 0.tif", EIGHT_BITS),
+        (Image.fromarray((RAMP / 65535 - 1).astype(np.float32)), "up to 0.tif", EIGHT_BITS),
         (Image.fromarray(EIGHT_BITS.astype(np.uint8)), "grey.png", EIGHT_BITS),
         (Image.fromarray(EIGHT_BITS.astype(np.uint8)).convert("P"), "palette.png", EIGHT_BITS),
         (Image.fromarray((EIGHT_BITS > 100).astype(np.uint8) * 255).convert("1"), "1.png", (EIGHT_BITS > 100) * 255),
