@@ -18,12 +18,11 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(.*?)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 names = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
-# Flags in the documents that belong to other programs.
+# Flags in the documents that belong to other programs: torchrun, srun and sbatch, docker and others.
 OTHERS = {
-    *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max-restarts"),  # torchrun
-    *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),  # srun, sbatch
-    *("--ipc", "--shm-size", "--logdir", "--help"),  # docker, tensorboard, any
-    *("--sample", "--modules"),  # make mutants
+    *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv_conf"),
+    *("--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),
+    *("--ipc", "--shm-size", "--logdir", "--help", "--sample", "--modules"),
 }
 SCRIPTS = [
     *("main_pretrain", "main_finetune", "main_linprobe", "main_predict", "main_features", "main_reconstruct"),
@@ -160,7 +159,7 @@ def shrink(command):
     python, script, *words = shlex.split(re.sub(r"(?<=--nb_classes )N\b", "10", command))
     assert python == "python", command
     if script in ORDER:
-        words += SMALL.split()
+        words += SMALL.split() + (["--input_size", "32"] if "--patch_size" in words else [])
     if script.endswith("segmentation/train.py"):
         words += ["--size", "32", "--epochs", "1"]
     if not script.startswith(("main_export", "main_submitit")):

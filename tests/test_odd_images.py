@@ -585,9 +585,7 @@ def test_a_compression_that_needs_another_package_is_said(monkeypatch):
 
     data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
     monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", refuse)
-    with pytest.raises(
-        WrongChannels, match="uint16, compressed by NONE, which .*: pip install imagecodecs, or"
-    ):
+    with pytest.raises(WrongChannels, match="uint16, compressed by NONE, which .*: pip install imagecodecs, or"):
         decode("a.tif", data, Pixels(13))
 
 
