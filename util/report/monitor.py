@@ -74,7 +74,7 @@ class Monitor:
             stats = self._measure(model, poll) if self.val is not None else {}
             dist.run_on_rank0(lambda: self._save_picture(model, epoch))
         if stats:
-            listed = "  ".join(f"{name} {value:.4g}" for name, value in stats.items())
+            listed = "  ".join(f"{name} {value:.4g}{' %' if name == 'knn' else ''}" for name, value in stats.items())
             dist.print_rank0(f"monitor after epoch {epoch}: {listed}")
         return stats
 
