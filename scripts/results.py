@@ -62,7 +62,12 @@ COMPARISONS = {
         {"test_acc1": "accuracy, %", "test_balanced_acc": "balanced accuracy, %", "test_macro_f1": "macro F1, %"},
     ),
     "segmentation": (
-        {"finetune": "pre-trained encoder", "scratch": "from scratch"},
+        {
+            "finetune": "2,000 masks, pre-trained encoder",
+            "scratch": "2,000 masks, from scratch",
+            "finetune_few": "200 masks, pre-trained encoder",
+            "scratch_few": "200 masks, from scratch",
+        },
         {"test_miou": "mean IoU, %"},
     ),
 }

@@ -100,6 +100,14 @@ def test_masks_are_the_garments_and_are_flipped_with_them(data):
             assert torch.equal(mask, (image[0] > 0).long() * expected)
 
 
+def test_a_few_of_each_class(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["garments.py", str(tmp_path / "few"), "--images", "3"])
+    garments.main()
+    few, all_of_them = (train.MaskedImages(tmp_path / name / "train", GREY, 3, None).files for name in ("few", "data"))
+    assert [file.name for file in few] == [file.name for file in [*all_of_them[:3], *all_of_them[8:11]]]
+    assert len(train.MaskedImages(tmp_path / "few" / "val", GREY, 3, None)) == 8
+
+
 def test_masks_keep_their_numbers_when_they_are_resized(data):
     pairs = train.MaskedImages(data / "val", Pixels(), 3, v2.Resize((32, 32), antialias=True))
     image, mask = pairs[7]

@@ -1,6 +1,6 @@
 """Write the samples of Fashion-MNIST with masks: 0 is the background, which is black, k the garments of class k - 1.
 
-python recipes/segmentation/garments.py DIR
+python recipes/segmentation/garments.py DIR [--images N]
 """
 
 import argparse
@@ -16,13 +16,14 @@ def main() -> None:
     """Write DIR/{train,val}/{images,masks}/<class>/<image>.png; the images are links."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, metavar="DIR", help="folder to write")
-    target = parser.parse_args().target
-    for split in ("train", "val"):
+    parser.add_argument("--images", type=int, metavar="N", help="training images of each class; default: all 200")
+    args = parser.parse_args()
+    for split, count in (("train", args.images), ("val", None)):
         for number, folder in enumerate(sorted((SAMPLES / split).iterdir()), start=1):
-            images, masks = (target / split / kind / folder.name for kind in ("images", "masks"))
+            images, masks = (args.target / split / kind / folder.name for kind in ("images", "masks"))
             for place in (images, masks):
                 place.mkdir(parents=True, exist_ok=True)
-            for file in folder.iterdir():
+            for file in sorted(folder.iterdir())[:count]:
                 with Image.open(file) as image:
                     garment = np.array(image.convert("L")) > 0
                 Image.fromarray(garment.astype(np.uint8) * number).save(masks / file.name)
