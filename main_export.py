@@ -281,7 +281,7 @@ def replace_export(folder: Path) -> Iterator[Path]:
     """Return a context that gives an empty folder to write an export to; at its end the files move into `folder`.
 
     Files of an earlier export that the new one does not have are removed then. After an error the earlier export is as
-    it was.
+    it was, and a folder that did not exist before is gone.
 
     Args:
         folder: Folder of the export; it is made if needed.
@@ -297,7 +297,8 @@ def replace_export(folder: Path) -> Iterator[Path]:
             try:
                 yield unfinished
             except BaseException:
-                shutil.rmtree(name if existed else folder)
+                if not existed:
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
             files = [path.name for path in unfinished.iterdir()]
             for file in files:
