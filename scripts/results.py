@@ -263,14 +263,14 @@ def plot_row(panel: Axes, label: str, paths: list[Path], name: str) -> None:
 
 
 def comparisons() -> None:
-    """Print a table for each comparison of COMPARISONS whose runs are complete."""
+    """Print a table for each comparison of COMPARISONS, of the rows that were run."""
     for name, (labels, figures) in COMPARISONS.items():
         rows = []
         for row, label in labels.items():
             summaries = [summarise(row_logs(ROOT / "results" / name, row), figure) for figure in figures]
             if all(summaries):
                 rows.append([label, *(format_summary(summary) for summary in summaries), summaries[0].count])
-        if len(rows) == len(labels):
+        if rows:
             print(f"\n{name}\n\n{table(['', *figures.values(), 'n'], rows)}")
 
 
