@@ -64,7 +64,6 @@ def _train(job: str, model: str, batch_size: int, flags: str = "") -> str:
 PRETRAIN_ROWS = "--rows ours ours_eager off hf hf_best --hf_attention sdpa"
 COMPILED_ROWS = "--rows ours hf_compiled --hf_attention sdpa"
 FEW_ROWS = "--rows ours off hf_best --hf_attention sdpa"
-FEW_VARIANTS = "blocks whole graphs"
 HUGE_ROWS = "--rows ours hf_best --hf_attention sdpa"
 QUICK_STEP = _step("pretrain", "mae_vit_tiny_patch16", 2, "--steps 1 --rows ours off hf hf_best")
 QUICK_TRAIN = _train("pretrain", "mae_vit_tiny_patch16", 2, "--windows 1 --num_workers 1")
@@ -84,7 +83,7 @@ STAGES = (  # the most valuable first, since the last may be dropped
     Stage("compiled_large", _step("pretrain", "mae_vit_large_patch16", 256, COMPILED_ROWS), "", 3),
     Stage("step_huge", _step("pretrain", "mae_vit_huge_patch14", 128, HUGE_ROWS), "", 2),
     Stage("tuning", "benchmarks/tuning.py", "", 4),
-    Stage("tuning_base", f"benchmarks/tuning.py --model mae_vit_base_patch16 --rows {FEW_VARIANTS}", "", 2),
+    Stage("tuning_base", "benchmarks/tuning.py --model mae_vit_base_patch16 --rows blocks whole graphs", "", 2),
     Stage("masking_large", "benchmarks/masking.py --models mae_vit_large_patch16 --batch_size 128", "", 1.5),
     Stage("masking_huge", "benchmarks/masking.py --models mae_vit_huge_patch14 --batch_size 64", "", 2),
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -371,3 +372,12 @@ def test_of_several_heads_the_best_is_that_of_the_figure_that_counts():
         )
         assert stats["acc1"] == stats[f"acc1_{best}"] and stats["balanced_acc"] == stats[f"balanced_acc_{best}"]
         assert (stats["acc1_many"], stats["acc1_few"]) == (80, 60)
+
+
+def test_a_best_checkpoint_that_lies_in_another_folder_is_not_named_in_this_one(images, tmp_path, capsys):
+    argv = [*SMALL, "--nb_classes", "10", "--data_path", str(images)]
+    main_finetune.main([*argv, "--output_dir", str(tmp_path / "first")])
+    assert f"after epoch 0, in {tmp_path / 'first' / 'checkpoint-0.pth'}\n" in capsys.readouterr().out
+    resume = ["--resume", str(tmp_path / "first" / "checkpoint-0.pth")]
+    main_finetune.main([*argv, *resume, "--output_dir", str(tmp_path / "second")])
+    assert re.search(r"best accuracy: \S+ %, after epoch 0\n", capsys.readouterr().out)

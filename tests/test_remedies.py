@@ -167,6 +167,8 @@ def test_too_many_unreadable_images(data, run):
         file.write_bytes(b"")
     with pytest.raises(UserError, match="--max_bad_images 0.01: fix or remove them, or raise the limit"):
         run("pretrain")
+    with pytest.raises(UserError, match="2 of 20 images .* --max_bad_images 0.06"):
+        run("pretrain", "--max_bad_images", 0.06)
     run("pretrain", "--max_bad_images", 0.1)
     first.unlink()
     run("pretrain")

@@ -1,6 +1,5 @@
 """The loop over epochs that the three jobs share, and what goes on around an epoch's steps."""
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,8 +147,8 @@ class Run:
         epochs, images = max(0, self.settings.epochs - first_epoch), describe_images(self.loader.dataset)
         dist.print_rank0(f"trained {epochs} epochs in {time.time() - start:.0f} s, on {images}")
         if self.position.best_epoch >= 0:
-            folder = self.checkpoints.folder
-            self._print_best("", f", in {folder / f'checkpoint-{self.position.best_epoch}.pth'}" if folder else "")
+            file = self.checkpoints.epoch_file(self.position.best_epoch)
+            self._print_best("", f", in {file}" if file else "")
 
     def _is_last(self, epoch: int) -> bool:
         return epoch + 1 == self.settings.epochs
@@ -324,10 +323,11 @@ class Run:
         bad, total = int(marked.sum()), len(images)
         self.known_bad = bad * dist.world_size()
         dist.print_rank0(f"warning: {bad} of {total} images cannot be read and are replaced by others")
-        if bad > math.ceil(self.settings.max_bad_images * total):  # 1 of a few images is tolerated, but none with 0
+        limit = self.settings.max_bad_images
+        if bad > limit * total and (bad > 1 or not limit):  # a single one is tolerated, unless none is
             raise UserError(
                 f"{bad} of {total} images in {images.images.root} cannot be read (named above), more than "
-                f"--max_bad_images {self.settings.max_bad_images:g}: fix or remove them, or raise the limit"
+                f"--max_bad_images {limit:g}: fix or remove them, or raise the limit"
             )
 
     # Saving.

@@ -184,7 +184,7 @@ class Checkpoints:
         if whole_epoch:
             names = [str(position.epoch), "last"]
             position = replace(position, epoch=position.epoch + 1, images=0, totals={})
-        paths = [self.folder / f"checkpoint-{name}.pth" for name in names]
+        paths = [self._file(name) for name in names]
 
         def write_and_prune() -> None:
             write(self._state(position, rng), paths)
@@ -192,6 +192,14 @@ class Checkpoints:
 
         dist.run_on_rank0(write_and_prune)
         self.newest = str(paths[0])
+
+    def epoch_file(self, epoch: int) -> Path | None:
+        """Return the checkpoint of an epoch; None if the folder has none, as after resuming from another folder."""
+        file = self._file(str(epoch)) if self.folder else None
+        return file if file and file.exists() else None
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"checkpoint-{name}.pth"
 
     def _state(self, position: Position, rng: list[dict]) -> dict:
         """Return the contents of a checkpoint, as the module's docstring lists them."""

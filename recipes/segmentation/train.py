@@ -32,6 +32,7 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from util import errors
 from util.checkpoint.formats import read_config
+from util.command_line import Parser
 from util.data.images import BadImage, Pixels, load_array
 from util.data.splits import is_image
 from util.errors import UserError
@@ -46,7 +47,7 @@ IGNORED = 255
 
 def get_args() -> argparse.Namespace:
     """Parse the flags and check them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--encoder", required=True, type=Path, metavar="DIR", help="folder that main_export.py --to timm wrote")
     add("--scratch", action="store_true", help="take the encoder's shape only, with random weights, for comparison")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ def _pause_before_forks() -> None:
     in the new process, which then waits for ever. CPython has no such lock since 3.11.10 (its issue 112275).
     """
     if sys.version_info < (3, 11, 10):
-        os.register_at_fork(before=partial(time.sleep, 0.02))
+        os.register_at_fork(before=lambda: time.sleep(0.02))
 
 
 def _connect(device: torch.device, dist_url: str, own_rank: int, world: int, timeout: timedelta) -> None:
