@@ -199,7 +199,8 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
         result = read_result(partial)
     seconds = time.monotonic() - start
     if result is None:
-        return f"failed with exit code {code}; see {stage.name}.log"
+        printed = (args.output / f"{stage.name}.log").read_text().splitlines()
+        return f"failed with exit code {code}; the end of {stage.name}.log:\n" + "\n".join(printed[-10:])
 
     # Store the result under its final name only once it is complete: a file of that name says that the stage is done.
     stored = {

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import ROOT, create_parser, device_name, link_images, spread, write_result
 
 WINDOW = 20  # steps between the progress lines of a run
-LINE = re.compile(r"\[\d+/\d+\].* (\d+) img/s .* data (\d+)%")
+LINE = re.compile(r"\[\d+/\d+\].* (\S+) img/s .* data (\d+)%")
 
 
 def step_rate(args: argparse.Namespace, folder: Path) -> float:
@@ -86,7 +86,10 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", default=256, type=int)
     parser.add_argument("--num_workers", default=16, type=int)
     parser.add_argument("--windows", default=8, type=int, help="number of measured windows of 20 steps")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not (args.data_path / "train").is_dir():
+        parser.error(f"--data_path {args.data_path}: it must hold train/<class>/ with photographs")
+    return args
 
 
 def main() -> None:

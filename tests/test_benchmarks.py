@@ -4,8 +4,10 @@ import json
 import re
 
 import pytest
+import torch
 
-from benchmarks import timing
+from benchmarks import timing, train
+from util.report.meters import Meters
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +59,17 @@ def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path)
     assert all(row["images_per_s"] > 0 for row in rows)
     rate = rows[0]["images_per_s"]
     assert f"| ours | {rate:.0f} | 1.00 |" in text and "stale" not in text and "Not measured." in text
+
+
+def test_the_rates_of_a_slow_run_are_read(capsys, monkeypatch):
+    """A run prints its rate with a decimal point where it is below ten images per second."""
+    monkeypatch.setattr(
+        "time.perf_counter", iter(range(100)).__next__
+    )  # a clock that moves on by 1 s whenever it is read
+    meters = Meters(torch.device("cpu"), images_per_step=8, flops_per_image=5e9)
+    list(meters.log_every(["batch"] * 3, print_freq=1, epoch=0))
+    rates = [float(rate) for rate, _ in train.LINE.findall(capsys.readouterr().out)]
+    assert len(rates) == 3 and all(0 < rate < 10 for rate in rates)
 
 
 def test_a_row_that_does_not_fit_is_left_out_of_the_turns(capsys):
