@@ -3,8 +3,8 @@
     python main_export.py --resume output/pretrain/checkpoint-399.pth --to timm --output exported
 
 --to timm       model.safetensors and config.json: timm.create_model("local-dir:exported", pretrained=True)
-     hf         likewise, and preprocessor_config.json: ViTMAEForPreTraining.from_pretrained("exported")
-                for an autoencoder, ViTForImageClassification for a classifier on the class token
+     hf         likewise, and preprocessor_config.json: ViTMAEForPreTraining.from_pretrained("exported") for an
+                autoencoder, ViTForImageClassification for a classifier on the class token, ViTModel for an encoder
      encoder    encoder.safetensors, the encoder alone under the released files' parameter names, and config.json
      onnx       model.onnx, which takes normalised images [N, C, H, W] and returns a classifier's logits [N, classes],
                 or an encoder's tokens [N, 1+L, D]
@@ -192,7 +192,7 @@ def to_timm(folder: Path, source: Source) -> None:
 
 
 def to_hf(folder: Path, source: Source) -> None:
-    """Write an autoencoder as Hugging Face's ViTMAE, or a classifier as its ViT.
+    """Write an autoencoder as Hugging Face's ViTMAE, a classifier or an encoder alone as its ViT.
 
     Raises:
         UserError: Hugging Face has no model that computes the same.
@@ -205,8 +205,8 @@ def to_hf(folder: Path, source: Source) -> None:
         problem = f"it is for {height} x {width} pixels; Hugging Face's ViTMAE and ViT are for squares"
     elif source.classes and (source.config.get("global_pool") or source.config.get("probe") == "attentive"):
         problem = "it pools the patches, and Hugging Face's ViT classifies the class token: train it with --cls_token"
-    elif source.classes is None and "mask_token" not in state:
-        problem = "it has neither a decoder (ViTMAEForPreTraining) nor a head (ViTForImageClassification)"
+    elif source.classes is None and "norm.weight" not in state:
+        problem = "its encoder has no final LayerNorm (norm), which Hugging Face's ViT always has"
     if problem:
         raise UserError(
             f"{source.path} cannot be exported to Hugging Face: {problem}. Use --to timm or --to onnx instead"
@@ -333,7 +333,7 @@ def card(source: Source, args: argparse.Namespace) -> str:
         "Masked autoencoding: He et al., *Masked Autoencoders Are Scalable Vision Learners*, arXiv 2111.06377.",
         "",
         "```python",
-        usage_example(args.to, source.classes),
+        usage_example(args.to, source),
         "```",
         "",
         "| | |",
@@ -363,12 +363,17 @@ def flag_value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def usage_example(to: str, classes: list[str] | None) -> str:
+def usage_example(to: str, source: Source) -> str:
     """Return the line of Python that loads an export of this format."""
-    hf_model = "ViTForImageClassification" if classes else "ViTMAEForPreTraining"
+    if source.classes:
+        hf_model, flags = "ViTForImageClassification", ""
+    elif "decoder_embed_dim" in source.config:
+        hf_model, flags = "ViTMAEForPreTraining", ""
+    else:
+        hf_model, flags = "ViTModel", ", add_pooling_layer=False"
     return {
         "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
-        "hf": f'model = transformers.{hf_model}.from_pretrained("FOLDER")',
+        "hf": f'model = transformers.{hf_model}.from_pretrained("FOLDER"{flags})',
         "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
         "onnx": 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")   # images [N, C, H, W], normalised',
     }[to]

@@ -164,6 +164,33 @@ def test_a_classifier_on_the_class_token_becomes_hugging_faces_and_comes_back(pr
         assert_same_weights(models_vit.from_checkpoint(back, str(folder)).state_dict(), model.state_dict())
 
 
+def test_an_encoder_alone_becomes_hugging_faces_and_comes_back(tmp_path):
+    """Its tokens agree with ViTModel's, and ViTForImageClassification takes it to train a head."""
+    model = autoencoder("small")
+    encoder = str(export(save_checkpoint(tmp_path / "run", model, "pretrain"), "encoder", tmp_path / "encoder"))
+    folder = export(encoder, "hf", tmp_path / "hf")
+    assert 'ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)' in (folder / "README.md").read_text()
+    theirs, info = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"]) and theirs.config.architectures == ["ViTModel"]
+    imgs = random_images(model)
+    in_order = (
+        torch.arange(model.patch_embed.num_patches).expand(2, -1).float()
+    )  # noise that leaves the patches in place
+    with torch.no_grad():
+        tokens = theirs.eval()(pixel_values=imgs).last_hidden_state
+        torch.testing.assert_close(tokens, model.forward_encoder(imgs, 0, in_order)[0], rtol=1e-5, atol=1e-5)
+    _, info = transformers.ViTForImageClassification.from_pretrained(folder, num_labels=5, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
+    assert_same_weights(load_checkpoint(str(folder))["model"], load_checkpoint(encoder)["model"])
+
+
+def test_an_encoder_that_pools_is_no_model_of_hugging_faces(tmp_path):
+    source = save_checkpoint(tmp_path / "run", classifier("small", global_pool=True), "finetune")
+    encoder = str(export(source, "encoder", tmp_path / "encoder"))
+    with pytest.raises(UserError, match=r"has no final LayerNorm \(norm\), which Hugging Face's ViT always has"):
+        export(encoder, "hf", tmp_path / "hf")
+
+
 @pytest.mark.parametrize(("side", "flags"), [(32, {}), (32, {"crop_pct": 1.0}), (384, {})])
 def test_hugging_faces_image_processor_sees_what_evaluation_sees(side, flags, tmp_path):
     """The pixels agree within the differences between two implementations of the bicubic filter."""

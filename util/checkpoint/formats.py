@@ -218,7 +218,7 @@ def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: flo
 
     Args:
         config: The model's `config`, its constructor's arguments.
-        classes: Names of a classifier's classes, in the order of its outputs; None: the model is an autoencoder.
+        classes: Names of a classifier's classes, in the order of its outputs; None: it is an autoencoder or an encoder.
         mask_ratio: Share of the patches that is removed, for an autoencoder.
     """
     encoder = {
@@ -245,6 +245,8 @@ def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: flo
             "id2label": {str(number): name for number, name in enumerate(classes)},
             "label2id": {name: number for number, name in enumerate(classes)},
         }
+    if "decoder_embed_dim" not in config:
+        return {"architectures": ["ViTModel"], "model_type": "vit", **encoder}
     return {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",
