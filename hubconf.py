@@ -21,7 +21,7 @@ import pathlib
 import models_mae
 import models_vit
 from util import errors
-from util.checkpoint import files, formats
+from util.checkpoint import comparison, files, formats
 from util.checkpoint import weights as loading
 
 dependencies = ["torch", "torchvision", "timm", "safetensors"]
@@ -82,7 +82,7 @@ def _classifier(
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
     source, checkpoint = _load(name.split("_")[1], weights)
     if num_classes is None:
-        if not any(parameter.startswith("head.") for parameter in checkpoint["model"]):
+        if not comparison.has_head(checkpoint["model"]):
             raise errors.UserError(f"{source} has no head: pass num_classes=N for a new one")
         _refuse_arguments(arguments, set())
         model = models_vit.from_checkpoint(checkpoint, source)

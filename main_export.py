@@ -102,10 +102,7 @@ class Source:
                 the names.
         """
         checkpoint = load_checkpoint(path, ema=ema)
-        # A linear one; the heads of self-supervised methods belong to no classifier.
-        has_head = any(
-            name in checkpoint["model"] for name in ("head.weight", "head.1.weight", "head.1.heads.0.weight")
-        )
+        has_head = comparison.has_head(checkpoint["model"])
         if "decoder_pred.weight" in checkpoint["model"]:
             model = models_mae.from_checkpoint(checkpoint, path, norm_pix_loss)
         else:

@@ -122,6 +122,14 @@ def test_what_does_not_fit_is_said(name, arguments, message, autoencoder):
         load(name, **arguments)
 
 
+def test_the_head_of_a_self_supervised_method_is_no_classifier(tmp_path):
+    encoder = models_vit.vit_demo_patch4(**GREY, num_classes=0)
+    state = encoder.state_dict() | {"head.mlp.0.weight": torch.zeros(8, 128)}
+    torch.save({"model": state, "model_config": encoder.config}, tmp_path / "dino.pth")
+    with pytest.raises(UserError, match="dino.pth has no head: pass num_classes=N"):
+        load("vit_demo_patch4", weights=str(tmp_path / "dino.pth"))
+
+
 def test_the_weights_that_come_with_the_code_are_those_of_a_trained_model():
     """They are the default, and predict patches of photographs better than by their mean, which has a loss of 1."""
     model = load("mae_vit_demo_patch4").eval()

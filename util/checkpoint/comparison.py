@@ -18,6 +18,12 @@ NO_ENCODER = re.compile(
     r"decoder|(mask_token|mask_embed|masked_embed|logit_scale|queue\w*)$|"
     r"(heads?|head_\w+|\w+_head|classifier|fc|pre_logits|attn_pool|projector|predictor|prototypes)\."
 )
+# Classification heads, by the name of a weight that each has: one layer, a probe's behind its BatchNorm, a sweep's.
+HEADS = {
+    "head.weight": "classifier (main_finetune.py)",
+    "head.1.weight": "probe (main_linprobe.py)",
+    "head.1.heads.0.weight": "probe (main_linprobe.py)",
+}
 # Parts of other encoders, by patterns of their weights' names.
 FOREIGN_PARTS = {
     r"\bls[12]\b|gamma_?[12]\b|layer_?scale|lambda": "LayerScale",
@@ -35,6 +41,11 @@ FOREIGN_PARTS = {
 def is_no_encoder(name: str) -> bool:
     """Return whether a weight of this name is known to be no part of an encoder."""
     return bool(NO_ENCODER.match(name))
+
+
+def has_head(state: dict[str, torch.Tensor]) -> bool:
+    """Return whether the weights include a classification head; those of self-supervised methods are none."""
+    return any(name in state for name in HEADS)
 
 
 def refuse_foreign_parts(source: str, surplus: set[str]) -> None:
@@ -344,11 +355,7 @@ def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
         return {"kind": "autoencoder (main_pretrain.py)", "decoder width": width, "decoder blocks": len(blocks)}
     pooling = "mean of the patches" if "fc_norm.weight" in state else "class token"
     heads = [name for name in state if re.fullmatch(r"head\.1\.heads\.\d+\.weight", name)]
-    for name, kind in (
-        ("head.weight", "classifier (main_finetune.py)"),
-        ("head.1.weight", "probe (main_linprobe.py)"),
-        ("head.1.heads.0.weight", "probe (main_linprobe.py)"),
-    ):
+    for name, kind in HEADS.items():
         if name in state:
             return {"kind": kind, "pooling": pooling, "classes": len(state[name]), "heads": max(1, len(heads))}
     return {"kind": "encoder, without head or decoder"}
