@@ -163,7 +163,7 @@ def test_deep_images_keep_their_depth_and_other_files_are_left_out(data):
     [
         ({"size": 30}, "--size 30 must be a multiple of the encoder's patch size, 4"),
         ({"encoder": "/nowhere"}, "is no export for timm"),
-        ({"epochs": 0}, "--epochs, --batch_size and --width must be at least 1"),
+        ({"epochs": 0}, "--epochs, --eval_freq, --batch_size and --width must be at least 1"),
         ({"data_path": None}, "--data_path or --predict is needed"),
         ({"data_path": None, "predict": "here"}, "model.pth does not exist: train first"),
     ],
@@ -209,6 +209,7 @@ def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch
         "classes": 3,
         "size": 32,
         "epochs": 6,
+        "eval_freq": 4,
         "batch_size": 4,
         "width": 16,
         "lr": 2e-3,
@@ -219,6 +220,7 @@ def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch
     train.main()
     log = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log] == list(range(6))
+    assert [line["epoch"] for line in log if "test_miou" in line] == [3, 5]
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"] and log[-1]["test_miou"] > 40
     state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
     model = train.Segmenter(arguments(exported[1]))

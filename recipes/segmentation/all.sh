@@ -19,6 +19,6 @@ for seed in 0 1 2; do
     python main_export.py --resume "$out/pretrain-seed$seed/checkpoint-39.pth" --to timm --output "$out/encoder-seed$seed"
     train finetune "$data" 20 "$@"
     train scratch "$data" 20 --scratch --encoder_lr 1 "$@"
-    train finetune_few "$data-few" 40 "$@"
-    train scratch_few "$data-few" 40 --scratch --encoder_lr 1 "$@"
+    train finetune_few "$data-few" 40 --eval_freq 10 "$@"
+    train scratch_few "$data-few" 40 --eval_freq 10 --scratch --encoder_lr 1 "$@"
 done

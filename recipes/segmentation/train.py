@@ -9,8 +9,8 @@ r"""Fine-tune an encoder for semantic segmentation, under a DPT decoder of segme
 
 DIR/{train,val}/images/** holds the images, and DIR/{train,val}/masks/** a PNG mask for each, under the same folder and
 name. A mask's pixels are class numbers from 0; pixels of 255 are ignored. Images and masks are resized to --size, a
-multiple of the encoder's patch size. The mean IoU on val/ is printed after every epoch, and the log (log.txt) and the
-weights (model.pth) are written to output_dir.
+multiple of the encoder's patch size. The mean IoU on val/ is printed every --eval_freq epochs. The log (log.txt) and
+the weights (model.pth) are written to output_dir.
 With --predict the trained model writes a mask for each image of a folder to output_dir/predicted.
 """
 
@@ -57,6 +57,7 @@ def get_args() -> argparse.Namespace:
     add("--size", required=True, type=int, metavar="SIDE", help="side of the images in pixels")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder of log.txt and model.pth")
     add("--epochs", default=30, type=int, help="length of the run")
+    add("--eval_freq", default=1, type=int, metavar="N", help="evaluate every N epochs, and after the last one")
     add("--batch_size", default=32, type=int, help="images per batch")
     add("--lr", default=1e-3, type=float, help="peak learning rate of the decoder")
     add("--encoder_lr", default=0.3, type=float, metavar="SHARE", help="the encoder's share of --lr")
@@ -75,8 +76,8 @@ def get_args() -> argparse.Namespace:
         raise UserError(f"--size {args.size} must be a multiple of the encoder's patch size, {patch}")
     if not (args.data_path or args.predict):
         raise UserError("--data_path or --predict is needed")
-    if not (2 <= args.classes <= IGNORED and min(args.epochs, args.batch_size, args.width) >= 1):
-        raise UserError("--epochs, --batch_size and --width must be at least 1, --classes 2 to 255")
+    if not (2 <= args.classes <= IGNORED and min(args.epochs, args.eval_freq, args.batch_size, args.width) >= 1):
+        raise UserError("--epochs, --eval_freq, --batch_size and --width must be at least 1, --classes 2 to 255")
     return args
 
 
@@ -174,7 +175,7 @@ def mean_iou(model: Segmenter, loader: DataLoader, classes: int, device: str) ->
 
 
 def train(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> None:
-    """Train the model, evaluate it after every epoch, and write log.txt and model.pth."""
+    """Train the model, evaluate it now and then, and write log.txt and model.pth."""
     flip = v2.Compose([resize, v2.RandomHorizontalFlip()])
     train_images = MaskedImages(args.data_path / "train", model.pixels, args.classes, flip)
     val_images = MaskedImages(args.data_path / "val", model.pixels, args.classes, resize)
@@ -202,11 +203,15 @@ def train(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> N
                 optimizer.step()
                 schedule.step()
                 total += loss.item()
-            miou, each = mean_iou(model, val_loader, args.classes, args.device)
-            line = {"epoch": epoch, "train_loss": total / len(loader), "test_miou": miou, "test_iou": each}
+            line = {"epoch": epoch, "train_loss": total / len(loader)}
+            words = f"epoch {epoch}: loss {line['train_loss']:.4f}"
+            if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+                miou, each = mean_iou(model, val_loader, args.classes, args.device)
+                line |= {"test_miou": miou, "test_iou": each}
+                words += f", mean IoU {miou:.2f} %"
             log.write(json.dumps(line) + "\n")
             log.flush()
-            print(f"epoch {epoch}: loss {line['train_loss']:.4f}, mean IoU {miou:.2f} %", flush=True)
+            print(words, flush=True)
     torch.save(model.net.state_dict(), args.output_dir / "model.pth")
 
 
