@@ -362,12 +362,8 @@ def flag_value(value: object) -> str:
 
 def usage_example(to: str, source: Source) -> str:
     """Return the line of Python that loads an export of this format."""
-    if source.classes:
-        hf_model, flags = "ViTForImageClassification", ""
-    elif "decoder_embed_dim" in source.config:
-        hf_model, flags = "ViTMAEForPreTraining", ""
-    else:
-        hf_model, flags = "ViTModel", ", add_pooling_layer=False"
+    hf_model = formats.hugging_face_class(source.config, source.classes)
+    flags = ", add_pooling_layer=False" if hf_model == "ViTModel" else ""
     return {
         "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
         "hf": f'model = transformers.{hf_model}.from_pretrained("FOLDER"{flags})',

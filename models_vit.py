@@ -250,7 +250,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
         UserError: The file holds no such model, or with trunk_only an encoder with more than the models here have.
     """
     state, config = checkpoint["model"], dict(checkpoint.get("model_config") or {})
-    if not trunk_only and not any(name.startswith("head.") for name in state):
+    if not trunk_only and not comparison.has_head(state):
         raise UserError(
             f"{source} has no head, so it cannot predict classes: train one first with main_finetune.py or "
             "main_linprobe.py"

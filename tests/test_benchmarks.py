@@ -63,9 +63,8 @@ def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path)
 
 def test_the_rates_of_a_slow_run_are_read(capsys, monkeypatch):
     """A run prints its rate with a decimal point where it is below ten images per second."""
-    monkeypatch.setattr(
-        "time.perf_counter", iter(range(100)).__next__
-    )  # a clock that moves on by 1 s whenever it is read
+    # The clock moves on by 1 s whenever it is read.
+    monkeypatch.setattr("time.perf_counter", iter(range(100)).__next__)
     meters = Meters(torch.device("cpu"), images_per_step=8, flops_per_image=5e9)
     list(meters.log_every(["batch"] * 3, print_freq=1, epoch=0))
     rates = [float(rate) for rate, _ in train.LINE.findall(capsys.readouterr().out)]

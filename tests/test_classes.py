@@ -339,9 +339,8 @@ def test_the_best_checkpoint_is_that_of_the_figure_that_counts(job, tmp_path, ca
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     figures = [line["test_balanced_acc"] for line in lines]
     said, best = capsys.readouterr().out, figures.index(max(figures))
-    assert (
-        "best balanced accuracy so far" in said and "without --finetune the encoder starts from random weights" in said
-    )
+    assert "best balanced accuracy so far" in said
+    assert "without --finetune the encoder starts from random weights" in said
     file = tmp_path / "run" / f"checkpoint-{best}.pth"
     assert f"best balanced accuracy: {max(figures):.2f} %, after epoch {best}, in {file}\n" in said and file.is_file()
     position = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)["position"]

@@ -173,9 +173,7 @@ def test_an_encoder_alone_becomes_hugging_faces_and_comes_back(tmp_path):
     theirs, info = transformers.ViTModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"]) and theirs.config.architectures == ["ViTModel"]
     imgs = random_images(model)
-    in_order = (
-        torch.arange(model.patch_embed.num_patches).expand(2, -1).float()
-    )  # noise that leaves the patches in place
+    in_order = torch.arange(model.patch_embed.num_patches).expand(2, -1).float()  # noise that moves no patch
     with torch.no_grad():
         tokens = theirs.eval()(pixel_values=imgs).last_hidden_state
         torch.testing.assert_close(tokens, model.forward_encoder(imgs, 0, in_order)[0], rtol=1e-5, atol=1e-5)

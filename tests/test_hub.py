@@ -128,6 +128,8 @@ def test_the_head_of_a_self_supervised_method_is_no_classifier(tmp_path):
     torch.save({"model": state, "model_config": encoder.config}, tmp_path / "dino.pth")
     with pytest.raises(UserError, match="dino.pth has no head: pass num_classes=N"):
         load("vit_demo_patch4", weights=str(tmp_path / "dino.pth"))
+    with pytest.raises(UserError, match="dino.pth has no head, so it cannot predict classes"):
+        models_vit.from_checkpoint({"model": state, "model_config": encoder.config}, "dino.pth")
 
 
 def test_the_weights_that_come_with_the_code_are_those_of_a_trained_model():

@@ -213,6 +213,18 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
+def hugging_face_class(config: dict, classes: list[str] | None) -> str:
+    """Return the name of the class of transformers that runs a model.
+
+    Args:
+        config: The model's `config`, its constructor's arguments.
+        classes: Names of a classifier's classes; None: it is an autoencoder or an encoder.
+    """
+    if classes is not None:
+        return "ViTForImageClassification"
+    return "ViTMAEForPreTraining" if "decoder_embed_dim" in config else "ViTModel"
+
+
 def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: float) -> dict:
     """Return the content of Hugging Face's config.json for a model.
 
@@ -221,7 +233,10 @@ def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: flo
         classes: Names of a classifier's classes, in the order of its outputs; None: it is an autoencoder or an encoder.
         mask_ratio: Share of the patches that is removed, for an autoencoder.
     """
+    kind = hugging_face_class(config, classes)
     encoder = {
+        "architectures": [kind],
+        "model_type": "vit_mae" if kind == "ViTMAEForPreTraining" else "vit",
         "hidden_size": config["embed_dim"],
         "num_hidden_layers": config["depth"],
         "num_attention_heads": config["num_heads"],
@@ -237,19 +252,15 @@ def hugging_face_config(config: dict, classes: list[str] | None, mask_ratio: flo
         "initializer_range": 0.02,
         "dtype": "float32",
     }
-    if classes is not None:
+    if kind == "ViTModel":
+        return encoder
+    if kind == "ViTForImageClassification":
         return {
-            "architectures": ["ViTForImageClassification"],
-            "model_type": "vit",
             **encoder,
             "id2label": {str(number): name for number, name in enumerate(classes)},
             "label2id": {name: number for number, name in enumerate(classes)},
         }
-    if "decoder_embed_dim" not in config:
-        return {"architectures": ["ViTModel"], "model_type": "vit", **encoder}
     return {
-        "architectures": ["ViTMAEForPreTraining"],
-        "model_type": "vit_mae",
         **encoder,
         "decoder_hidden_size": config["decoder_embed_dim"],
         "decoder_num_hidden_layers": config["decoder_depth"],
