@@ -362,11 +362,12 @@ def flag_value(value: object) -> str:
 
 def usage_example(to: str, source: Source) -> str:
     """Return the line of Python that loads an export of this format."""
-    hf_model = formats.hugging_face_class(source.config, source.classes)
-    flags = ", add_pooling_layer=False" if hf_model == "ViTModel" else ""
+    if to == "hf":
+        kind = formats.hugging_face_class(source.config, source.classes)
+        flags = ", add_pooling_layer=False" if kind == "ViTModel" else ""
+        return f'model = transformers.{kind}.from_pretrained("FOLDER"{flags})'
     return {
         "timm": 'model = timm.create_model("local-dir:FOLDER", pretrained=True)',
-        "hf": f'model = transformers.{hf_model}.from_pretrained("FOLDER"{flags})',
         "encoder": 'state = safetensors.torch.load_file("FOLDER/encoder.safetensors")   # the released files\' names',
         "onnx": 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")   # images [N, C, H, W], normalised',
     }[to]
