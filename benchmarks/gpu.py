@@ -31,6 +31,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import ROOT, device_name
+from util import errors
+from util.command_line import Parser
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "simplejpeg")
 
@@ -218,7 +220,7 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
 
 def get_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", default=9, type=float, help="time limit of all stages together")
     parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES], help="default: all, in order")
@@ -271,4 +273,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

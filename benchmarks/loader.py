@@ -44,6 +44,8 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import device_name, link_images, spread, write_result
+from util import errors
+from util.command_line import Parser
 from util.data import transforms
 from util.data.archives import ImagePath
 from util.data.datasets import Images
@@ -243,7 +245,7 @@ def measure_listing(files: int, packed: bool) -> dict[str, float]:
 
 def get_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, required=True, help="folder that holds train/<class>/*.jpg")
     parser.add_argument("--batch_size", default=64, type=int)
     parser.add_argument("--input_size", default=224, type=int, help="height and width of the batches' images in pixels")
@@ -251,7 +253,7 @@ def get_args() -> argparse.Namespace:
         "--workers",
         default=len(os.sched_getaffinity(0)),
         type=int,
-        help="loader processes; default: a process per core",
+        help="loader processes; by default a process per core",
     )
     parser.add_argument("--images", default=1280, type=int, help="smallest number of images per repetition")
     parser.add_argument("--repeat", default=7, type=int, help="number of repetitions")
@@ -293,4 +295,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 from benchmarks.timing import Step, create_parser, device_name, interleave, spread, write_result
-from util import speed
+from util import errors, speed
 from util.amp import LossScaler
 
 # The speed-ups that the paper reports, by model and row.
@@ -141,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -57,7 +57,7 @@ from benchmarks.timing import (
     write_result,
 )
 from engine_finetune import head_losses
-from util import optim, speed
+from util import errors, optim, speed
 from util.amp import LossScaler
 from util.checkpoint import formats
 from util.report.flops import count_flops
@@ -480,4 +480,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

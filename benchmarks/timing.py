@@ -1,6 +1,5 @@
 """Helpers of the benchmarks: flags, timing by turns, the device's peak rates and name, folders of linked images."""
 
-import argparse
 import json
 import math
 import platform
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from util.command_line import Parser
+
 Step = Callable[[], object]  # one unit of work to be timed
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,14 +21,14 @@ class GpuFull(Exception):
     """Failure of a step for which the GPU has too little memory left."""
 
 
-def create_parser(description: str, steps: int | None = None) -> argparse.ArgumentParser:
+def create_parser(description: str, steps: int | None = None) -> Parser:
     """Create a parser of the flags that the benchmarks share: --device, --json and --steps.
 
     Args:
         description: The benchmark's docstring.
         steps: Default number of repetitions; None: without the flag --steps.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file to write the result to")
     if steps is not None:

@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import ROOT, create_parser, device_name, link_images, spread, write_result
+from util import errors
 
 WINDOW = 20  # steps between the progress lines of a run
 LINE = re.compile(r"\[\d+/\d+\].* (\S+) img/s .* data (\d+)%")
@@ -127,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

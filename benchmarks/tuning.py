@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 from benchmarks.step import Row, serve
 from benchmarks.timing import Step, create_parser, device_name, interleave, spread, take_turns, write_result
-from util import speed
+from util import errors, speed
 from util.amp import LossScaler
 
 KERNELS = {
@@ -208,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

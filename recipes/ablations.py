@@ -10,7 +10,6 @@ complete are skipped, and interrupted ones are resumed. `python scripts/results.
 results/ablations/<variant>/seed<S>/{pretrain,probe,finetune,partial*}.jsonl      the runs' log.txt
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -22,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import demo
+from util import errors
+from util.command_line import Parser
 
 ROOT = demo.ROOT
 
@@ -103,9 +104,9 @@ def chain(variant: str, flags: str, seed: int, output: Path, results: Path, part
 
 def main() -> None:
     """Run the chosen ablations, as far as their logs are not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS), help="ablations to run; default: all")
+    add("--only", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS), help="ablations to run")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of every variant")
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--output_dir", type=Path, default=ROOT / "output" / "ablations", help="folder of the runs")
@@ -126,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

@@ -7,11 +7,15 @@ The tables are printed, or with --into replace the part of a document between it
 "<!-- end of NAME -->", where NAME is the name of the folder.
 """
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from util import errors
+from util.command_line import Parser
+from util.errors import UserError
 
 STEPS = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "linprobe": "Linear probing"}
 
@@ -174,12 +178,12 @@ def render(folder: Path) -> str:
 
 def main() -> None:
     """Print the tables, or replace those of a document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="results of make bench-gpu, a JSON file per stage")
     parser.add_argument("--into", type=Path, help="document to change in place")
     args = parser.parse_args()
     if not list(args.folder.glob("*.json")):
-        sys.exit(f"error: {args.folder} holds no results: make them with make bench-gpu")
+        raise UserError(f"{args.folder} holds no results: make them with make bench-gpu")
 
     text = render(args.folder)
     if not args.into:
@@ -190,11 +194,11 @@ def main() -> None:
     begin, end = f"<!-- {args.folder.name} -->", f"<!-- end of {args.folder.name} -->"
     document = args.into.read_text()
     if begin not in document or end not in document:
-        sys.exit(f'error: {args.into} has no lines "{begin}" and "{end}" to put the tables between')
+        raise UserError(f'{args.into} has no lines "{begin}" and "{end}" to put the tables between')
     section = f"{begin}\n{text}\n{end}"
     replaced = re.sub(f"{begin}.*{end}", lambda _: section, document, flags=re.DOTALL)  # a string's \ would be escapes
     args.into.write_text(replaced)
 
 
 if __name__ == "__main__":
-    main()
+    errors.run(main)

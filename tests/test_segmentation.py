@@ -51,6 +51,13 @@ def data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
+def test_garments_of_fewer_images_do_not_mix_with_those_that_are_there(data, monkeypatch):
+    garments.main()  # the same files again
+    monkeypatch.setattr(sys, "argv", ["garments.py", str(data), "--images", "2"])
+    with pytest.raises(UserError, match=r"train/images/bag/\w+.png would not belong .* choose another folder"):
+        garments.main()
+
+
 def arguments(encoder, **changed):
     return argparse.Namespace(**{"encoder": encoder, "scratch": False, "classes": 3, "size": 32, "width": 16} | changed)
 
