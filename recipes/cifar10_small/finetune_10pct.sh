@@ -3,5 +3,5 @@
 . "$(dirname "$0")/common.sh"
 
 python main_finetune.py "${classify[@]}" --output_dir "$out/finetune_10pct-seed$seed" --finetune "$encoder" \
-    "${few_labels[@]}" --layer_decay 0.75 --lr 2e-3 "$@"
+    "${few_labels[@]}" --layer_decay 0.75 --lr 4e-3 "$@"
 keep finetune_10pct
