@@ -68,14 +68,30 @@ def train_one_epoch(
     return meters.averages()
 
 
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, class_weights: Tensor | None, smoothing: float = 0.0
+) -> Tensor:
+    """Return the mean over the images of the cross-entropy, times the weight of each image's class.
+
+    PyTorch's own mean divides by the sum of the weights instead, which differs from batch to batch: gradients would
+    depend on how the images are split among ranks and accumulated batches.
+
+    Args:
+        logits: [N, classes].
+        targets: Class numbers [N], or shares of the classes [N, classes].
+        class_weights: [classes], with a mean of 1 over the training images; None: all images weigh alike.
+        smoothing: Label smoothing.
+    """
+    return F.cross_entropy(logits, targets, class_weights, label_smoothing=smoothing, reduction="none").mean()
+
+
 def head_losses(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy; of several heads' logits [N, heads, classes] its sum over the heads.
+    """Return the weighted cross-entropy; of several heads' logits [N, heads, classes] its sum over the heads.
 
     So each head gets the gradient that it would get alone. class_weights [classes] weigh the images by their classes.
     """
-    if logits.ndim == 2:
-        return F.cross_entropy(logits, targets, class_weights)
-    return torch.stack([F.cross_entropy(head, targets, class_weights) for head in logits.unbind(1)]).sum()
+    heads = logits.unbind(1) if logits.ndim == 3 else [logits]
+    return torch.stack([weighted_cross_entropy(head, targets, class_weights) for head in heads]).sum()
 
 
 @torch.inference_mode()

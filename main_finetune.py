@@ -17,6 +17,7 @@ output_dir/ as in main_pretrain.py, with a checkpoint per epoch, of which the ne
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from timm.data import Mixup
@@ -25,7 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import models_vit
-from engine_finetune import evaluate, train_one_epoch
+from engine_finetune import evaluate, train_one_epoch, weighted_cross_entropy
 from util import checks, errors, misc, optim, options, speed
 from util.amp import LossScaler
 from util.checkpoint import weights
@@ -93,8 +94,11 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     add("--mixup_mode", default="batch", choices=("batch", "pair", "elem"), help=mode_help)
 
 
-def build_mixup_and_loss(args: argparse.Namespace, class_weights: Tensor | None) -> tuple[Mixup | None, nn.Module]:
+def build_mixup_and_loss(
+    args: argparse.Namespace, class_weights: Tensor | None
+) -> tuple[Mixup | None, Callable[[Tensor, Tensor], Tensor]]:
     """Return timm's Mixup (None if disabled) and the matching criterion, in which classes may have weights."""
+    mixup = None
     if options.mixes(args):
         mixup = Mixup(
             mixup_alpha=args.mixup,
@@ -106,10 +110,13 @@ def build_mixup_and_loss(args: argparse.Namespace, class_weights: Tensor | None)
             label_smoothing=args.smoothing,
             num_classes=args.nb_classes,
         )
-        # timm's loss takes no weights, torch's takes mixed labels, too.
-        return mixup, SoftTargetCrossEntropy() if class_weights is None else nn.CrossEntropyLoss(class_weights)
+
+    # timm's losses take no weights. Labels that Mixup makes are smoothed already.
     if class_weights is not None:
-        return None, nn.CrossEntropyLoss(class_weights, label_smoothing=args.smoothing)
+        smoothing = 0.0 if mixup else args.smoothing
+        return mixup, partial(weighted_cross_entropy, class_weights=class_weights, smoothing=smoothing)
+    if mixup:
+        return mixup, SoftTargetCrossEntropy()
     return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
 
 

@@ -312,7 +312,7 @@ def test_weights_weigh_every_loss(tmp_path):
     torch.manual_seed(0)
     logits, targets, class_weights = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0.5, 1.0, 4.0])
     log_p, w = logits.log_softmax(dim=1), class_weights[targets]
-    expected = -(w * log_p[range(6), targets]).sum() / w.sum()
+    expected = -(w * log_p[range(6), targets]).sum() / 6
     for smoothing, mixup in ((0, 0), (0.1, 0), (0.1, 0.8)):
         argv = ["--smoothing", str(smoothing), "--mixup", str(mixup), "--nb_classes", "3", "--data_path", "x"]
         mix, criterion = main_finetune.build_mixup_and_loss(main_finetune.get_args(argv), class_weights)
@@ -320,7 +320,7 @@ def test_weights_weigh_every_loss(tmp_path):
         if not smoothing:
             assert criterion(logits, targets) == pytest.approx(float(expected))
         elif not mixup:
-            smooth = -(log_p * class_weights).sum(dim=1).sum() / 3 / w.sum()
+            smooth = -(log_p * class_weights).sum(dim=1).sum() / 3 / 6
             assert criterion(logits, targets) == pytest.approx(float(0.9 * expected + 0.1 * smooth))
         else:
             mixed = torch.rand(6, 3)
@@ -328,6 +328,22 @@ def test_weights_weigh_every_loss(tmp_path):
     assert engine_finetune.head_losses(logits, targets, class_weights) == pytest.approx(float(expected))
     several = torch.stack([logits, logits], dim=1)
     assert engine_finetune.head_losses(several, targets, class_weights) == pytest.approx(2 * float(expected))
+
+
+def test_weighted_gradients_do_not_depend_on_the_size_of_batches():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(8, 3), torch.tensor([0] * 6 + [1, 2])
+    class_weights = 8 / (3 * torch.tensor([6.0, 1.0, 1.0]))
+    for smoothing in (0.0, 0.1):
+        gradients = []
+        for size in (8, 4, 1):
+            bias = torch.zeros(3, requires_grad=True)
+            for own, labels in zip(logits.split(size), targets.split(size), strict=True):
+                loss = engine_finetune.weighted_cross_entropy(own + bias, labels, class_weights, smoothing)
+                (loss * size / 8).backward()
+            gradients.append(bias.grad)
+        for gradient in gradients[1:]:
+            torch.testing.assert_close(gradient, gradients[0])
 
 
 @pytest.mark.parametrize("job", [main_finetune, main_linprobe])
