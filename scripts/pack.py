@@ -111,10 +111,17 @@ def _kind(path: Path) -> str:
 
 def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
     """Return the splits train and val that a folder holds, or, as "", the folder itself; errors as of find_split."""
-    found = [(name, source) for name in SPLITS if (source := splits.find_split(str(folder), name))]
+    # Images or archives beside val are those of train.
+    flat = {"train": bool(splits.find_split(str(folder), "val")), "val": False}
+    found = [(name, source) for name in SPLITS if (source := splits.find_split(str(folder), name, flat[name]))]
+
+    # What else is there?
     folders, files = read_folder(str(folder))
     others = {name for name, _ in folders} | {name for name in files if name.lower().endswith(ARCHIVE)}
-    others -= {source.root.name for _, source in found}
+    for _, source in found:
+        others -= {source.root.name, *(archive.name for archive in source.archives)}
+        if source.root == folder and not source.archives:
+            others &= set(source.apart)  # all other folders are listed with the images
     if len(found) < len(SPLITS) and (others or not found):
         return [("", splits.source_at(folder))]
     if others:

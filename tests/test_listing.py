@@ -89,6 +89,28 @@ def test_a_class_that_is_a_link_does_not_lead_back_either(tree, tmp_path):
     assert listed(tree)[0] == PLAIN
 
 
+def test_images_beside_a_validation_split_and_a_run_are_listed_without_theirs(tmp_path):
+    """In DIR/*.jpg for pre-training, DIR/val/ is no training data, nor are the pictures of a run in DIR/output_dir."""
+    names = [
+        "1.png",
+        "2.png",
+        "more/3.png",
+        "val/a/4.png",
+        "Testing/5.png",
+        "output_dir/reconstructions/epoch-0009.png",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 9).save(tmp_path / name)
+    (tmp_path / "output_dir" / ".lock").touch()
+    _, train = splits.list_part(DataSpec(str(tmp_path)), "train", flat=True)
+    assert [train.name(index) for index in range(len(train))] == names[:3]
+    folders = ", ".join(str(tmp_path / name) for name in ("Testing", "output_dir", "val"))
+    assert str(train.left_out) == f"3 folders of other splits or of runs ({folders})"
+    _, val = splits.list_part(DataSpec(str(tmp_path)), "val")
+    assert val.name(0) == "a/4.png" and str(val.left_out) == ""
+
+
 # Folders that can't be read.
 
 # Root reads everything unless it gives these rights up.

@@ -255,6 +255,14 @@ def test_a_folder_of_one_split_alone_keeps_its_name(images, tmp_path):
     assert listed(tmp_path / "out/train") == listed(images / "train")
 
 
+def test_images_beside_val_are_those_of_train(tmp_path, capsys):
+    tree(tmp_path / "in", dict.fromkeys(["1.png", "more/2.png", "val/a/3.png", "test/a/4.png"], PNG))
+    run(tmp_path / "in", "--output", tmp_path / "out")
+    assert [name for name, *_ in listed(tmp_path / "out/train")[1]] == ["images/1.png", "images/more/2.png"]
+    assert [name for name, *_ in listed(tmp_path / "out/val")[1]] == ["a/3.png"]
+    assert f"notice: not packed: test in {tmp_path / 'in'}" in capsys.readouterr().err
+
+
 def test_train_is_a_class_among_others(tmp_path):
     source = tree(tmp_path / "in", {"bus/1.png": PNG, "train/1.png": PNG})
     run(source, "--output", tmp_path / "out")
@@ -429,6 +437,9 @@ def test_empty_classes_and_other_files_of_archives(tmp_path, capsys):
         run(tmp_path / name, "--output", tmp_path / name[2:])
         assert listed(tmp_path / name[2:]) == (["a", "empty"], [("a/1.png", 0, PNG)])
         assert "left out: 2 files of other kinds (" in capsys.readouterr().err
+    del members["__MACOSX/"]  # folders of this name are found in zips only
+    run(archives.write(tmp_path / "1.tar", members), "--output", tmp_path / "tar")
+    assert listed(tmp_path / "tar") == (["a", "empty"], [("a/1.png", 0, PNG)])
 
 
 def test_several_zips_may_share_classes_or_be_classes(tmp_path):

@@ -17,6 +17,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+LOCK = ".lock"  # name of the lock file in a locked folder
+
 _held: dict[str, int] = {}  # path of the folder -> descriptor of its lock file
 
 
@@ -59,7 +61,7 @@ def lock_output_dir(folder: str) -> str:
     if fcntl is None or str(path) in _held:
         return ""
     path.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -67,7 +69,7 @@ def lock_output_dir(folder: str) -> str:
         holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(lock)
         if " on " in holder and not holder.endswith(f" on {socket.gethostname()}"):
-            holder += f"; if that machine is down, remove {path / '.lock'}"
+            holder += f"; if that machine is down, remove {path / LOCK}"
         return holder
     except OSError:  # a file system without locks
         os.close(lock)

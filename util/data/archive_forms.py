@@ -125,7 +125,8 @@ def list_members(
     in_folders = ["/" in name for name in plain]
     if all(in_folders):
         _refuse_class_labels(images, labels)
-        beside = [name[len(prefix) :] for name in (*folders, *others.names) if name.startswith(prefix)]
+        in_others = [name.rpartition("/")[0] for name in others.names]
+        beside = [name[len(prefix) :] for name in (*folders, *in_others) if name.startswith(prefix)]
         classes = _by_folder(plain, beside)
     elif any(in_folders):
         raise BadArchive(
@@ -183,16 +184,15 @@ def common_prefix(names: list[str], split: str) -> str:
     return prefix if all(name.startswith(prefix) for name in names) else ""
 
 
-def _by_folder(names: list[str], others: list[str]) -> Classes:
+def _by_folder(names: list[str], folders: list[str]) -> Classes:
     """Take the folder of each image as its class.
 
     Args:
         names: Names of the images.
-        others: Names of folders, and of other files: a folder without images is a class, too.
+        folders: Names of all folders, since one without images is a class, too.
     """
     owners = [name.partition("/")[0] for name in names]
-    folders = {other.partition("/")[0] for other in others if other}
-    classes = sorted(folders.union(owners))
+    classes = sorted({folder.partition("/")[0] for folder in folders if folder}.union(owners))
     numbers = {name: number for number, name in enumerate(classes)}
     return Classes(classes, [numbers[owner] for owner in owners], names)
 

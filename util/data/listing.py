@@ -37,6 +37,7 @@ class LeftOut:
         broken: Links that lead nowhere, and what is neither a file nor a folder.
         repeated: Links to folders that are listed already, or that contain the link.
         no_end: Archives that have no end mark, so that members may be missing.
+        apart: Folders of other splits and of runs, with their paths, where the split lies beside them.
     """
 
     endings: Counter = field(default_factory=Counter)
@@ -44,6 +45,7 @@ class LeftOut:
     broken: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     no_end: list[str] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
 
     def sort_out(self, files: list[str], is_wanted: Callable[[str], bool]) -> list[str]:
         """Return the wanted ones of some files, by their names, and count the others."""
@@ -63,6 +65,7 @@ class LeftOut:
             (self.broken, "link{} that lead nowhere, or special files"),
             (self.repeated, "link{} to folders that are in the list already"),
             (self.no_end, "archive{} without an end mark, of which a part may be missing"),
+            (self.apart, "folder{} of other splits or of runs"),
         ):
             if names:
                 parts.append(f"{len(names)} {what.format('s' * (len(names) > 1))} ({join_names(names, 3)})")
@@ -160,13 +163,14 @@ class Listing:
         return MemberPath(self.members, index, name) if self.members else os.path.join(self.root, name)
 
 
-def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool]) -> Listing:
+def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool], apart: tuple[str, ...] = ()) -> Listing:
     """List the wanted files of all class folders and their subfolders, except hidden ones.
 
     Args:
         root: Folder that holds the class folders.
         classes: Names of the class folders; the name "" stands for root itself.
         is_wanted: Tells from a file's name whether to list it.
+        apart: Names of folders in the root to leave out.
 
     Returns:
         The files in order of class, folder and name.
@@ -175,6 +179,7 @@ def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool]) 
         UnreadableFolder: A folder can't be read.
     """
     root, left_out = os.path.abspath(root), LeftOut()
+    left_out.apart += [os.path.join(root, name) for name in apart]
     paths, targets = [], []
     for target, class_name in enumerate(classes):
         for subfolder, files in walk(os.path.join(root, class_name), left_out):
@@ -222,6 +227,7 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
             continue
         seen.add(identity)
         subfolders, files = read_folder(path, folder, left_out)
+        subfolders = [entry for entry in subfolders if os.path.join(root, entry[0]) not in left_out.apart]
         folders += [name for name, is_link in subfolders if not is_link]
         links = sorted(links + [name for name, is_link in subfolders if is_link])
         found.append((folder, files))

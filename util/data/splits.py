@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from util.checkpoint.output_dir import LOCK
 from util.data.archive_forms import list_members
 from util.data.archive_index import load_index
 from util.data.holdout import choose_held_out
@@ -59,10 +60,12 @@ class Source(NamedTuple):
     Attributes:
         root: Its folder, or its only archive.
         archives: Its archives; empty: it lies in folders.
+        apart: Names of folders in the root that are not the split's: those of other splits, and of runs.
     """
 
     root: Path
     archives: list[Path]
+    apart: tuple[str, ...] = ()
 
 
 def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
@@ -85,8 +88,8 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
     if not flat:
         return None
 
-    # In data_path itself, the archive of another split does not count.
-    _, files = read_folder(data_path)
+    # In data_path itself, the folder or archive of another split does not count, nor does the --output_dir of a run.
+    folders, files = read_folder(data_path)
     other = {name for key in OTHER_NAMES if key != split for name in (key, *OTHER_NAMES[key])}
     archives = [Path(data_path) / name for name in files if name.lower().endswith(ARCHIVE)]
     archives = [archive for archive in archives if archive.stem.lower() not in other]
@@ -99,7 +102,10 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
             f"{data_path} holds archives of several splits, such as {others[0]}: move those of training into "
             f"{Path(data_path) / 'train'} and those of validation into {Path(data_path) / 'val'}"
         )
-    return Source(Path(data_path), archives) if archives or images else None
+    if not (archives or images):
+        return None
+    apart = [name for name, _ in folders if name.lower() in other or (Path(data_path) / name / LOCK).exists()]
+    return Source(Path(data_path), archives, tuple(sorted(apart)))
 
 
 def source_at(path: Path) -> Source:
@@ -164,12 +170,12 @@ def list_split(source: Source, split: str, flat: bool = False) -> Listing:
 
     # One class, "", is the folder itself.
     folders, files = read_folder(str(source.root))
-    classes, mixed = sorted(name for name, _ in folders), False
+    classes, mixed = sorted(name for name, _ in folders if name not in source.apart), False
     if flat and any(map(is_image, files)):
         classes, mixed = [""], bool(classes)
     if not classes:
         raise UserError(f"{source.root} has no class folders: it must hold <class>/<images>, or archives of them")
-    found = list_files(str(source.root), classes, is_image)
+    found = list_files(str(source.root), classes, is_image, source.apart)
     found.mixed = mixed
     return found
 
