@@ -34,8 +34,8 @@ import models_mae
 import models_vit
 from util import errors, inference
 from util.checkpoint import comparison, formats
-from util.checkpoint.files import checkpoint_args, load_checkpoint
-from util.checkpoint.output_dir import fsync_path, raise_write_errors, unwritable
+from util.checkpoint.files import checkpoint_args, is_url, load_checkpoint
+from util.checkpoint.output_dir import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.command_line import Parser
 from util.data.class_names import read_class_names
 from util.data.images import Pixels
@@ -273,6 +273,14 @@ def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "mode
     shutil.copymode(folder / "config.json", folder / name)  # safetensors lets the owner alone read its files
 
 
+def would_replace(source: str, folder: Path) -> bool:
+    """Return whether an export to a folder would replace or remove the checkpoint that is exported."""
+    if is_url(source):
+        return False
+    path = Path(source).resolve()
+    return path == folder.resolve() or (path.parent == folder.resolve() and path.name in EXPORTED)
+
+
 @contextmanager
 def replace_export(folder: Path) -> Iterator[Path]:
     """Return a context that gives an empty folder to write an export to; at its end the files move into `folder`.
@@ -289,7 +297,7 @@ def replace_export(folder: Path) -> Iterator[Path]:
     existed = folder.exists()
     with raise_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as name:
             unfinished = Path(name)
             try:
                 yield unfinished
@@ -423,6 +431,8 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     if problem := unwritable(str(args.output)):
         raise UserError(f"--output {args.output} can't be written to: {problem}")
+    if would_replace(args.resume, args.output):
+        raise UserError(f"--output {args.output} would replace --resume {args.resume} itself: choose another folder")
 
     # Load everything and check what can be checked before a file is written.
     names = read_class_names(args.class_names) if args.class_names else None

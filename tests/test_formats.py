@@ -330,6 +330,16 @@ def test_an_export_takes_the_place_of_another_in_the_same_folder(tmp_path):
         assert Pixels.from_args(back["args"], 3).mean == (0.9,) * 3 and "head.weight" not in back["model"]
 
 
+@pytest.mark.parametrize("source", ["", "model.safetensors"])
+def test_an_export_does_not_remove_what_it_was_made_of(source, tmp_path, refusal):
+    folder = export(save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain"), "hf", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    argv = ["--resume", str(folder / source), "--to", "encoder", "--output", str(folder)]
+    said = refusal(lambda: main_export.main(argv))
+    assert f"--output {folder} would replace --resume {folder / source} itself: choose another folder" in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_weights_do_not_take_the_config_of_others_for_their_own(tmp_path):
     folder = export(save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain"), "encoder", tmp_path / "out")
     save_file(autoencoder("small").state_dict(), folder / "mine.safetensors")

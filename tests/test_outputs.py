@@ -24,7 +24,7 @@ import main_predict
 import main_pretrain
 import main_reconstruct
 from util import errors
-from util.checkpoint.output_dir import write_whole
+from util.checkpoint.output_dir import remove_unfinished, write_whole
 from util.errors import UserError
 
 
@@ -113,6 +113,27 @@ def test_a_picture_of_many_images_is_made_by_the_batch(trained, images, tmp_path
 
 
 # Writing.
+
+
+def test_two_files_are_written_side_by_side_whatever_the_numbers_of_the_processes(tmp_path):
+    """Two containers share a folder, and their processes a number."""
+    with write_whole(tmp_path / "a.csv") as one, write_whole(tmp_path / "b.csv") as other:
+        one.write_text("a")
+        other.write_text("b")
+    assert (tmp_path / "a.csv").read_text() == "a" and (tmp_path / "b.csv").read_text() == "b"
+
+
+def test_what_killed_processes_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    stale, fresh, folder = (tmp_path / f".unfinished-{name}" for name in ("stale.csv", "fresh.csv", "export"))
+    folder.mkdir()
+    for path in (stale, fresh, folder / "model.safetensors"):
+        path.touch()
+    for path in (stale, folder):
+        os.utime(path, (0, 0))
+    remove_unfinished(tmp_path, idle=3600)
+    assert list(tmp_path.iterdir()) == [fresh]
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):

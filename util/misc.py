@@ -31,6 +31,7 @@ from util.amp import LossScaler
 from util.checkpoint.comparison import comparable
 from util.checkpoint.files import checkpoint_args, digest_file, find_damage, is_url, load_checkpoint, write
 from util.checkpoint.formats import describe
+from util.checkpoint.output_dir import remove_unfinished
 from util.checkpoint.weights import load_model
 from util.distributed import dist
 from util.errors import UserError
@@ -140,14 +141,14 @@ class Checkpoints:
     def prepare(self, source: str) -> None:
         """Make the folder ready for a run that resumes from a source, or starts from scratch (source "").
 
-        Unfinished files of a killed run are removed. If the run does not resume from this folder, the checkpoints, logs
-        and reconstructions of the run before it are removed with --overwrite, from --log_dir too; without it, the old
-        log.txt is renamed. The run then is a new one at Weights & Biases, too.
+        What killed processes left unfinished is removed, files of the last hour excepted. If the run does not resume
+        from this folder, the checkpoints, logs and reconstructions of the run before it are removed with --overwrite,
+        from --log_dir too; without it, the old log.txt is renamed. The run then is a new one at Weights & Biases, too.
         """
         if self.folder is None or dist.rank() != 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        unwanted, log = ["checkpoint-*.tmp", ".unfinished-*"], self.folder / "log.txt"
+        unwanted, log = ["checkpoint-*.tmp"], self.folder / "log.txt"
         if not is_inside(source, self.folder):
             unwanted.append(WANDB_ID)
             if self.args.get("overwrite"):
@@ -159,6 +160,7 @@ class Checkpoints:
         for pattern in unwanted:
             for file in self.folder.glob(pattern):
                 file.unlink()
+        remove_unfinished(self.folder, idle=3600)  # main_predict.py, for one, may be writing there now
 
         # Earlier versions wrote a digest beside every checkpoint: remove those whose checkpoint is gone.
         for digest in self.folder.glob("checkpoint-*.pth.sha256"):

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import secrets
+import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"  # name of the lock file in a locked folder
+UNFINISHED = ".unfinished-"  # how the names of files and folders begin that are being written
 
 _held: dict[str, int] = {}  # path of the folder -> descriptor of its lock file
 
@@ -131,7 +135,8 @@ def write_whole(path: Path) -> Iterator[Path]:
             return
         target = _follow_links(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".unfinished-{os.getpid()}{target.suffix}")  # libraries look at the suffix
+        # Not by the process's number: in containers many have the same. Libraries look at the suffix.
+        unfinished = target.with_name(f"{UNFINISHED}{secrets.token_hex(8)}{target.suffix}")
         try:
             yield unfinished
             fsync_path(unfinished)
@@ -139,6 +144,21 @@ def write_whole(path: Path) -> Iterator[Path]:
             fsync_path(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path, idle: float = 0.0) -> None:
+    """Remove the unfinished files and folders that killed processes left in a folder.
+
+    Args:
+        folder: Where they lie.
+        idle: Seconds since one was last written to at which it counts as left; others may be a running process's.
+    """
+    for path in folder.glob(f"{UNFINISHED}*"):
+        try:
+            if time.time() - path.stat().st_mtime >= idle:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except FileNotFoundError:  # a running process's, which is finished now
+            continue
 
 
 def replace(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.checkpoint.output_dir import lock_output_dir, raise_write_errors, write_whole
+from util.checkpoint.output_dir import lock_output_dir, raise_write_errors, remove_unfinished, write_whole
 from util.data import splits
 from util.data.archive_index import has_current_index, write_index
 from util.data.listing import count_nouns
@@ -65,8 +65,7 @@ def _lock(folder: Path) -> None:
     with raise_write_errors(folder):
         if holder := lock_output_dir(str(folder)):
             raise UserError(f"{folder} is being written to by {holder}: wait for it, or choose another --output")
-        for file in folder.glob(".unfinished-*"):  # as write_whole names them
-            file.unlink(missing_ok=True)
+        remove_unfinished(folder)
 
 
 def _write_missing(shards: list[Shard], images: Images) -> None:
