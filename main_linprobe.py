@@ -5,7 +5,8 @@ The paper's ViT-B, 8 GPUs (effective batch 16384):
         --model vit_base_patch16 --finetune mae_pretrain_vit_base.pth --epochs 90 --blr 0.1 --weight_decay 0.0 \
         --dist_eval
 Without --finetune an untrained encoder is probed, for comparison. Several learning rates can be tried in one run: each
-trains a head of its own on the same features, with the same result as in a run of its own:
+trains a head of its own on the same features, with the same result as in a run of its own, unless one diverges, which
+stops them all:
     python main_linprobe.py ... --blr 0.05 0.1 0.2
 With --probe attentive a learned query pools the patch tokens; it is trained with AdamW.
 

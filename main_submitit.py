@@ -143,6 +143,7 @@ def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
         timeout_min=args.timeout,
         slurm_partition=args.partition,
         slurm_signal_delay_s=SAVING_S,
+        slurm_srun_args=[f"--cpus-per-task={args.cpus}"],  # srun of Slurm 22.05 to 23.02 takes none from sbatch
         slurm_additional_parameters={"requeue": True, **dict(pair.split("=", 1) for pair in args.slurm)},
     )
     return result

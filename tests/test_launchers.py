@@ -191,10 +191,31 @@ def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, m
     assert "--executor local" in submit_refused(images, tmp_path / "job", executor="slurm")
 
 
-def test_sbatchs_refusal_is_a_message(images, tmp_path, monkeypatch, submit_refused):
-    (tmp_path / "bin").mkdir()
-    for name in ("srun", "sbatch"):
-        (tmp_path / "bin" / name).write_text("#!/bin/sh\necho invalid partition specified: typo >&2\nexit 1\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Function that takes what SLURM's commands do, as a line of shell, and puts such commands into the path."""
+
+    def install(line):
+        (tmp_path / "bin").mkdir()
+        for name in ("srun", "sbatch"):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_sbatchs_refusal_is_a_message(images, tmp_path, slurm, submit_refused):
+    slurm("echo invalid partition specified: typo >&2; exit 1")
     assert "invalid partition specified: typo" in submit_refused(images, tmp_path / "job", executor="slurm")
+
+
+def test_the_batch_script_gives_the_cores_to_srun_too(images, tmp_path, slurm, no_launcher):
+    no_launcher.setenv("PYTHONPATH", "")  # the launcher extends it
+    slurm("echo Submitted batch job 7")
+    job, *flags = submission(images, tmp_path / "job", executor="slurm")
+    main_submitit.main([job, "--cpus", "3", *flags])
+    (script,) = (tmp_path / "job" / "submitit").glob("*.sh")
+    lines = script.read_text().splitlines()
+    assert "#SBATCH --cpus-per-task=3" in lines
+    assert any(line.startswith("srun ") and " --cpus-per-task=3 " in line for line in lines)

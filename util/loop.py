@@ -306,8 +306,8 @@ class Run:
                 newest = self.checkpoints.newest or "none was written yet"
                 raise FloatingPointError(
                     f"{what}; --max_bad_steps {self.bad_steps.limit} in a row is the limit. The parameters are as "
-                    f"before them; newest checkpoint: {newest}. Lower --blr, add --clip_grad or use --amp off, and "
-                    "resume with --resume auto"
+                    f"before them; newest checkpoint: {newest}. Lower --blr (of several leave out the largest, which "
+                    "stops all), add --clip_grad or use --amp off, and resume with --resume auto"
                 )
             dist.print_rank0(f"warning: {what}")
         self._check_images()
