@@ -215,7 +215,7 @@ def test_the_batch_script_gives_the_cores_to_srun_too(images, tmp_path, slurm, n
     slurm("echo Submitted batch job 7")
     job, *flags = submission(images, tmp_path / "job", executor="slurm")
     main_submitit.main([job, "--cpus", "3", *flags])
-    (script,) = (tmp_path / "job" / "submitit").glob("*.sh")
+    script = tmp_path / "job" / "submitit" / "7_submission.sh"
     lines = script.read_text().splitlines()
     assert "#SBATCH --cpus-per-task=3" in lines
     assert any(line.startswith("srun ") and " --cpus-per-task=3 " in line for line in lines)
