@@ -122,6 +122,22 @@ def test_a_hugging_face_encoder_in_a_training_programs_file(tmp_path):
     assert torch.equal(fresh.cls_token, theirs.vit.embeddings.cls_token)
 
 
+@pytest.mark.parametrize("labels", [2, 3])
+def test_classes_of_a_hugging_face_model_need_no_names(labels, tmp_path):
+    """Of two classes without names transformers stores nothing, since that is its default."""
+    config = transformers.ViTConfig(
+        **{"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 512},
+        **{"image_size": 8, "patch_size": 4, "num_labels": labels},
+    )
+    theirs = transformers.ViTForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = models_vit.from_checkpoint(load_checkpoint(str(tmp_path)), str(tmp_path)).eval()
+    imgs = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert model(imgs).shape == (2, labels) and theirs(pixel_values=imgs).logits.shape == (2, labels)
+        assert torch.equal(model.head.weight, theirs.classifier.weight)
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [

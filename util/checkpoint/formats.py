@@ -304,7 +304,8 @@ def from_hugging_face_config(config: dict) -> dict:
 
     # A classifier.
     labels = config.get("id2label") or {}
-    entries = {"model_config": arguments | {"num_classes": len(labels), "global_pool": False}}
+    num_classes = len(labels) or config.get("num_labels", 2)
+    entries = {"model_config": arguments | {"num_classes": num_classes, "global_pool": False}}
     return entries | _named_classes({int(number): name for number, name in labels.items()})
 
 
