@@ -210,7 +210,7 @@ def test_the_mean_iou_is_scikit_learns():
     assert mean == pytest.approx(expected.mean(), abs=1e-3)
 
 
-def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch):
+def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch, refusal):
     flags = {
         "num_workers": 0,
         "classes": 3,
@@ -245,3 +245,5 @@ def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch
     with Image.open(masks[5]) as file, torch.no_grad():
         assert np.array_equal(np.array(file), model.eval()(image[None]).argmax(dim=1)[0].numpy())
     assert not torch.equal(state["encoder.model.blocks.0.mlp.fc1.weight"], exported[0].blocks[0].mlp.fc1.weight)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--width=32"])
+    assert "is of another model than the flags describe: pass --encoder, --classes" in refusal(train.main)

@@ -10,8 +10,8 @@ for class in samples/fashion_mnist/train/*; do
     name=$(basename "$class")
     mkdir -p "$data/train/$name" "$data/val/$name"
     files=("$PWD/$class"/*)
-    ln -sft "$data/train/$name" "${files[@]:0:${sizes[$number]}}"
-    ln -sft "$data/val/$name" "$PWD/samples/fashion_mnist/val/$name"/*
+    ln -sf "${files[@]:0:${sizes[$number]}}" "$data/train/$name"
+    ln -sf "$PWD/samples/fashion_mnist/val/$name"/* "$data/val/$name"
     number=$((number + 1))
 done
 

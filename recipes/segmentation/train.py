@@ -221,7 +221,14 @@ def predict(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) ->
     weights = args.output_dir / "model.pth"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist: train first, with the same --output_dir")
-    model.net.load_state_dict(torch.load(weights, map_location=args.device, weights_only=True))
+    state = torch.load(weights, map_location=args.device, weights_only=True)
+    try:
+        model.net.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{weights} is of another model than the flags describe: pass --encoder, --classes, --size and --width as "
+            "in training"
+        ) from error
     images = MaskedImages(args.predict, model.pixels, args.classes, resize, masked=False)
     model.eval()
     for file, (image, _) in zip(images.files, images, strict=True):
