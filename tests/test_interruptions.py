@@ -14,6 +14,7 @@ import torch
 from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait_for
 
 from util.data.loaders import EpochSampler
+from util.distributed import signals
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,24 @@ def test_two_signals_end_at_once(images, tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     assert faults.exit_code(process) in (-signal.SIGTERM, 143) and time.time() - start < 1
     assert not list(tmp_path.glob("checkpoint-*.pth"))
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_RANK"])
+def test_a_launchers_echo_of_a_signal_is_not_a_second_one(launcher, monkeypatch):
+    """SLURM sends SIGTERM twice when a job's time is up, some milliseconds apart."""
+    monkeypatch.setenv(launcher, "1")
+    ended = []
+    with signals.Requests(save_minutes=0) as requests:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.005)
+        assert requests.poll() == (signal.SIGTERM, False, False)
+
+        # A later one ends the process: here it finds a handler instead of the system's.
+        monkeypatch.setattr(signals.os, "kill", lambda pid, signum: ended.append((pid, signum)))
+        monkeypatch.setattr(signals.time, "monotonic", lambda: requests.signalled + signals.ECHO_S + 1)
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_signal_to_the_whole_process_group_leaves_the_loader_alive_to_save(images, undisturbed, tmp_path, script):

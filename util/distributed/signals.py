@@ -13,16 +13,18 @@ from util.distributed import dist
 
 # SIGHUP: the terminal was closed, or the connection to it was lost.
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-ECHO_S = 1.0  # under torchrun, a repetition of the signal within so many seconds is its echo
+# Launchers repeat a signal: torchrun passes on what its processes have received from the terminal already, SLURM sends
+# SIGTERM twice when a job's time is up. Under a launcher a signal within ECHO_S seconds of the first is an echo.
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_RANK")  # environment variables that they set
+ECHO_S = 5.0
 
 
 class Requests:
     """Requests to stop (by signal) or to save (by the clock), as a context in which a first signal doesn't end the run.
 
     Within the context SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP are only recorded, and `poll` reports them. SIGHUP
-    stays ignored if it is ignored already, as under nohup. A second signal ends the process at once. torchrun forwards
-    signals that its processes have already received from the terminal; therefore, under torchrun, a second signal
-    within ECHO_S is not counted. Outside the main thread, signals are not handled.
+    stays ignored if it is ignored already, as under nohup. A second signal, which is not a launcher's echo, ends the
+    process at once. Outside the main thread, signals are not handled.
     """
 
     def __init__(self, save_minutes: float) -> None:
@@ -49,7 +51,6 @@ class Requests:
             signal.signal(signum, handler)
 
     def _on_signal(self, signum: int, frame: object) -> None:
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         now = time.monotonic()
         if not self.signum:
             self.signum, self.signalled = signum, now
@@ -57,7 +58,7 @@ class Requests:
                 # Not print: a signal may arrive while print holds its lock. The console may be gone.
                 with suppress(OSError):
                     os.write(2, b"saving and stopping after this step; a second signal stops at once, without saving\n")
-            if not under_torchrun:
+            if not any(variable in os.environ for variable in LAUNCHERS):
                 # For the second signal the system's own handling is the quickest.
                 for noted in self.previous:
                     signal.signal(noted, signal.SIG_DFL)
