@@ -5,6 +5,7 @@ To run as root, with Debian's packages slurmctld, slurmd, slurm-client and munge
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,3 +123,26 @@ def test_a_job_whose_time_is_nearly_up_saves_and_is_queued_again(cluster, images
     said = output(tmp_path)
     assert "stopped by SIGUSR2" in said and "resuming from" in said
     assert_same_end(tmp_path, undisturbed)
+
+
+def test_the_batch_script_of_the_documents_saves_when_its_time_is_up_and_goes_on(cluster, images, tmp_path):
+    """At the limit SLURM sends SIGTERM twice, some milliseconds apart. Nothing else makes this run save."""
+    line = re.search(
+        r"^srun .*main_pretrain.py FLAGS --resume auto$", (ROOT / "docs/distributed.md").read_text(), re.M
+    )[0]
+    flags = job_argv(images, tmp_path / "run", *PAIR, "--epochs", 10**6, "--save_freq", 10**6, "--save_minutes", 0)
+    script, said = tmp_path / "job.sh", tmp_path / "said"
+    line = line.replace("python", sys.executable).replace("FLAGS", shlex.join(map(str, flags)))
+    script.write_text(f"#!/bin/bash\n#SBATCH --ntasks=2 --cpus-per-task=1 --open-mode=append --output={said}\n{line}\n")
+
+    # SLURM looks for jobs whose time is up twice a minute.
+    job = run(cluster, "sbatch", "--parsable", "--time=1", script).strip()
+    end = time.time() + 200
+    while "JobState=TIMEOUT" not in run(cluster, "scontrol", "show", "job", job):
+        assert time.time() < end, said.read_text()[-3000:]
+        time.sleep(1)
+    assert "stopped by SIGTERM" in said.read_text(), said.read_text()[-3000:]
+
+    job = run(cluster, "sbatch", "--parsable", "--time=5", script).strip()
+    wait_for(said, "resuming from .*checkpoint-last.pth")
+    run(cluster, "scancel", job)
