@@ -256,7 +256,7 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
             "main_linprobe.py"
         )
     if not config:
-        state = add_class_position(state, source)
+        state = add_class_position(checkpoint, source)
         config = config_of(state, source)
     if "cls_token" not in state:
         raise UserError(f"{source} does not fit: {comparison.NO_CLASS_TOKEN}")

@@ -354,6 +354,21 @@ def test_positions_without_a_row_for_the_class_token_compute_the_same_as_in_timm
     assert "has no position of its own" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("side", [8, 28])
+def test_rows_of_a_grid_that_the_file_describes_are_not_guessed(side, tmp_path, capsys):
+    """6 x 8 patches and the class token have as many rows as 7 x 7 patches without it."""
+    sizes = {**SIZES, "num_classes": 0, "global_pool": False}
+    source = models_vit.VisionTransformer(**sizes | {"img_size": (24, 32)})
+    torch.nn.init.normal_(source.pos_embed)
+    file = str(tmp_path / "file.pth")
+    torch.save({"model": source.state_dict(), "model_config": source.config}, file)
+    model = models_vit.VisionTransformer(**sizes | {"img_size": side})
+    weights.load_pretrained(file, model)
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
+    assert "has no position of its own" not in (said := capsys.readouterr().out)
+    assert f"positions resized from 6 x 8 to {side // 4} x {side // 4}" in said
+
+
 def test_two_rows_before_the_patches_are_named(encoder, tmp_path):
     positions = encoder["pos_embed"]
     torch.save(encoder | {"pos_embed": torch.cat([positions[:, :1], positions], dim=1)}, tmp_path / "file.pth")

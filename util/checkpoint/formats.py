@@ -150,22 +150,38 @@ def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], lis
     return native, left_out
 
 
-def add_class_position(state: dict[str, Tensor], source: str, patches: int = 0) -> dict[str, Tensor]:
-    """Return weights whose positions have a row for the class token.
+def file_grid(checkpoint: dict) -> tuple[int, int] | None:
+    """Return the rows and columns of patches that a checkpoint's "model_config" tells of; None if it does not."""
+    config = checkpoint.get("model_config") or {}
+    if "img_size" not in config:
+        return None
+    height, width = to_2tuple(config["img_size"])
+    return height // config["patch_size"], width // config["patch_size"]
+
+
+def add_class_position(checkpoint: dict, source: str, patches: int = 0) -> dict[str, Tensor]:
+    """Return a checkpoint's weights, with positions that have a row for the class token.
 
     Where they have none, as with timm's no_embed_class, the class token gets no position: a row of zeros.
 
     Args:
-        state: The weights; those without a class token, or with another form of positions, are returned as they are.
-        source: Name of their file, for a notice.
-        patches: Patches of the model that they are for; 0: unknown.
+        checkpoint: A loaded checkpoint. Weights without a class token, or with another form of positions, are returned
+            as they are.
+        source: Name of its file, for a notice.
+        patches: Patches of the model that the weights are for; 0: unknown.
     """
+    state, grid = checkpoint["model"], file_grid(checkpoint)
     positions, decoder = state.get("pos_embed"), state.get("decoder_pos_embed")
     if "cls_token" not in state or positions is None or positions.ndim != 3:
         return state
+
+    # The file's own grid decides. Where it is unknown, the new model's, the decoder, or a square number of rows tells.
     rows = positions.shape[1]
-    with_class = rows == 1 + patches or (decoder is not None and decoder.shape[1:2] == positions.shape[1:2])
-    without_class = rows == patches or (rows > 1 and round(rows**0.5) ** 2 == rows)  # a square grid
+    if grid:
+        with_class, without_class = rows == 1 + grid[0] * grid[1], rows == grid[0] * grid[1]
+    else:
+        with_class = rows == 1 + patches or (decoder is not None and decoder.shape[1:2] == positions.shape[1:2])
+        without_class = rows == patches or (rows > 1 and round(rows**0.5) ** 2 == rows)
     if with_class or not without_class:
         return state
     dist.print_rank0(f"notice: the class token of {source} has no position of its own, and gets one of zeros")

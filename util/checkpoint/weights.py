@@ -1,12 +1,11 @@
 """Loading of a checkpoint's weights into a model: whole, the encoder alone, or the encoder with its decoder."""
 
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
 from util.checkpoint import comparison
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import add_class_position, describe
+from util.checkpoint.formats import add_class_position, describe, file_grid
 from util.distributed import dist
 from util.errors import UserError
 from util.pos_embed import resize_pos_embed
@@ -28,7 +27,7 @@ def load_model(
         UserError: A weight is missing, surplus or of another shape, or the classes differ.
     """
     comparison.refuse_other_classes(source, checkpoint.get("class_to_idx"), class_to_idx)
-    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
+    checkpoint["model"] = add_class_position(checkpoint, source, model.patch_embed.num_patches)
     state, model_state = checkpoint["model"], model.state_dict()
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
     comparison.refuse_misfits(source, checkpoint, model, args, missing, surplus)
@@ -177,7 +176,7 @@ def _open_encoder(source: str, model: nn.Module, args: dict) -> tuple[dict, dict
         UserError: The source can't be read, or was made with another number of attention heads.
     """
     checkpoint = load_checkpoint(source)
-    checkpoint["model"] = add_class_position(checkpoint["model"], source, model.patch_embed.num_patches)
+    checkpoint["model"] = add_class_position(checkpoint, source, model.patch_embed.num_patches)
     comparison.refuse_other_heads(source, checkpoint, model, args)
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     resize_positions(state, checkpoint, model)
@@ -211,7 +210,7 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
     """
     if "pos_embed" in state and not state["pos_embed"].any():
         dist.print_rank0("warning: the file's positions are all zero, so its model cannot tell where a patch was")
-    config, grid = checkpoint.get("model_config") or {}, model.patch_embed.grid_size
+    grid = model.patch_embed.grid_size
     for name in ("pos_embed", "decoder_pos_embed"):
         if name not in state or not hasattr(model, name) or state[name].ndim != 3:
             continue
@@ -219,9 +218,7 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
         # A file that does not tell its grid has a square one, as the released files do.
         patches = state[name].shape[1] - 1
         side = round(patches**0.5)
-        old = (side, side)
-        if "img_size" in config:
-            old = tuple(length // config["patch_size"] for length in to_2tuple(config["img_size"]))
+        old = file_grid(checkpoint) or (side, side)
         if patches == old[0] * old[1] and old != grid:
             state[name] = resize_pos_embed(state[name], old, grid)
             kind = "positions" if name == "pos_embed" else "the decoder's positions"
