@@ -174,7 +174,8 @@ def write_confusion(settings: Evaluation, table: Tensor, classes: list[str]) -> 
     rows = [["class", *classes, "accuracy"]]
     for number, name in enumerate(classes):
         row = counts[number * len(classes) : (number + 1) * len(classes)]
-        rows.append([name, *map(int, row), f"{100 * row[number] / max(1, sum(row)):.2f}"])
+        accuracy = f"{100 * row[number] / sum(row):.2f}" if sum(row) else ""  # none of a class without images
+        rows.append([name, *map(int, row), accuracy])
     dist.run_on_rank0(lambda: _write_csv(Path(settings.confusion), rows))
 
 

@@ -141,7 +141,7 @@ def evaluate_both(
     """Evaluate the model and, if there is one, its EMA, whose figures are named ema_*; the arguments are evaluate's."""
     stats = evaluate(model, loader, loader.device, scaler, settings, poll)
     without_table = replace(settings, confusion="")
-    averaged = evaluate(ema.module, loader, loader.device, scaler, without_table) if ema else {}
+    averaged = evaluate(ema.module, loader, loader.device, scaler, without_table, poll) if ema else {}
     return stats | {f"ema_{name}": value for name, value in averaged.items()}
 
 

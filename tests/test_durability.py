@@ -1,6 +1,8 @@
 """What is written under a temporary name is on the disk before it is renamed, and the renaming before the next step."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import main_export
 import models_mae
 from scripts import pack
 from util.checkpoint import files, output_dir
+from util.errors import UserError
 from util.report.log import RunLog
 
 
@@ -70,6 +73,24 @@ def test_small_files_are_on_the_disk_before_they_have_their_names(recorder, tmp_
     output_dir.replace(tmp_path / "log.txt", "one\n")
     output_dir.replace(tmp_path / "log.txt", "two\n")
     recorder.check(tmp_path / "log.txt")
+
+
+def test_a_disk_that_cannot_flush_folders_is_no_reason_to_stop(tmp_path, monkeypatch):
+    """As shared folders of virtual machines; a file that can't be flushed is one."""
+    sync, refused = os.fsync, []
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or refused:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    output_dir.replace(tmp_path / "log.txt", "whole")
+    assert (tmp_path / "log.txt").read_text() == "whole"
+    refused.append(True)
+    with pytest.raises(UserError, match="Invalid argument"):
+        output_dir.replace(tmp_path / "log.txt", "other")
+    assert (tmp_path / "log.txt").read_text() == "whole"
 
 
 def test_exports_are_on_the_disk_before_they_replace_earlier_ones(recorder, tmp_path):

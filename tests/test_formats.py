@@ -23,7 +23,7 @@ from util import optim
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import recognise, to_hugging_face
+from util.checkpoint.formats import preprocessing, recognise, to_hugging_face
 from util.data.images import Pixels
 from util.data.transforms import CentreCrop
 from util.errors import UserError
@@ -317,6 +317,22 @@ def test_a_classifier_that_comes_back_takes_pixels_as_before(to, crop_pct, image
         main_predict.main(["--resume", resume, "--images", str(images / "val"), "--output", str(tmp_path / "p.csv")])
         tables.append((tmp_path / "p.csv").read_text())
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({"size": {"height": 224, "width": 224}}, 1.0),  # google/vit-base-patch16-224: the whole image is resized
+        ({"size": 224}, 1.0),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": False}, 1.0),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, 224 / 256.5),
+    ],
+)
+def test_the_crop_is_that_of_hugging_faces_image_processor(processor, expected, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(processor | {"image_mean": [0.5], "image_std": [0.5]})
+    )
+    assert preprocessing(tmp_path, {"model_type": "vit"}) == {"mean": [0.5], "std": [0.5], "crop_pct": expected}
 
 
 def test_an_export_takes_the_place_of_another_in_the_same_folder(tmp_path):

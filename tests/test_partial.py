@@ -167,6 +167,25 @@ def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
     ]
 
 
+def test_a_class_without_images_has_no_accuracy_in_the_confusion_matrix(tmp_path):
+    file = tmp_path / "confusion.csv"
+    engine_finetune.write_confusion(Evaluation(confusion=str(file)), torch.tensor([3, 1, 0, 0]), ["a", "absent"])
+    assert file.read_text().split() == ["class,a,absent,accuracy", "a,3,1,75.00", "absent,0,0,"]
+
+
+def test_requests_to_stop_are_looked_for_while_the_ema_is_evaluated_too():
+    class Loader(list):
+        dataset, device = None, torch.device("cpu")
+
+    batches = Loader([(torch.eye(2), torch.tensor([0, 1]))] * 3)
+    polls, ema = [], SimpleNamespace(module=torch.nn.Identity())
+    scaler = LossScaler("off", Loader.device)
+    stats = main_finetune.evaluate_both(
+        torch.nn.Identity(), ema, batches, scaler, Evaluation(), lambda: polls.append(1)
+    )
+    assert stats["acc1"] == stats["ema_acc1"] == 100 and len(polls) == 6
+
+
 def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_was_trained():
     with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
         engine_finetune.write_confusion(Evaluation(confusion="/dev/full"), torch.zeros(4), ["a", "b"])

@@ -424,7 +424,12 @@ def preprocessing(folder: Path, config: dict) -> dict:
     if processor and "model_type" in config:
         config = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
         size, crop_size = processor.get("size"), processor.get("crop_size")
-        if isinstance(size, dict) and "shortest_edge" in size and isinstance(crop_size, dict) and "height" in crop_size:
+        if not (crop_size and processor.get("do_center_crop", True)):
+            # The whole image is resized. Here its longer side is cropped where it is not square.
+            config["crop_pct"] = 1.0
+        elif (
+            isinstance(size, dict) and "shortest_edge" in size and isinstance(crop_size, dict) and "height" in crop_size
+        ):
             edge, crop = size["shortest_edge"], crop_size["height"]
             config["crop_pct"] = crop / (edge + 0.5) if edge > crop else 1.0  # so that int(crop / crop_pct) is edge
 
