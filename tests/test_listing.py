@@ -15,6 +15,7 @@ from runs import job_argv
 import main_finetune
 import main_predict
 import main_pretrain
+from util import inference
 from util.data import datasets, listing, splits
 from util.data.images import Pixels
 from util.data.splits import DataSpec
@@ -90,25 +91,27 @@ def test_a_class_that_is_a_link_does_not_lead_back_either(tree, tmp_path):
 
 
 def test_images_beside_a_validation_split_and_a_run_are_listed_without_theirs(tmp_path):
-    """In DIR/*.jpg for pre-training, DIR/val/ is no training data, nor are the pictures of a run in DIR/output_dir."""
+    """In DIR/*.jpg for pre-training, DIR/val/ is no training data, nor are the pictures of a run in DIR/output/run."""
     names = [
         "1.png",
         "2.png",
         "more/3.png",
         "val/a/4.png",
         "Testing/5.png",
-        "output_dir/reconstructions/epoch-0009.png",
+        "output/run/reconstructions/epoch-0009.png",
     ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 9).save(tmp_path / name)
-    (tmp_path / "output_dir" / ".lock").touch()
+    (tmp_path / "output" / "run" / ".lock").touch()
     _, train = splits.list_part(DataSpec(str(tmp_path)), "train", flat=True)
     assert [train.name(index) for index in range(len(train))] == names[:3]
-    folders = ", ".join(str(tmp_path / name) for name in ("Testing", "output_dir", "val"))
+    folders = ", ".join(str(tmp_path / name) for name in ("Testing", "val", "output/run"))
     assert str(train.left_out) == f"3 folders of other splits or of runs ({folders})"
     _, val = splits.list_part(DataSpec(str(tmp_path)), "val")
     assert val.name(0) == "a/4.png" and str(val.left_out) == ""
+    found = inference.find([tmp_path])  # for a script, all folders but the run's are images
+    assert sorted(str(file.relative_to(tmp_path)) for file in found) == sorted(names[:-1])
 
 
 # Folders that can't be read.
@@ -156,14 +159,14 @@ def test_a_folder_that_cannot_be_read_is_named(tree):
 
 def test_a_validation_class_that_cannot_be_read_is_an_error(images, monkeypatch):
     """Pre-training does without a val/ that is no use, but not without knowing what is in it."""
-    read = listing.read_folder
+    scan = listing.scan_folder
 
     def closed(path, *more, **named):
         if path.endswith("val/bag"):
             raise listing.UnreadableFolder(f"cannot read {path}: Permission denied")
-        return read(path, *more, **named)
+        return scan(path, *more, **named)
 
-    monkeypatch.setattr(listing, "read_folder", closed)
+    monkeypatch.setattr(listing, "scan_folder", closed)
     with pytest.raises(UserError, match="cannot read .*val/bag"):
         main_pretrain.main([str(word) for word in job_argv(images, "", "--num_workers", 0)])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.checkpoint.output_dir import LOCK
 from util.data.archives import MemberPath, Members
 from util.errors import UserError
 
@@ -37,7 +38,7 @@ class LeftOut:
         broken: Links that lead nowhere, and what is neither a file nor a folder.
         repeated: Links to folders that are listed already, or that contain the link.
         no_end: Archives that have no end mark, so that members may be missing.
-        apart: Folders of other splits and of runs, with their paths, where the split lies beside them.
+        apart: Folders of runs (--output_dir), whose pictures are no data, and of other splits, with their paths.
     """
 
     endings: Counter = field(default_factory=Counter)
@@ -201,7 +202,7 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
     """Return each folder below a root, relative to it, with the sorted names of its files, in order of their paths.
 
     The root itself comes first, as "". Symbolic links are followed, but every folder is listed once, and none that
-    contains the root. Hidden files and folders are left out.
+    contains the root. Hidden files and folders, and the folders of runs, are left out.
 
     Args:
         root: Folder to search.
@@ -226,7 +227,10 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
             left_out.repeated.append(path)
             continue
         seen.add(identity)
-        subfolders, files = read_folder(path, folder, left_out)
+        subfolders, files, is_run = scan_folder(path, folder, left_out)
+        if is_run and folder:
+            left_out.apart.append(path)
+            continue
         subfolders = [entry for entry in subfolders if os.path.join(root, entry[0]) not in left_out.apart]
         folders += [name for name, is_link in subfolders if not is_link]
         links = sorted(links + [name for name, is_link in subfolders if is_link])
@@ -254,11 +258,17 @@ def read_folder(path: str, name: str = "", left_out: LeftOut | None = None) -> t
     Raises:
         UnreadableFolder: It can't be read.
     """
-    subfolders, files = [], []
+    return scan_folder(path, name, left_out)[:2]
+
+
+def scan_folder(path: str, name: str, left_out: LeftOut | None) -> tuple[list[tuple[str, bool]], list[str], bool]:
+    """Return what read_folder returns, and whether the folder is one that a run has locked, as its --output_dir."""
+    subfolders, files, is_run = [], [], False
     try:
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.name[0] == ".":
+                    is_run |= entry.name == LOCK
                     continue
                 kind = _kind(entry)
                 if kind == "folder":
@@ -271,7 +281,7 @@ def read_folder(path: str, name: str = "", left_out: LeftOut | None = None) -> t
         raise UnreadableFolder(
             f"cannot read {error.filename or path}: {error.strerror}. Check its permissions, or remove it"
         ) from error
-    return subfolders, sorted(files)
+    return subfolders, sorted(files), is_run
 
 
 def _kind(entry: os.DirEntry) -> str:

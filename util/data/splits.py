@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from util.checkpoint.output_dir import LOCK
 from util.data.archive_forms import list_members
 from util.data.archive_index import load_index
 from util.data.holdout import choose_held_out
@@ -60,7 +59,7 @@ class Source(NamedTuple):
     Attributes:
         root: Its folder, or its only archive.
         archives: Its archives; empty: it lies in folders.
-        apart: Names of folders in the root that are not the split's: those of other splits, and of runs.
+        apart: Names of folders in the root that are other splits'.
     """
 
     root: Path
@@ -88,7 +87,7 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
     if not flat:
         return None
 
-    # In data_path itself, the folder or archive of another split does not count, nor does the --output_dir of a run.
+    # In data_path itself, the folder or archive of another split does not count.
     folders, files = read_folder(data_path)
     other = {name for key in OTHER_NAMES if key != split for name in (key, *OTHER_NAMES[key])}
     archives = [Path(data_path) / name for name in files if name.lower().endswith(ARCHIVE)]
@@ -104,8 +103,8 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
         )
     if not (archives or images):
         return None
-    apart = [name for name, _ in folders if name.lower() in other or (Path(data_path) / name / LOCK).exists()]
-    return Source(Path(data_path), archives, tuple(sorted(apart)))
+    apart = sorted(name for name, _ in folders if name.lower() in other)
+    return Source(Path(data_path), archives, tuple(apart))
 
 
 def source_at(path: Path) -> Source:
@@ -170,13 +169,13 @@ def list_split(source: Source, split: str, flat: bool = False) -> Listing:
 
     # One class, "", is the folder itself.
     folders, files = read_folder(str(source.root))
-    classes, mixed = sorted(name for name, _ in folders if name not in source.apart), False
+    classes = sorted(name for name, _ in folders)
     if flat and any(map(is_image, files)):
-        classes, mixed = [""], bool(classes)
+        classes = [""]
     if not classes:
         raise UserError(f"{source.root} has no class folders: it must hold <class>/<images>, or archives of them")
     found = list_files(str(source.root), classes, is_image, source.apart)
-    found.mixed = mixed
+    found.mixed = classes == [""] and b"/" in found.names.tobytes()
     return found
 
 
