@@ -102,6 +102,15 @@ def test_weights_are_found_in_any_wrapping_and_it_is_said(kind, encoder, tmp_pat
     assert missing == {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
 
 
+@pytest.mark.parametrize("prefix", ["module.base_encoder.", "module.momentum_encoder."])
+def test_mocos_small_model_is_refused_for_its_number_of_heads(prefix, encoder, tmp_path):
+    torch.save({"arch": "vit_small", "state_dict": prefixed(prefix, encoder)}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6"):
+        load_checkpoint(str(tmp_path / "file.pth"))
+    torch.save({"arch": "vit_base", "state_dict": prefixed(prefix, encoder)}, tmp_path / "file.pth")
+    load_checkpoint(str(tmp_path / "file.pth"))
+
+
 def test_an_average_is_taken_only_where_it_is_asked_for(encoder, tmp_path):
     file = str(tmp_path / "timm.pth")
     torch.save(WRAPPINGS["timm's training"](encoder), file)

@@ -240,6 +240,11 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
         return content | {"model": found.state}, found.outside
     if found:
         # Another program's: of the rest only the preprocessing means the same here.
+        if content.get("arch") == "vit_small" and re.search(r"(base|momentum)_encoder\.", found.steps):
+            raise UserError(
+                f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of "
+                "its weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"
+            )
         dist.print_rank0(f"notice: weights of {source}: {found.steps}")
         return {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
 
