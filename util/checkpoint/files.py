@@ -240,11 +240,7 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
         return content | {"model": found.state}, found.outside
     if found:
         # Another program's: of the rest only the preprocessing means the same here.
-        if content.get("arch") == "vit_small" and re.search(r"(base|momentum)_encoder\.", found.steps):
-            raise UserError(
-                f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of "
-                "its weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"
-            )
+        _refuse_mocos_small_model(source, content, found.steps)
         dist.print_rank0(f"notice: weights of {source}: {found.steps}")
         return {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
 
@@ -258,6 +254,22 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
         f"{source} is not a checkpoint: it holds no weights of a Vision Transformer{keys}. Pass a checkpoint, a state "
         "dict, a .safetensors file, or a folder of Hugging Face's or timm's"
     )
+
+
+def _refuse_mocos_small_model(source: str, content: object, steps: str) -> None:
+    """Raise a UserError for MoCo v3's ViT-S, which has another number of heads, where the shapes don't show it.
+
+    Args:
+        source: Name of the file.
+        content: What was read from it.
+        steps: Words that say where in it the weights were found.
+    """
+    is_small = isinstance(content, dict) and content.get("arch") == "vit_small"
+    if is_small and re.search(r"(base|momentum)_encoder\.", steps):
+        raise UserError(
+            f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of its "
+            "weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"
+        )
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
