@@ -267,8 +267,8 @@ def _refuse_mocos_small_model(source: str, content: object, steps: str) -> None:
     is_small = isinstance(content, dict) and content.get("arch") == "vit_small"
     if is_small and re.search(r"(base|momentum)_encoder\.", steps):
         raise UserError(
-            f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of its "
-            "weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"
+            f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of "
+            "its weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"
         )
 
 
