@@ -242,6 +242,7 @@ def _run(job: str, argv: list[str], out: str, env: dict[str, str], fault: tuple)
     sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(env)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may have been started by nohup
     if fault:
         FAULTS[fault[0]](*fault[1:])
     errors.run(lambda: MAINS[job](argv))
