@@ -112,8 +112,9 @@ def _kind(path: Path) -> str:
 def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
     """Return the splits train and val that a folder holds, or, as "", the folder itself; errors as of find_split."""
     # Images or archives beside val are those of train.
-    flat = {"train": bool(splits.find_split(str(folder), "val")), "val": False}
-    found = [(name, source) for name in SPLITS if (source := splits.find_split(str(folder), name, flat[name]))]
+    val = splits.find_split(str(folder), "val")
+    train = splits.find_split(str(folder), "train", flat=val is not None)
+    found = [(name, source) for name, source in (("train", train), ("val", val)) if source]
 
     # What else is there?
     folders, files = read_folder(str(folder))

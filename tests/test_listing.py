@@ -106,7 +106,7 @@ def test_images_beside_a_validation_split_and_a_run_are_listed_without_theirs(tm
     (tmp_path / "output" / "run" / ".lock").touch()
     _, train = splits.list_part(DataSpec(str(tmp_path)), "train", flat=True)
     assert [train.name(index) for index in range(len(train))] == names[:3]
-    folders = ", ".join(str(tmp_path / name) for name in ("Testing", "val", "output/run"))
+    folders = ", ".join(str(tmp_path / name) for name in ("Testing", "output/run", "val"))
     assert str(train.left_out) == f"3 folders of other splits or of runs ({folders})"
     _, val = splits.list_part(DataSpec(str(tmp_path)), "val")
     assert val.name(0) == "a/4.png" and str(val.left_out) == ""

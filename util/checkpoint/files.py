@@ -240,7 +240,7 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
         return content | {"model": found.state}, found.outside
     if found:
         # Another program's: of the rest only the preprocessing means the same here.
-        _refuse_mocos_small_model(source, content, found.steps)
+        _refuse_mocos_small_model(source, content, found.prefix)
         dist.print_rank0(f"notice: weights of {source}: {found.steps}")
         return {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
 
@@ -256,16 +256,16 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
     )
 
 
-def _refuse_mocos_small_model(source: str, content: object, steps: str) -> None:
+def _refuse_mocos_small_model(source: str, content: object, prefix: str) -> None:
     """Raise a UserError for MoCo v3's ViT-S, which has another number of heads, where the shapes don't show it.
 
     Args:
         source: Name of the file.
         content: What was read from it.
-        steps: Words that say where in it the weights were found.
+        prefix: What the names of its weights have in front.
     """
     is_small = isinstance(content, dict) and content.get("arch") == "vit_small"
-    if is_small and re.search(r"(base|momentum)_encoder\.", steps):
+    if is_small and re.search(r"(base|momentum)_encoder\.", prefix):
         raise UserError(
             f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of "
             "its weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"

@@ -50,11 +50,13 @@ class Unwrapped(NamedTuple):
         state: The weights under their own names, without prefix.
         steps: Words for a message that say where they were; "": where the project's own checkpoints have them.
         outside: Names of the weights beside the Vision Transformer, without its prefix, which are not taken.
+        prefix: What the names of the weights had in front, as it stands in the file.
     """
 
     state: dict[str, Tensor]
     steps: str
     outside: list[str]
+    prefix: str
 
 
 def unwrap(content: object, ema: bool = False) -> Unwrapped | None:
@@ -89,7 +91,7 @@ def unwrap(content: object, ema: bool = False) -> Unwrapped | None:
     }
     outside = [name for name in tensors if not name.startswith(place.prefix)]
     steps = _describe_steps(place, places, wrapped_inside=any(TRANSPARENT.search(str(name)) for name in state))
-    return Unwrapped(inside, steps, outside)
+    return Unwrapped(inside, steps, outside, place.written_prefix)
 
 
 def _search(content: object, keys: tuple[str, ...] = ()) -> Iterator[Place]:

@@ -66,7 +66,7 @@ class LeftOut:
             (self.broken, "link{} that lead nowhere, or special files"),
             (self.repeated, "link{} to folders that are in the list already"),
             (self.no_end, "archive{} without an end mark, of which a part may be missing"),
-            (self.apart, "folder{} of other splits or of runs"),
+            (sorted(self.apart), "folder{} of other splits or of runs"),
         ):
             if names:
                 parts.append(f"{len(names)} {what.format('s' * (len(names) > 1))} ({join_names(names, 3)})")
@@ -171,7 +171,7 @@ def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool], 
         root: Folder that holds the class folders.
         classes: Names of the class folders; the name "" stands for root itself.
         is_wanted: Tells from a file's name whether to list it.
-        apart: Names of folders in the root to leave out.
+        apart: Names of folders to leave out where they lie directly in a class's folder.
 
     Returns:
         The files in order of class, folder and name.
@@ -180,10 +180,9 @@ def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool], 
         UnreadableFolder: A folder can't be read.
     """
     root, left_out = os.path.abspath(root), LeftOut()
-    left_out.apart += [os.path.join(root, name) for name in apart]
     paths, targets = [], []
     for target, class_name in enumerate(classes):
-        for subfolder, files in walk(os.path.join(root, class_name), left_out):
+        for subfolder, files in walk(os.path.join(root, class_name), left_out, apart):
             folder = os.path.join(class_name, subfolder) if subfolder else class_name
             wanted = left_out.sort_out(files, is_wanted)
             paths += [os.fsencode(os.path.join(folder, file)) for file in wanted]
@@ -198,7 +197,7 @@ def list_files(root: str, classes: list[str], is_wanted: Callable[[str], bool], 
     return Listing(root, names, ends, np.array(targets, np.int32), left_out, classes)
 
 
-def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str]]]:
+def walk(root: str, left_out: LeftOut | None = None, apart: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
     """Return each folder below a root, relative to it, with the sorted names of its files, in order of their paths.
 
     The root itself comes first, as "". Symbolic links are followed, but every folder is listed once, and none that
@@ -207,6 +206,7 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
     Args:
         root: Folder to search.
         left_out: Takes what is left out, but for hidden files.
+        apart: Names of folders in the root to leave out.
 
     Raises:
         UnreadableFolder: A folder can't be read.
@@ -228,10 +228,9 @@ def walk(root: str, left_out: LeftOut | None = None) -> list[tuple[str, list[str
             continue
         seen.add(identity)
         subfolders, files, is_run = scan_folder(path, folder, left_out)
-        if is_run and folder:
+        if folder and (is_run or folder in apart):
             left_out.apart.append(path)
             continue
-        subfolders = [entry for entry in subfolders if os.path.join(root, entry[0]) not in left_out.apart]
         folders += [name for name, is_link in subfolders if not is_link]
         links = sorted(links + [name for name, is_link in subfolders if is_link])
         found.append((folder, files))
