@@ -8,5 +8,5 @@ encoder=${ENCODER:-weights/mae_vit_demo_patch4_cifar10/model.safetensors}
 
 # Augmentation and schedule of the rows in which all layers are trained.
 train=(--crop_scale 0.6 1.0 --aa none --reprob 0 --smoothing 0.1 --drop_path 0 --batch_size 128 --warmup_epochs 5)
-all_labels=("${train[@]}" --epochs 50 --eval_freq 5)
+all_labels=("${train[@]}" --epochs 30 --eval_freq 5)
 few_labels=("${train[@]}" --train_fraction 0.1 --epochs 100 --eval_freq 10)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fine-tune all layers of the encoder for 50 epochs.
+# Fine-tune all layers of the encoder for 30 epochs.
 . "$(dirname "$0")/common.sh"
 
 python main_finetune.py "${classify[@]}" --output_dir "$out/finetune-seed$seed" --finetune "$encoder" \
-    "${all_labels[@]}" --layer_decay 0.75 --lr 2e-3 "$@"
+    "${all_labels[@]}" --layer_decay 0.75 --lr 4e-3 "$@"
 keep finetune
