@@ -1,11 +1,12 @@
 """Run the paper's ablations at the scale of the samples: 2,000 training images, 2,000 others, three seeds.
 
-    python recipes/ablations.py                        all, two runs at a time with one thread each: about 3 hours
+    python recipes/ablations.py --results FOLDER       all, two runs at a time with one thread each: about 3 hours
     python recipes/ablations.py --only mask_ratio      or decoder_depth, targets, sampling, length, partial
 
 Every variant changes one aspect of demo.py's recipe (block50 also the mask ratio, the lengths also the warm-up), and is
-pre-trained, linearly probed and fine-tuned. At this scale only trends can be compared with the paper. Runs that are
-complete are skipped, and interrupted ones are resumed. `python scripts/results.py` makes tables and plots of the logs.
+pre-trained, linearly probed and fine-tuned. At this scale only trends can be compared with the paper. Runs that were
+interrupted are resumed; runs whose logs are stored, as those of results/ are, are not repeated.
+`python scripts/results.py` makes tables and plots of the logs.
 
 results/ablations/<variant>/seed<S>/{pretrain,probe,finetune,partial*}.jsonl      the runs' log.txt
 """
@@ -46,7 +47,9 @@ TRAINABLE = ("0", "0.5", "1", "2", "4")
 
 
 def run(step: str, command: str, output: Path, log: Path) -> None:
-    """Run one script, resuming it if it was interrupted, unless its log has been stored already.
+    """Run one script unless its log has been stored already, and print the figures of its last epoch.
+
+    A run that was interrupted is resumed.
 
     Args:
         step: Name of the run, for messages.
@@ -57,9 +60,15 @@ def run(step: str, command: str, output: Path, log: Path) -> None:
     Raises:
         SystemExit: The run failed.
     """
-    if log.exists():
-        return
+    stored = log.exists()
+    if not stored:
+        _train(step, command, output, log)
+    last = json.loads(log.read_text().splitlines()[-1])
+    figures = "  ".join(f"{name} {last[name]:.4g}" for name in ("train_loss", "test_acc1") if name in last)
+    print(f"{step}: {figures}" + (f"  (not repeated: stored in {log})" if stored else ""), flush=True)
 
+
+def _train(step: str, command: str, output: Path, log: Path) -> None:
     # One thread and no loader processes: several runs go on at a time.
     output.mkdir(parents=True, exist_ok=True)
     arguments = [*shlex.split(command), "--num_workers", "0", "--resume", "auto", "--output_dir", str(output)]
@@ -72,9 +81,6 @@ def run(step: str, command: str, output: Path, log: Path) -> None:
     # Store the log; that it is there marks the run as complete.
     log.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(output / "log.txt", log)
-    last = json.loads(log.read_text().splitlines()[-1])
-    figures = "  ".join(f"{name} {last[name]:.4g}" for name in ("train_loss", "test_acc1") if name in last)
-    print(f"{step}: {figures}", flush=True)
 
 
 def chain(variant: str, flags: str, seed: int, output: Path, results: Path, partial: bool) -> None:
