@@ -29,7 +29,7 @@ def train_one_epoch(
     run: Run | None = None,
     print_freq: int = 20,
 ) -> dict[str, float]:
-    """Train the classifier on every batch of the epoch that is left.
+    """Train the classifier on the epoch's remaining batches: all, unless the run was resumed within the epoch.
 
     Args:
         model: The classifier, in DDP where there are several ranks.
@@ -137,7 +137,7 @@ def evaluate(
         scores = scores or Scores(heads, logits.shape[2], device, confusion=bool(settings.confusion))
         scores.update(logits, targets)
 
-    # Only here does anything wait for the device. Of a few images a rank may have had none.
+    # Only reading the counts waits for the device. Where images are few, a rank may have had none, and have no scores.
     if settings.distributed:
         classes = max(dist.gather(len(scores.support) if scores else 0))
         scores = scores or Scores(heads, classes, device, confusion=bool(settings.confusion))
@@ -148,9 +148,10 @@ def evaluate(
         write_confusion(settings, scores.table[best], loader.dataset.classes)
 
     stats = dict(figures[best])
-    for name, head in zip(settings.head_names or [], figures if settings.head_names else [], strict=True):
-        dist.print_rank0(f"{name}: {_line(head)}")
-        stats |= {f"{key}_{name}": value for key, value in head.items()}
+    if settings.head_names:
+        for name, head in zip(settings.head_names, figures, strict=True):
+            dist.print_rank0(f"{name}: {_line(head)}")
+            stats |= {f"{key}_{name}": value for key, value in head.items()}
     dist.print_rank0(f"balanced accuracy {stats['balanced_acc']:.3f} macro F1 {stats['macro_f1']:.3f}")
     dist.print_rank0(f"* {_line(stats)}")  # other programs read this line: its form stays
     return stats

@@ -22,7 +22,7 @@ def train_one_epoch(
     run: Run | None = None,
     print_freq: int = 20,
 ) -> dict[str, float]:
-    """Pre-train the autoencoder on every batch of the epoch that is left.
+    """Pre-train the autoencoder on the epoch's remaining batches: all, unless the run was resumed within the epoch.
 
     Args:
         model: The autoencoder, in DDP where there are several ranks.
@@ -46,9 +46,8 @@ def train_one_epoch(
 
     # Every print_freq steps the iterator prints a line, and calls run.report.
     for step, (imgs, _) in meters.log_every(loader, print_freq, epoch):
-        # Without noise the model draws its own, uniformly; other masks are noise whose order removes blocks or a grid.
+        # The patches with the smallest noise stay visible. The model draws the noise of random masks itself.
         noise = masking.noise(mask_sampling, len(imgs), grid, imgs.device) if grid else None
-
         with updater.micro_step(epoch, step, len(loader)):
             loss, _, _ = model(imgs, mask_ratio=mask_ratio, noise=noise)
         skipped = updater.backward(loss)  # None inside an accumulation group

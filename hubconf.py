@@ -98,7 +98,7 @@ def _classifier(
 
 
 def _load(size: str, weights: str | os.PathLike | None) -> tuple[str, dict]:
-    """Read a checkpoint: its name, and its content. "included" is the one of this repository for this encoder."""
+    """Read a checkpoint, and return its name and its content; "included" is this repository's own for this encoder."""
     if weights is None:
         raise errors.UserError("weights=None: name a checkpoint, since an encoder of random values has no use")
     if weights == "included":

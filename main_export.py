@@ -34,7 +34,7 @@ import models_mae
 import models_vit
 from util import errors, inference
 from util.checkpoint import comparison, formats
-from util.checkpoint.files import checkpoint_args, is_url, load_checkpoint
+from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load_checkpoint
 from util.checkpoint.output_dir import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.command_line import Parser
 from util.data.class_names import read_class_names
@@ -123,12 +123,12 @@ class Source:
 
     @property
     def config(self) -> dict:
-        """Arguments that build the model."""
+        """Return the arguments that build the model."""
         return self.model.config
 
     @property
     def img_size(self) -> tuple[int, int]:
-        """Height and width of the model's images in pixels."""
+        """Return height and width of the model's images in pixels."""
         return to_2tuple(self.config["img_size"])
 
     def encoder(self) -> models_vit.VisionTransformer:
@@ -150,7 +150,7 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     if "probe" not in config:
         return state
     weight, bias = state["head.1.weight"], state["head.1.bias"]
-    scale = (state["head.0.running_var"] + 1e-6).rsqrt()
+    scale = (state["head.0.running_var"] + models_vit.PROBE_EPS).rsqrt()
     folded = {name: value for name, value in state.items() if not name.startswith("head.")}
     folded["head.weight"] = weight * scale
     folded["head.bias"] = bias - weight @ (state["head.0.running_mean"] * scale)
@@ -200,7 +200,7 @@ def to_hf(folder: Path, source: Source) -> None:
     problem = ""
     if height != width:
         problem = f"it is for {height} x {width} pixels; Hugging Face's ViTMAE and ViT are for squares"
-    elif source.classes and (source.config.get("global_pool") or source.config.get("probe") == "attentive"):
+    elif source.classes and source.config.get("global_pool"):
         problem = "it pools the patches, and Hugging Face's ViT classifies the class token: train it with --cls_token"
     elif source.classes is None and "norm.weight" not in state:
         problem = "its encoder has no final LayerNorm (norm), which Hugging Face's ViT always has"
@@ -417,19 +417,11 @@ def exported_figures(checkpoint: dict, ema: bool) -> dict[str, str]:
     return figures
 
 
-def effective_batch(flags: dict) -> int | None:
-    """Return the number of images per update over all ranks, or None if the flags do not tell."""
-    names = ("batch_size", "accum_iter", "world_size")
-    if not all(name in flags for name in names):
-        return None
-    return flags["batch_size"] * flags["accum_iter"] * flags["world_size"]
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint as the flags say (argv defaults to the command line's)."""
     args = get_args(argv)
-    if problem := unwritable(str(args.output)):
+    if problem := unwritable(args.output):
         raise UserError(f"--output {args.output} can't be written to: {problem}")
     if would_replace(args.resume, args.output):
         raise UserError(f"--output {args.output} would replace --resume {args.resume} itself: choose another folder")

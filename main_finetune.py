@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     checks.check(args, models_vit.MODELS)
 
-    # Join the other processes; the run has output_dir for itself.
+    # Join the other processes, and lock output_dir, so that no second run writes to it.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
     checks.lock_output_dir(args)
 
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args, pretrained=options.starts_pretrained(args, source)).to(device)
     scaler = LossScaler(args.amp, device)
 
-    # With --eval that is all.
+    # With --eval: evaluate the checkpoint, and stop.
     if args.eval:
         numbers = weights.load_for_eval(source, model, vars(args), list(classes), options.class_names(args))
         models_vit.select_classes(model, numbers)

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     checks.check(args, models_vit.MODELS)
 
-    # Join the other processes; the run has output_dir for itself.
+    # Join the other processes, and lock output_dir, so that no second run writes to it.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
     checks.lock_output_dir(args)
 
@@ -98,11 +98,11 @@ def main(argv: list[str] | None = None) -> None:
     classes = val_loader.dataset.class_to_idx
     source = misc.resolve_resume(args.resume, args.output_dir, "linprobe", args.model)
     rates = args.blr if isinstance(args.blr, list) else [args.blr]
-    settings = options.evaluation(args, [f"blr{blr:g}" for blr in rates] if len(rates) > 1 else None)
+    settings = options.evaluation(args, [models_vit.head_name(blr) for blr in rates] if len(rates) > 1 else None)
     model = build_model(args, rates, pretrained=options.starts_pretrained(args, source)).to(device)
     scaler = LossScaler(args.amp, device)
 
-    # With --eval that is all.
+    # With --eval: evaluate the checkpoint, and stop.
     if args.eval:
         numbers = weights.load_for_eval(source, model, vars(args), list(classes), options.class_names(args))
         models_vit.select_classes(model, numbers)

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     given = read_class_names(args.class_names) if args.class_names else None
     classes = comparison.class_names(args.resume, checkpoint, model.config["num_classes"], given)
     if classes is None:
-        raise UserError(f"{args.resume} holds no class names: pass --class_names FILE, with a name a line")
+        raise UserError(f"{args.resume} holds no class names: pass --class_names FILE, with one name per line")
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
 
     # Write a line per image as soon as it is classified. The best class stands twice: by itself, and as the first of k.

@@ -57,7 +57,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     sampling_help = "which patches are masked: random ones, blocks of them, or all but a grid"
     add("--mask_sampling", default="random", choices=masking.KINDS, help=sampling_help)
     add("--norm_pix_loss", action="store_true", help="predict patches normalised by their own mean and variance")
-    init_help = "start from this checkpoint's encoder, and its decoder if it has one; not where --resume finds a run"
+    init_help = "start from this checkpoint's encoder, and its decoder if it has one; ignored if --resume finds a run"
     add("--init", default="", metavar="FILE_OR_URL", help=init_help)
     add = parser.add_argument_group("decoder").add_argument
     add("--decoder_dim", type=int, metavar="WIDTH", help="width of the decoder; default: the model's")
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     checks.check(args, models_mae.MODELS)
 
-    # Join the other processes; the run has output_dir for itself.
+    # Join the other processes, and lock output_dir, so that no second run writes to it.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
     checks.lock_output_dir(args)
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     transform = Crop(args.input_size, args.crop_scale)
     loader = loaders.train_loader(data, transform, pixels, loading, flat=True)
 
-    # Model. A wrong --resume is found before anything heavy.
+    # Model. A run that is resumed does not start from --init.
     source = misc.resolve_resume(args.resume, args.output_dir, "pretrain", args.model)
     model = models_mae.MODELS[args.model](**options.model_size(args), norm_pix_loss=args.norm_pix_loss)
     if args.init and not source:
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     model = dist.wrap(model, device, static=args.accum_iter == 1)
     updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad)
 
-    # What is looked at every few epochs: pictures, loss and k-NN.
+    # Monitoring every few epochs: reconstructions, loss and k-NN accuracy on val/.
     evaluate = None
     if args.monitor_freq:
         views = loaders.monitor_loaders(data, loader.dataset.images, CentreCrop(args.input_size), loading)

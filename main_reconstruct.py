@@ -38,8 +38,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     inference.add_norm_pix_loss(parser)
     inference.add_flags(parser)
     args = parser.parse_args(argv)
-    if not 0 < args.mask_ratio < 1 or args.num < 1:
-        parser.error("--mask_ratio must lie between 0 and 1, --num must be at least 1")
+    if args.num < 1:
+        parser.error("--num must be at least 1")
     return args
 
 
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load_checkpoint(args.resume)
     model = models_mae.from_checkpoint(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()
     size, grid, num_patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
-    if not 1 <= models_mae.num_visible(num_patches, args.mask_ratio) < num_patches:
-        raise UserError(f"--mask_ratio {args.mask_ratio} must keep and remove at least one of {num_patches} patches")
+    if problems := masking.ratio_problems(args.mask_ratio, num_patches):
+        raise UserError(problems[0])
 
     # Load the images, remove patches, and reconstruct. The masks are the same in every call.
     batches = inference.Batches(files, size, inference.preprocessing_as_trained(checkpoint, model.in_chans, args))

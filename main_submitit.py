@@ -103,9 +103,10 @@ def job_flags(args: argparse.Namespace) -> list[str]:
     parsed = script.get_args(flags)
     evaluation = getattr(parsed, "eval", False)
     if parsed.resume not in ("", "auto") and not evaluation:
+        start_flag = "--init" if args.job == "pretrain" else "--finetune"
         raise UserError(
             f"--resume {parsed.resume}: a submitted job resumes from its own folder only (--resume auto); omit the "
-            "flag, or start from a checkpoint's encoder with --finetune"
+            f"flag, or start from a checkpoint's encoder with {start_flag}"
         )
     problems = checks.flag_problems(parsed, MODELS[args.job])
     if parsed.overwrite:

@@ -18,15 +18,11 @@ from torch.nn import functional as F
 
 import models_vit
 from models_vit import SIZES
-from util.checkpoint import comparison
+from util.checkpoint import weights
 from util.checkpoint.files import checkpoint_args
 from util.errors import UserError
+from util.masking import num_visible
 from util.pos_embed import sincos_pos_embed
-
-
-def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """Return the number of patches that stay visible under a mask ratio."""
-    return int(num_patches * (1 - mask_ratio))
 
 
 def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
@@ -268,15 +264,8 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
         config["norm_pix_loss"] = bool(checkpoint_args(checkpoint).get("norm_pix_loss", norm_pix_loss))
 
     model = from_config(config)
-    comparison.refuse_other_kinds(source, state, model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first_mismatch = str(error).splitlines()[1].strip()
-        raise UserError(
-            f"{source} holds no masked autoencoder that can be built here: {first_mismatch}. Use a checkpoint of "
-            "main_pretrain.py or a released file with decoder"
-        ) from error
+    remedy = "Use a checkpoint of main_pretrain.py or a released file with decoder"
+    weights.load_exactly(model, state, source, "masked autoencoder", remedy)
     return model
 
 
@@ -285,12 +274,21 @@ def _config_from_shapes(state: dict[str, Tensor], source: str) -> dict:
 
     The number of the decoder's attention heads leaves no trace in the shapes: it is taken from the model of MODELS with
     a decoder of this width and depth; if there is none, it is 16, as in the paper.
+
+    Raises:
+        UserError: The encoder is none of models_vit.py, or the decoder is none of Transformer blocks.
     """
     encoder = models_vit.config_of(state, source)
-    decoder = {
-        "decoder_embed_dim": state["decoder_embed.weight"].shape[0],
-        "decoder_depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks.")),
-    }
+    try:
+        decoder = {
+            "decoder_embed_dim": state["decoder_embed.weight"].shape[0],
+            "decoder_depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks.")),
+        }
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{source} holds no decoder of Transformer blocks (decoder_embed, decoder_blocks), so it cannot be built "
+            "here: use a checkpoint of main_pretrain.py, or a released file with decoder"
+        ) from error
     same_decoder = [known.keywords for known in MODELS.values() if decoder.items() <= known.keywords.items()]
     decoder["decoder_num_heads"] = same_decoder[0]["decoder_num_heads"] if same_decoder else 16
     return {name: encoder[name] for name in models_vit.TRUNK} | decoder

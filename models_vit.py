@@ -27,6 +27,7 @@ SIZES = {
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
+PROBE_EPS = 1e-6  # of the BatchNorm before a probe's head
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -91,6 +92,11 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None)]}
 
 
+def head_name(blr: float) -> str:
+    """Return the name of a sweep's head in the log: `test_acc1_blr0.1` is the accuracy of the head of --blr 0.1."""
+    return f"blr{blr:g}"
+
+
 class ProbeHeads(nn.Module):
     """Several linear heads on the same normalised features; the heads start as copies of one."""
 
@@ -104,7 +110,7 @@ class ProbeHeads(nn.Module):
 
 
 def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
-    """Freeze the model, in place, but for its head and its last blocks (partial fine-tuning: paper, Figure 9).
+    """Freeze the model, in place, except for its head and its last blocks (partial fine-tuning: paper, Figure 9).
 
     Args:
         model: The classifier.
@@ -139,7 +145,7 @@ class BatchNormOverRanks(nn.BatchNorm1d):
 
     def forward(self, features: Tensor) -> Tensor:
         """Normalise the features [N, D] of this rank's images; in training, also update the running statistics."""
-        # On "meta" one rank alone counts operations: the others would not answer.
+        # count_flops runs the model on "meta", where tensors hold no values to exchange.
         if not self.training or dist.world_size() == 1 or features.is_meta:
             return super().forward(features)
 
@@ -180,7 +186,7 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
     nn.init.trunc_normal_(model.head.weight, std=0.01)
     model.head.requires_grad_(True)
     head = model.head if heads == 1 else ProbeHeads(model.head, heads)
-    model.head = nn.Sequential(BatchNormOverRanks(model.embed_dim, affine=False, eps=1e-6), head)
+    model.head = nn.Sequential(BatchNormOverRanks(model.embed_dim, affine=False, eps=PROBE_EPS), head)
     model.config |= {"probe": "attentive" if attentive else "linear", "probe_heads": heads}
     return model
 
@@ -217,7 +223,7 @@ def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransfor
         return model
     stats, flags = checkpoint.get("stats") or {}, checkpoint_args(checkpoint)
     rates = flags.get("blr") or [0.0]
-    accuracies = [stats.get(f"test_{flags.get('best_by', 'acc1')}_blr{blr:g}", -1.0) for blr in rates]
+    accuracies = [stats.get(f"test_{flags.get('best_by', 'acc1')}_{head_name(blr)}", -1.0) for blr in rates]
     best = accuracies.index(max(accuracies))
     evaluated = accuracies[best] >= 0
     reason = f"the best one, accuracy {accuracies[best]:.2f} %" if evaluated else "the first one: none was evaluated"
@@ -269,15 +275,8 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
         state = {name: value for name, value in state.items() if name in encoder_names}
 
     model = from_config(config)
-    comparison.refuse_other_kinds(source, state, model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first_mismatch = str(error).splitlines()[1].strip()
-        raise UserError(
-            f"{source} holds no Vision Transformer that can be built here: {first_mismatch}. Use a checkpoint of "
-            "main_pretrain.py, main_finetune.py or main_linprobe.py, or a released file"
-        ) from error
+    remedy = "Use a checkpoint of main_pretrain.py, main_finetune.py or main_linprobe.py, or a released file"
+    weights.load_exactly(model, state, source, "Vision Transformer", remedy)
     return keep_best_head(model, checkpoint)
 
 

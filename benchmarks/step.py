@@ -67,7 +67,7 @@ ROWS = ("ours", "ours_eager", "off", "hf", "hf_best", "hf_compiled")
 
 
 def build_model(job: str, name: str) -> nn.Module:
-    """Build a job's model as its script does but for two flags, in fp32 on PyTorch's default device.
+    """Build a job's model as its script does, except for two flags, in fp32 on PyTorch's default device.
 
     Pre-training has --norm_pix_loss; fine-tuning has no stochastic depth (the script's --drop_path is 0.1).
     """

@@ -53,7 +53,7 @@ def build(row: str, args: argparse.Namespace, _: dict) -> Step:
         args: Flags of this script.
         _: Setting of the row; not used.
     """
-    # Everything as the scripts have it, but for what the row changes.
+    # Everything as the scripts have it, except for what the row changes.
     torch.manual_seed(0)
     device = torch.device(args.device)
     model = models_mae.MODELS[args.model](norm_pix_loss=True).to(device).train()

@@ -110,11 +110,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--in_chans", default=3, type=int, help="channels of the images")
     add("--num", type=int, help="number of images to use, evenly spread; default: all")
     options.add_val_flags(parser)
-    inference.add_size_limit(parser)
+    options.add_size_limit(parser)
     args = parser.parse_args(argv)
-    if args.in_chans < 1 or (args.num is not None and args.num < 1):
-        raise UserError("--in_chans and --num must be at least 1")
-    if problems := inference.size_limit_problems(args) + checks.val_problems(args):
+    problems = checks.range_problems(args)
+    if args.num is not None and args.num < 1:
+        problems.append(f"--num {args.num} must be at least 1")
+    if problems:
         raise UserError("; ".join(problems))
     return args
 

@@ -30,7 +30,7 @@ from util.data.listing import join_names, read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.parquet import read_parquets
-from util.packing.shards import Images
+from util.packing.shards import PackedImages
 from util.packing.sources import check_images, from_listing, list_tars, readable
 from util.packing.streams import OPENERS, read_compressed, read_zips
 from util.packing.writing import index_archives, pack_split
@@ -40,7 +40,7 @@ KINDS = {b"PK": "zip", b"PAR1": "parquet"} | dict.fromkeys(OPENERS, "compressed 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1024
 
 
-def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, Images]]:
+def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, PackedImages]]:
     """Yield the folder to write, and the images to pack into it, for each split in the sources.
 
     Args:
@@ -110,7 +110,7 @@ def _kind(path: Path) -> str:
 
 
 def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
-    """Return the splits train and val that a folder holds, or, as "", the folder itself; errors as of find_split."""
+    """Return the splits train and val of a folder, or, as "", the folder itself; raises what find_split raises."""
     # Images or archives beside val are those of train.
     val = splits.find_split(str(folder), "val")
     train = splits.find_split(str(folder), "train", flat=val is not None)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     options.add_val_flags(parser)
     parser.add_argument("--iterations", default=200, type=int, help="largest number of lbfgs iterations")
     args = parser.parse_args(argv)
-    if problems := checks.val_problems(args):
+    if problems := checks.range_problems(args):
         raise UserError("; ".join(problems))
     try:
         from sklearn.linear_model import LogisticRegression

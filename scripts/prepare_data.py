@@ -82,7 +82,7 @@ def write(samples: Iterator[Sample], folder: Path, per_class: int | None) -> Non
     """Write samples to folder/<class>/<number>.png.
 
     Args:
-        samples: Of one split.
+        samples: Images of one split.
         folder: Folder of the split.
         per_class: Number of images to write of each class, compressed as far as PNG goes; None: all.
     """

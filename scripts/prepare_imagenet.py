@@ -36,7 +36,7 @@ from util.data.archive_index import load_index
 from util.data.archives import open_archive
 from util.data.splits import ARCHIVE, is_image
 from util.errors import UserError
-from util.packing.shards import SHARD_SIZE, Images
+from util.packing.shards import SHARD_SIZE, PackedImages
 from util.packing.sources import readable
 from util.packing.streams import StrictInfo
 from util.packing.writing import pack_split
@@ -201,7 +201,7 @@ def class_archives(source: Path, mode: str) -> Iterator[tuple[str, int, tarfile.
 
     Args:
         source: The training archive.
-        mode: As of tarfile.open: "r", or "r:" if nothing may be compressed.
+        mode: That of tarfile.open: "r", or "r:" if nothing may be compressed.
 
     Raises:
         UserError: The archive holds something else than archives of classes, or, at the end, not 1,000 of them.
@@ -250,7 +250,7 @@ def _pack(places: dict[str, Place], folder: Path) -> None:
         folder: Folder of the shards.
 
     Raises:
-        UserError: As of pack_split.
+        UserError: What pack_split raises.
     """
     names = sorted(places)
 
@@ -263,7 +263,7 @@ def _pack(places: dict[str, Place], folder: Path) -> None:
 
     sizes = [places[name][2] for name in names]
     classes = sorted({name.partition("/")[0] for name in names})
-    pack_split(Images(names, sizes, classes, read), folder, SHARD_SIZE)
+    pack_split(PackedImages(names, sizes, classes, read), folder, SHARD_SIZE)
 
 
 def pack_val(source: Path, labels: list[str], output: Path) -> None:

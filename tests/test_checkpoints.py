@@ -238,8 +238,17 @@ def save_spoiled(path, target, spoil):
     return str(target)
 
 
+def test_auto_goes_back_to_nothing_even_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = autoencoder()
+    optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
+    assert not checkpoints(".", model, optimizer, resume="auto").goes_back
+    assert checkpoints(".", model, optimizer, resume="checkpoint-0.pth").goes_back
+    assert not checkpoints(".", model, optimizer, resume="checkpoint-last.pth").goes_back
+
+
 def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_path):
-    """A missing decoder, a wrong head, another job, other classes or other pooling are named, with a remedy."""
+    """A missing decoder, a wrong head, other classes or other pooling are named, with a remedy."""
     path, _ = checkpoint
 
     def no_decoder(stored):
@@ -248,15 +257,13 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
     file = save_spoiled(path, tmp_path / "encoder.pth", no_decoder)
     with pytest.raises(
         UserError,
-        match=r"pass it as --finetune\n  kind: encoder, without head or decoder in the file, autoencoder",
+        match=r"pass it as --init\n  kind: encoder, without head or decoder in the file, autoencoder",
     ):
-        resume(file, autoencoder())
-    file = save_spoiled(path, tmp_path / "job.pth", lambda stored: stored.update(job="linprobe"))
-    with pytest.raises(UserError, match="of another job, linprobe: pass it as --finetune"):
         resume(file, autoencoder())
 
     vit = classifier()
-    keeper = checkpoints(tmp_path, vit, optim.finetune_optimizer(vit, 1, 0, 1), "finetune", class_to_idx={"a": 0})
+    classes = {"a": 0, "c": 1, "d": 2}
+    keeper = checkpoints(tmp_path, vit, optim.finetune_optimizer(vit, 1, 0, 1), "finetune", class_to_idx=classes)
     keeper.save(Position(7), whole_epoch=True)
     file, args = str(tmp_path / "checkpoint-7.pth"), {"model": "small"}
     for model, message in (
@@ -274,7 +281,7 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         UserError, match=r"pass it as --finetune\n  kind: autoencoder \(main_pretrain.py\) in the file, classifier"
     ):
         weights.load_for_eval(path, classifier(), args, [])
-    with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a; only in --data_path: b"):
+    with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a, c, d; only in --data_path: b"):
         weights.load_for_eval(file, classifier(), args, ["b"])
     fresh = classifier()
     _, unused = weights.load_pretrained(file, fresh)

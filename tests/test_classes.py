@@ -66,6 +66,7 @@ def test_names_that_are_not_utf8_are_those_of_folders(tmp_path):
         ("a\n\nb", "holds an empty name"),
         ("a\nb\na", "names classes twice: a"),
         ('{"0": "a", "2": "b"}', "its 2 classes do not have the numbers from 0 to 1"),
+        ('{"cat": 0, "kitten": 0, "dog": 1}', "two of its names have the same number"),
         ('{"a": "b"}', "can't be used: invalid literal"),
         ("[1, 2]", "it holds other things than names"),
         ('["a", {"b": 1}]', "it holds other things than names"),

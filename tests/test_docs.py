@@ -29,7 +29,7 @@ SCRIPTS = [
     *("main_export", "main_submitit", "demo", "recipes.segmentation.train", "benchmarks.gpu", "benchmarks.step"),
     *("benchmarks.loader", "benchmarks.masking", "benchmarks.peaks", "benchmarks.train", "benchmarks.tuning"),
     *("scripts.mean_std", "scripts.pack", "scripts.pixel_baseline", "scripts.prepare_data", "scripts.prepare_imagenet"),
-    "scripts.benchmark_tables",
+    *("scripts.benchmark_tables", "recipes.ablations"),
 ]
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, SAMPLES, link_images
 import main_finetune
 import main_linprobe
 import main_pretrain
+from util import inference
 from util.data import datasets, loaders
 from util.data.holdout import choose_held_out
 from util.data.images import Pixels
@@ -133,6 +134,16 @@ def test_pretraining_holds_out_what_fine_tuning_does_and_images_without_classes_
         (tmp_path / "loose" / f"{number}.png").symlink_to(file.resolve())
     train, val = parts(tmp_path / "loose", flat=True)
     assert 0 < len(val) < 20 and len(train) + len(val) == 40 and not set(train) & set(val)
+
+    # Images beside folders: the scripts leave out what pre-training holds out, as of one class.
+    (tmp_path / "mixed").mkdir()
+    for number, file in enumerate(sorted(folder.glob("train/*/*"))):
+        place = tmp_path / "mixed" / (f"{number // 4}" if number % 2 else "") / f"{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(file.resolve())
+    train, _ = parts(tmp_path / "mixed", flat=True)
+    found = inference.find([tmp_path / "mixed"], val_fraction=0.25)
+    assert sorted(str(file.relative_to(tmp_path / "mixed")) for file in found) == sorted(train)
 
 
 def held_out_on_ranks(path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait_for
 
+import main_linprobe
 from util.data.loaders import EpochSampler
 from util.distributed import signals
 
@@ -78,6 +79,28 @@ def test_an_error_ends_a_run_only_after_saving(fault, code, message, images, und
     assert stopped["epoch"] == 1 and stopped["position"]["images"] > 0, "nothing of the last epoch was saved"
     finish(images, tmp_path, "--num_workers", 0)
     assert_same_end(tmp_path, undisturbed / "pretrain")
+
+
+def test_an_error_leaves_a_probes_statistics_at_its_last_update(images, tmp_path, monkeypatch):
+    """BatchNorm has seen a batch of an update that was not made: the run that is resumed sees it again."""
+    calls, losses = [0], main_linprobe.head_losses
+
+    def failing(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 8:  # in the second epoch of five batches, of which two make an update
+            raise MemoryError("a fault of the test")
+        return losses(*args, **kwargs)
+
+    flags = "--num_workers", 0, "--accum_iter", 2
+    main_linprobe.main(list(map(str, job_argv(images, tmp_path / "undisturbed", *flags, job="linprobe"))))
+    argv = list(map(str, job_argv(images, tmp_path / "run", *flags, job="linprobe")))
+    monkeypatch.setattr(main_linprobe, "head_losses", failing)
+    with pytest.raises(MemoryError):
+        main_linprobe.main(argv)
+    monkeypatch.undo()
+    assert state(tmp_path / "run")["position"]["images"] == 32
+    main_linprobe.main([*argv, "--resume", "auto"])
+    assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

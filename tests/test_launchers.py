@@ -104,6 +104,15 @@ def test_ranks_without_an_address_to_meet_at_are_told(no_launcher):
     assert launchers.set_torchrun_env() == [] and os.environ["MASTER_PORT"] == "29500"
 
 
+def test_a_world_size_without_a_rank_is_a_message(no_launcher):
+    no_launcher.setenv("WORLD_SIZE", "8")
+    assert "WORLD_SIZE is 8, and RANK is not set" in launchers.set_torchrun_env()[0]
+    no_launcher.setenv("MASTER_ADDR", "node1")
+    assert "WORLD_SIZE is 8, and RANK is not set" in launchers.set_torchrun_env()[0]
+    no_launcher.setenv("WORLD_SIZE", "1")
+    assert launchers.set_torchrun_env() == []
+
+
 def test_the_cores_of_a_node_are_shared_out_once(no_launcher):
     no_launcher.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     no_launcher.setenv("LOCAL_WORLD_SIZE", "4")
@@ -161,7 +170,7 @@ def test_submitit_runs_two_processes_here_and_goes_on_after_its_signal(images, t
     [
         (["--epochs", 0], "--epochs 0 must be at least 1"),
         (["--no_such_flag"], "unknown flag --no_such_flag"),
-        (["--resume", "x.pth"], "resumes from its own folder only (--resume auto); omit the flag"),
+        (["--resume", "x.pth"], "omit the flag, or start from a checkpoint's encoder with --init"),
         (["--overwrite"], "choose another --job_dir"),
     ],
 )

@@ -16,6 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 
 import main_export
 import models_mae
+from util import masking
 from util.data import datasets
 from util.data.images import Pixels
 from util.data.splits import DataSpec
@@ -179,7 +180,7 @@ def test_lightly_keeps_as_many_patches():
     utils = pytest.importorskip("lightly.models.utils")
     for patches, ratio in ((196, 0.75), (64, 0.6), (49, 0.75), (256, 0.9)):
         kept, _ = utils.random_token_mask((1, 1 + patches), ratio)
-        assert kept.shape[1] - 1 == models_mae.num_visible(patches, ratio)
+        assert kept.shape[1] - 1 == masking.num_visible(patches, ratio)
 
 
 def test_images_are_decoded_as_torchvisions_loader_does(tmp_path):

@@ -220,11 +220,21 @@ def test_released_style_files_are_recognised_by_their_shapes(pretrained, images,
     assert found.config["decoder_num_heads"] == tiny.config["decoder_num_heads"] == 3
 
 
-@pytest.mark.parametrize(("spoil", "message"), [("encoder", "no decoder"), ("size", "no masked autoencoder")])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("encoder", "no decoder, so it"),
+        ("linear decoder", "no decoder of Transformer blocks"),
+        ("size", "no masked autoencoder"),
+    ],
+)
 def test_unfit_checkpoints_are_refused(spoil, message, pretrained, images, tmp_path):
     checkpoint = torch.load(pretrained / "checkpoint-5.pth", weights_only=False)
     if spoil == "encoder":
         checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if "decoder" not in k and k != "mask_token"}
+    elif spoil == "linear decoder":
+        checkpoint["model"] = {k: v for k, v in checkpoint["model"].items() if "decoder_blocks" not in k}
+        del checkpoint["model_config"]
     else:
         checkpoint["model_config"]["patch_size"] = 7
     torch.save(checkpoint, tmp_path / "unfit.pth")
@@ -287,6 +297,12 @@ def test_predictions_bear_the_checkpoints_names(images, tmp_path):
     torch.save(checkpoint, tmp_path / "classifier.pth")
     with pytest.raises(UserError, match="no class names"):
         main_predict.main(list(map(str, [*words, "--device", "cpu"])))
+
+    # Another program's numbers may begin with 1, or name a part of the classes only.
+    for numbers in ({"x": 1, "y": 2, "z": 3}, {"x": 0, "y": 1}, {"x": 0, "y": 1, "z": 2, "v": 3}):
+        torch.save({**checkpoint, "class_to_idx": numbers}, tmp_path / "classifier.pth")
+        with pytest.raises(UserError, match="does not give each number from 0 to 2 to one name"):
+            main_predict.main(list(map(str, [*words, "--device", "cpu"])))
 
 
 def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():

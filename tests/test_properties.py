@@ -59,7 +59,7 @@ def test_patches_are_cut_row_by_row_and_joined_again(h, w, patch, channels):
 
 @given(h=sides, w=sides, ratio=st.floats(0, 1, exclude_max=True), kind=st.sampled_from(masking.KINDS), N=sides)
 def test_masks_keep_exactly_k_of_l(h, w, ratio, kind, N):
-    kept = models_mae.num_visible(h * w, ratio)
+    kept = masking.num_visible(h * w, ratio)
     assert kept == int(h * w * (1 - ratio))
     model, x = grid_model((h, w), 1, 1), torch.arange(h * w).expand(N, -1)[..., None]
     visible, mask, ids_restore = model.random_masking(x, ratio, masking.noise(kind, N, (h, w), CPU))

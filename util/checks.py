@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from util import options
+from util import masking, options
 from util.checkpoint import output_dir
 from util.checkpoint.files import is_url
 from util.checkpoint.formats import weights_in
@@ -29,7 +29,7 @@ MASK_RATIO = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remov
 BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
 SEED = (lambda x: 0 <= x < 2**31, "must be at least 0 and less than 2147483648")
 
-# The flags of each range. Those that a job lacks, and those left at None, are not checked.
+# The flags of each range. Those that a job or a script lacks, and those left at None, are not checked.
 FLAGS_BY_RANGE = [
     (AT_LEAST_1, "batch_size accum_iter epochs save_freq eval_freq keep max_bad_steps nb_classes"),
     (AT_LEAST_1, "input_size patch_size in_chans decoder_dim decoder_depth decoder_heads recount"),
@@ -73,7 +73,7 @@ def lock_output_dir(args: argparse.Namespace) -> None:
 
 def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
     """Return the problems that the flags have by themselves, on whichever machine they are to run."""
-    problems = _out_of_range(args, FLAGS_BY_RANGE)
+    problems = range_problems(args)
     problems += _model_problems(args, models) + _training_problems(args)
     if not args.data_path:
         problems.append(
@@ -82,19 +82,15 @@ def flag_problems(args: argparse.Namespace, models: dict) -> list[str]:
     return problems
 
 
-def _out_of_range(args: argparse.Namespace, flags_by_range: list[tuple]) -> list[str]:
+def range_problems(args: argparse.Namespace) -> list[str]:
+    """Return the problems of flags, of a job or of a script, whose values lie out of the ranges of FLAGS_BY_RANGE."""
     return [
         f"--{name} {value} {message}"
-        for (in_range, message), names in flags_by_range
+        for (in_range, message), names in FLAGS_BY_RANGE
         for name in names.split()
         for value in _values(getattr(args, name, None))
         if not in_range(value)
     ]
-
-
-def val_problems(args: argparse.Namespace) -> list[str]:
-    """Check --val_fraction and --val_seed; return a list of messages."""
-    return _out_of_range(args, [(BELOW_1, "val_fraction"), (SEED, "val_seed")])
 
 
 def _values(value: object) -> list | tuple:
@@ -124,8 +120,8 @@ def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
         problems += _decoder_problems(args, models)
     patches = math.prod(side // patch for side in (sides * 2)[:2])
     ratio = getattr(args, "mask_ratio", None)
-    if ratio is not None and 0 < ratio < 1 and not 1 <= int(patches * (1 - ratio)) < patches:
-        problems.append(f"--mask_ratio {ratio} must keep and remove at least one of {patches} patches")
+    if ratio is not None and 0 < ratio < 1:
+        problems += masking.ratio_problems(ratio, patches)
     return problems
 
 

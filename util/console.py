@@ -1,4 +1,4 @@
-"""The console may lack a character, be full, closed or gone: none of that ends a run."""
+"""Output that never raises: the console may lack a character, be full, closed or gone, and the run goes on."""
 
 import os
 import sys

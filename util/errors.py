@@ -2,7 +2,7 @@
 
 2    the user can fix it: flags, data, checkpoint, a full disk or GPU
 1    the run failed: gradients that are not finite, a loader process or another rank that died or does not answer; or
-     the work was done but for inputs that are named
+     the work was done, except for some inputs, which are named
 143  stopped by SIGTERM, SIGUSR1, SIGUSR2 or SIGHUP after saving; 130 by SIGINT
 """
 

@@ -4,7 +4,6 @@ main_predict.py, main_features.py and main_reconstruct.py see images as the eval
 """
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util import checks, options
 from util.checkpoint.files import checkpoint_args
 from util.checkpoint.output_dir import unwritable
-from util.checks import device_problems
 from util.data import listing, loaders, splits
 from util.data.archives import ImagePath
 from util.data.holdout import choose_held_out
@@ -31,20 +30,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for the batch size, the device, and how an image is cropped and rotated."""
     add = parser.add_argument
     add("--batch_size", default=64, type=int, help="images per batch")
-    add("--crop_pct", type=float, help="share of the image that is kept; default: as in the checkpoint's evaluation")
+    add(
+        "--crop_pct",
+        type=float,
+        help="side of the centre crop as a share of the resized image; default: as in the checkpoint's evaluation",
+    )
     add(
         "--exif",
         action="store_true",
         help="rotate photographs as their EXIF orientation says; default: as in the checkpoint's evaluation",
     )
-    add_size_limit(parser)
+    options.add_size_limit(parser)
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
-
-
-def add_size_limit(parser: argparse.ArgumentParser) -> None:
-    """Add --max_megapixels."""
-    limit_help = "largest image that is decoded; default: Pillow's limit, 179"
-    parser.add_argument("--max_megapixels", type=float, metavar="MEGAPIXELS", help=limit_help)
 
 
 def add_norm_pix_loss(parser: argparse.ArgumentParser) -> None:
@@ -55,15 +52,8 @@ def add_norm_pix_loss(parser: argparse.ArgumentParser) -> None:
 
 def add_class_names(parser: argparse.ArgumentParser) -> None:
     """Add --class_names."""
-    names_help = "names of the classes in the order of their numbers, a line each or as JSON; default: the checkpoint's"
+    names_help = "names of the classes by their numbers, one per line or as JSON; default: the checkpoint's"
     parser.add_argument("--class_names", default="", metavar="FILE", help=names_help)
-
-
-def size_limit_problems(args: argparse.Namespace) -> list[str]:
-    """Check --max_megapixels; return a list with one message, or an empty one."""
-    if args.max_megapixels is None or 0 < args.max_megapixels < math.inf:
-        return []
-    return [f"--max_megapixels {args.max_megapixels} must be greater than 0 and finite"]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -75,12 +65,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: Flags are invalid, or the output can't be written; names all problems at once.
     """
-    problems = device_problems(args.device)
-    if args.batch_size < 1:
-        problems.append(f"--batch_size {args.batch_size} must be at least 1")
-    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
-        problems.append(f"--crop_pct {args.crop_pct} must be greater than 0, and at most 1")
-    problems += size_limit_problems(args)
+    problems = checks.device_problems(args.device) + checks.range_problems(args)
 
     # With --separate the output is a folder, else a file.
     separate = getattr(args, "separate", False)
@@ -145,10 +130,14 @@ def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
 
 
 def _training_part(files: list[ImagePath], root: Path, val_fraction: float, val_seed: int) -> list[ImagePath]:
-    """Return the files below a root, <class>/<file>, that a training with --val_fraction does not hold out."""
+    """Return the files below a root that a training with --val_fraction does not hold out.
+
+    They lie in class folders or, where there are files in the root itself, form one class, as in pre-training. A root
+    that is a file is its only one.
+    """
     names = [file.relative_to(root) for file in files]
-    classes = [name.parts[0] if len(name.parts) > 1 else "" for name in names]
-    _, targets = np.unique(classes, return_inverse=True)
+    flat = any(len(name.parts) < 2 for name in names)
+    _, targets = np.unique(["" if flat else name.parts[0] for name in names], return_inverse=True)
     held_out = choose_held_out((os.fsencode(str(name)) for name in names), targets, val_fraction, val_seed)
     return [file for file, out in zip(files, held_out, strict=True) if not out]
 

@@ -19,7 +19,7 @@ from util.report.meters import Meters
 from util.rng import get_rng_state, set_rng_state
 
 Stats = dict[str, float]
-Evaluate = Callable[[int, Callable[[], None]], Stats]  # of the epoch, and a function to call once per batch
+Evaluate = Callable[[int, Callable[[], None]], Stats]  # takes the epoch, and a function that it calls once per batch
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Run:
         self.meters: Meters | None = None  # of the epoch under way, while it is trained
         self.unsaved = False  # whether updates were made since the last checkpoint
         self.rng: dict = {}  # this rank's random streams after the last update
+        self.buffers: list[Tensor] = []  # the model's buffers (a probe's BatchNorm statistics) after the last update
         self.speed: Stats = {}  # data_wait and tflops of the last epoch's training
 
     @classmethod
@@ -179,7 +180,9 @@ class Run:
         """Save the state after the last update, without the batches already accumulated for the next one."""
         if self.meters is not None:
             self.meters.rewind()
-            self._note_position()
+            self._store_totals()
+            for buffer, after_update in zip(self.checkpoints.model.buffers(), self.buffers, strict=True):
+                buffer.copy_(after_update)
         self._save(whole_epoch=False, rng=self.rng if self.meters is not None else None)
         if self.checkpoints.folder:
             dist.print_rank0(f"saved {self.checkpoints.newest} before the error that follows")
@@ -255,16 +258,17 @@ class Run:
         self.bad_steps.update(skipped, step)
         self.position.images, self.unsaved = (step + 1) * self.checkpoints.images_per_step, True
         self.rng = get_rng_state()
+        self.buffers = [buffer.clone() for buffer in self.checkpoints.model.buffers()]
         self.meters.mark()
         signum, due, failed = self.requests.poll(bool(self.loader.problem))
         if failed:
             self._raise_loading_problem()
         if signum or due:
-            self._note_position()
-            self.save_in_epoch(signum)
+            self._store_totals()
+            self._save_in_epoch(signum)
 
-    def _note_position(self) -> None:
-        """Bring the position's sums up to date; all ranks must call."""
+    def _store_totals(self) -> None:
+        """Store the sums behind the epoch's averages so far in the position; all ranks must call."""
         self.position.totals = self.meters.totals_so_far()
 
     def _raise_loading_problem(self) -> None:
@@ -340,9 +344,9 @@ class Run:
         """
         signum, *_ = self.requests.poll()
         if signum:
-            self.save_in_epoch(signum)
+            self._save_in_epoch(signum)
 
-    def save_in_epoch(self, signum: int = 0) -> None:
+    def _save_in_epoch(self, signum: int = 0) -> None:
         """Save the position within the epoch to checkpoint-last.pth; then stop, if a signal (0: none) asked for it.
 
         Raises:

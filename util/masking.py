@@ -29,6 +29,18 @@ class MaskSettings:
     seed: int
 
 
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Return the number of patches that stay visible under a mask ratio."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def ratio_problems(mask_ratio: float, num_patches: int) -> list[str]:
+    """Check that a mask ratio keeps and removes at least one patch; return a list with one message, or an empty one."""
+    if 1 <= num_visible(num_patches, mask_ratio) < num_patches:
+        return []
+    return [f"--mask_ratio {mask_ratio} must keep and remove at least one of {num_patches} patches"]
+
+
 def noise(
     kind: str, N: int, grid: tuple[int, int], device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -73,7 +85,7 @@ def _first_block(
         N: Number of images.
         rows: Numbers of the rows of patches [h].
         columns: Numbers of the columns of patches [w].
-        dtype: Of the result.
+        dtype: Type of the result.
         generator: Random numbers; None: torch's default ones.
 
     Returns:

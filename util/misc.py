@@ -29,7 +29,15 @@ from torch import nn
 
 from util.amp import LossScaler
 from util.checkpoint.comparison import comparable
-from util.checkpoint.files import checkpoint_args, digest_file, find_damage, is_url, load_checkpoint, write
+from util.checkpoint.files import (
+    checkpoint_args,
+    digest_file,
+    effective_batch,
+    find_damage,
+    is_url,
+    load_checkpoint,
+    write,
+)
 from util.checkpoint.formats import describe
 from util.checkpoint.output_dir import remove_unfinished
 from util.checkpoint.weights import load_model
@@ -131,7 +139,9 @@ class Checkpoints:
     def goes_back(self) -> bool:
         """Return whether the run resumes from a checkpoint of its own folder that may not be the newest there."""
         source = self.args.get("resume", "")
-        return self.folder is not None and is_inside(source, self.folder) and Path(source).name != "checkpoint-last.pth"
+        if self.folder is None or source == "auto":
+            return False
+        return is_inside(source, self.folder) and Path(source).name != "checkpoint-last.pth"
 
     def next_branch(self) -> int:
         """Return the number of a branch later than those of all checkpoints in the folder; all ranks must call."""
@@ -267,11 +277,6 @@ class Checkpoints:
                 f"starting at epoch {start_epoch}"
             )
             return Position(start_epoch, dataset=dataset)
-        if checkpoint.get("job", self.job) != self.job:
-            raise UserError(
-                f"{source} is a checkpoint of another job, {checkpoint['job']}: pass it as --finetune to start from "
-                "its weights"
-            )
 
         # The schedule is compared before the state of the optimiser is touched.
         batch_changed = self._compare(source, checkpoint_args(checkpoint), override)
@@ -380,9 +385,9 @@ class Checkpoints:
 def _schedule(args: dict) -> dict[str, object]:
     """Return the values that decide where a step lies in the schedule and in the order of the images."""
     values = {f"--{name}": args[name] for name in (*SCHEDULE, "seed") if name in args}
-    if not {"batch_size", "accum_iter", "world_size"} <= set(args):
+    batch = effective_batch(args)
+    if batch is None:
         return values
-    batch = args["batch_size"] * args["accum_iter"] * args["world_size"]
     values["effective batch"] = batch
     if "blr" in args:
         # Absolute rates: the same --blr means another rate with another batch. A sweep has a list of them.

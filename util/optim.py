@@ -53,7 +53,7 @@ def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float, shard: 
     Args:
         model: The autoencoder.
         lr: Learning rate.
-        weight_decay: Of all parameters but the 1-D ones; cls_token and mask_token decay too.
+        weight_decay: Weight decay of all parameters except the 1-D ones; cls_token and mask_token decay too.
         shard: Spread the state over the ranks, as in `adamw`.
     """
     return adamw(param_groups_weight_decay(model, weight_decay), lr, shard, betas=(0.9, 0.95))
@@ -67,7 +67,7 @@ def finetune_optimizer(
     Args:
         model: The classifier.
         lr: Learning rate of the head.
-        weight_decay: Of all parameters but the 1-D ones, cls_token and pos_embed.
+        weight_decay: Weight decay of all parameters except the 1-D ones, cls_token and pos_embed.
         layer_decay: Factor of the learning rate for each layer below the head.
         shard: Spread the state over the ranks, as in `adamw`.
     """
@@ -86,7 +86,7 @@ def probe_optimizer(model: nn.Module, lrs: list[float], weight_decay: float) -> 
     Args:
         model: The probe (models_vit.make_linear_probe).
         lrs: Learning rate of each head; several are stored as multiples (lr_scale) of the first.
-        weight_decay: Of the trained matrices.
+        weight_decay: Weight decay of the trained matrices.
     """
     if model.attn_pool is not None:
         return adamw(param_groups_weight_decay(model, weight_decay), lrs[0], shard=False)

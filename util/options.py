@@ -24,7 +24,7 @@ def common_parser(description: str, models: dict, several_rates: bool = False, *
     """Create a parser with the flags that all three jobs share.
 
     Args:
-        description: Of the job, for --help.
+        description: What the job does, for --help.
         models: The job's models, by name.
         several_rates: Whether --blr takes several values (linear probing, whose optimiser can't be sharded).
         **defaults: The job's own defaults, by the flags' names; "keep" must be among them.
@@ -135,8 +135,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--std", type=float, nargs="+", metavar="S", help=std_help)
     add("--exif", action="store_true", help="rotate images as their EXIF orientation says")
     add_val_flags(group)
-    pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
-    add("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
+    add_size_limit(group)
     add(
         "--max_bad_images",
         default=0.01,
@@ -148,6 +147,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     no_pin_help = "do not pin the loader's memory"
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help=no_pin_help)
+
+
+def add_size_limit(parser: argparse.ArgumentParser) -> None:
+    """Add --max_megapixels, of everything that decodes images."""
+    pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
+    parser.add_argument("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
 
 
 def add_val_flags(parser: argparse.ArgumentParser) -> None:
@@ -173,7 +178,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, keeps_all: bool) -> None:
         metavar="MINUTES",
         help="minutes between saves of checkpoint-last.pth within an epoch; 0: never",
     )
-    keep_help = "keep the newest N of checkpoint-{epoch}.pth, and the best" + ("; default: all" if keeps_all else "")
+    keep_help = "keep the newest N of checkpoint-{epoch}.pth" + ("; default: all" if keeps_all else ", and the best")
     add("--keep", type=int, metavar="N", help=keep_help)
     add(
         "--resume",
@@ -191,7 +196,7 @@ def _add_run_flags(parser: argparse.ArgumentParser, keeps_all: bool) -> None:
         default=0,
         type=int,
         metavar="EPOCH",
-        help="number of the first epoch, if --resume names no checkpoint that tells it",
+        help="number of the first epoch, unless a checkpoint of --resume stores it",
     )
     add("--seed", default=0, type=int, help="random seed, to which each process adds its rank")
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
@@ -226,8 +231,8 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
     add(
         "--nb_classes", default=1000, type=int, metavar="N", help="number of classes; must be that of the class folders"
     )
-    add("--global_pool", action="store_true", default=global_pool, help="classify the mean of the patch tokens")
-    cls_help = "classify the class token instead" if global_pool else "classify the class token; this is the default"
+    add("--global_pool", action="store_true", default=global_pool, help="classify from the mean of the patch tokens")
+    cls_help = "classify from the class token" if global_pool else "classify from the class token; this is the default"
     add("--cls_token", action="store_false", dest="global_pool", default=argparse.SUPPRESS, help=cls_help)
     add(
         "--train_fraction",
@@ -237,7 +242,7 @@ def add_classifier_flags(parser: argparse.ArgumentParser, *, global_pool: bool) 
         help="train on this share of each class's images, which --seed selects",
     )
     names_help = (
-        "names of the class folders in the order of the classes' numbers, a line each or as JSON; default: those in "
+        "names of the class folders in the order of the classes' numbers, one per line or as JSON; default: those in "
         "the checkpoint, or the folders, sorted"
     )
     add("--class_names", default="", metavar="FILE", help=names_help)

@@ -1,6 +1,6 @@
 """Speed and memory of a training step: attention's implementation, compilation, activation checkpointing.
 
-None of them changes what is computed, but for rounding.
+None of them changes what is computed, except for rounding.
 """
 
 import ctypes

@@ -24,6 +24,23 @@ HEADS = {
     "head.1.weight": "probe (main_linprobe.py)",
     "head.1.heads.0.weight": "probe (main_linprobe.py)",
 }
+# The properties by which describe_weights describes a model, and the flags that set them.
+FLAGS = {
+    "kind": "the script",
+    "model": "--model",
+    "encoder width": "--model",
+    "encoder blocks": "--model",
+    "attention heads": "--model",
+    "channels": "--in_chans",
+    "patch size": "--patch_size",
+    "patches": "--input_size",
+    "decoder width": "--decoder_dim",
+    "decoder blocks": "--decoder_depth",
+    "pooling": "--global_pool, --cls_token",
+    "classes": "--nb_classes",
+    "heads": "a head for each --blr",
+}
+NO_CLASS_TOKEN = "its encoder has no class token, which the models here need: use another file"  # for messages
 # Parts of other encoders, by patterns of their weights' names.
 FOREIGN_PARTS = {
     r"\bls[12]\b|gamma_?[12]\b|layer_?scale|lambda": "LayerScale",
@@ -99,7 +116,7 @@ def refuse_other_classes(source: str, stored: dict[str, int] | None, current: di
 
 
 def class_names(source: str, checkpoint: dict, count: int, given: list[str] | None) -> list[str] | None:
-    """Return the names of a classifier's classes in the order of their numbers; None: nobody names them.
+    """Return the names of a classifier's classes in the order of their numbers.
 
     Args:
         source: Name of the checkpoint, for the message.
@@ -107,12 +124,21 @@ def class_names(source: str, checkpoint: dict, count: int, given: list[str] | No
         count: Number of the model's classes.
         given: Names of the file of --class_names, which take precedence; None: there is no such file.
 
+    Returns:
+        The names; None if neither the checkpoint nor the file has any.
+
     Raises:
-        UserError: There are not as many names as classes, or both name the same classes in different orders.
+        UserError: There are not as many names as classes, the checkpoint numbers its classes otherwise than from 0 on,
+            or both name the same classes in different orders.
     """
     class_to_idx = checkpoint.get("class_to_idx") or {}
     stored = sorted(class_to_idx, key=class_to_idx.get) or None
     if given is None:
+        if stored and sorted(class_to_idx.values()) != list(range(count)):
+            raise UserError(
+                f"{source} has {count} classes, and its class_to_idx does not give each number from 0 to {count - 1} "
+                "to one name: name the classes with --class_names FILE"
+            )
         return stored
     if len(given) != count:
         raise UserError(f"--class_names names {len(given)} classes, and {source} has {count}: name each of them")
@@ -140,7 +166,7 @@ def match_classes(source: str, names: list[str] | None, folders: list[str], coun
         if len(folders) != count:
             raise UserError(
                 f"--data_path has {len(folders)} class folders in val/, and {source} has {count} classes without "
-                "names: name them with --class_names FILE, a line each; without it class k is taken to be the k-th "
+                "names: name them with --class_names FILE, one per line; without it class k is taken to be the k-th "
                 f"folder, so that there must be {count}, some of which may be empty"
             )
         dist.print_rank0(f"notice: {source} names no classes: class k is taken to be the k-th folder of val/, sorted")
@@ -232,11 +258,9 @@ def refuse_misfits(
 
     remedy = _remedy(state, model_state, missing, surplus)
     if "kind" in in_file and in_file["kind"] != in_model["kind"]:
-        remedy = "to start a fine-tuning or a probe from its encoder, pass it as --finetune"
+        flag = "--init" if "decoder_pred.weight" in model_state else "--finetune"
+        remedy = f"to start from its encoder, pass it as {flag}"
     raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
-
-
-NO_CLASS_TOKEN = "its encoder has no class token, which the models here need: use another file"
 
 
 def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]) -> str:
@@ -294,24 +318,6 @@ def _is_plain(value: torch.Tensor) -> bool:
     """Return whether a tensor holds floating-point numbers, one for each element, in this process's memory."""
     is_stored = value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
     return is_stored and value.is_floating_point() and not hasattr(value, "full_tensor")
-
-
-# The properties by which describe_weights describes a model, and the flags that set them.
-FLAGS = {
-    "kind": "the script",
-    "model": "--model",
-    "encoder width": "--model",
-    "encoder blocks": "--model",
-    "attention heads": "--model",
-    "channels": "--in_chans",
-    "patch size": "--patch_size",
-    "patches": "--input_size",
-    "decoder width": "--decoder_dim",
-    "decoder blocks": "--decoder_depth",
-    "pooling": "--global_pool, --cls_token",
-    "classes": "--nb_classes",
-    "heads": "a head for each --blr",
-}
 
 
 def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, object]:

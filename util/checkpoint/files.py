@@ -352,6 +352,14 @@ def checkpoint_args(checkpoint: dict) -> dict:
     return args if isinstance(args, dict) else {}
 
 
+def effective_batch(flags: dict) -> int | None:
+    """Return the number of images per update over all ranks, or None if the flags do not tell."""
+    names = ("batch_size", "accum_iter", "world_size")
+    if not all(name in flags for name in names):
+        return None
+    return flags["batch_size"] * flags["accum_iter"] * flags["world_size"]
+
+
 def _load_pickled(path: Path, peek: bool) -> object:
     """Open a file of torch.save after checking its checksums; with peek its tensors stay on the disk, unchecked.
 

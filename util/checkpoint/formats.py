@@ -66,7 +66,7 @@ RELEASED = {
 QKV = ("query", "key", "value")
 # Weights of Hugging Face's models that do not change what the encoder computes of a whole image: the pooler, the mask
 # token and decoder of masked image modelling, heads.
-NO_ENCODER = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$|decoder\.0\.)|\w*classifier\.")
+HF_NO_ENCODER = re.compile(r"(vit\.)?(pooler\.|embeddings\.mask_token$|decoder\.0\.)|\w*classifier\.")
 # mmpretrain's names as patterns, and the native names that replace them, in this order.
 MMPRETRAIN = (
     (r"^patch_embed\.projection\.", "patch_embed.proj."),
@@ -119,7 +119,7 @@ def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], lis
     """Return the weights under their native names, and the names of those that are left out."""
     native, left_out, projections = {}, [], {}
     for name, value in state.items():
-        if NO_ENCODER.match(name) and not name.startswith("classifier."):
+        if HF_NO_ENCODER.match(name) and not name.startswith("classifier."):
             left_out.append(name)
             continue
 
@@ -407,7 +407,7 @@ def _named_classes(names: dict[int, str]) -> dict[str, dict[str, int]]:
     """
     if all(name == f"LABEL_{number}" for number, name in names.items()):
         return {}
-    # Names that are there twice, such as ImageNet's two cranes, are told apart by their numbers.
+    # Names that occur twice, such as ImageNet's two cranes, are told apart by their numbers.
     twice = {name for name, count in Counter(names.values()).items() if count > 1}
     return {"class_to_idx": {f"{name} ({n})" if name in twice else name: n for n, name in names.items()}}
 

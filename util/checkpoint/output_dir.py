@@ -34,7 +34,7 @@ def is_utf8(path: str | Path) -> bool:
         return False
 
 
-def unwritable(folder: str) -> str:
+def unwritable(folder: str | Path) -> str:
     """Return the reason why a folder cannot be written to, or "" if it can; nothing is left behind.
 
     Where the folder does not exist yet, its first parent that does is tried.
@@ -165,7 +165,7 @@ def remove_unfinished(folder: Path, idle: float = 0.0) -> None:
             continue
 
 
-def replace(path: Path, text: str) -> None:
+def write_text_whole(path: Path, text: str) -> None:
     """Write a small text file, so that after a crash it holds either its old text or the new one, whole."""
     with write_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

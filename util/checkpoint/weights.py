@@ -1,7 +1,7 @@
 """Loading of a checkpoint's weights into a model: whole, the encoder alone, or the encoder with its decoder."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from util.checkpoint import comparison
 from util.checkpoint.files import load_checkpoint
@@ -33,6 +33,27 @@ def load_model(
     comparison.refuse_misfits(source, checkpoint, model, args, missing, surplus)
     comparison.refuse_other_heads(source, checkpoint, model, args)
     model.load_state_dict(state)
+
+
+def load_exactly(model: nn.Module, state: dict[str, Tensor], source: str, kind: str, remedy: str) -> None:
+    """Load weights into a model that was built after their file's description.
+
+    Args:
+        model: The model.
+        state: The weights, by name.
+        source: Name of their file, for the message.
+        kind: What the model is, for the message.
+        remedy: What to use instead, as a sentence without its full stop.
+
+    Raises:
+        UserError: Weights are missing, surplus, of another shape, or no plain floating-point numbers.
+    """
+    comparison.refuse_other_kinds(source, state, model)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first_mismatch = str(error).splitlines()[1].strip()
+        raise UserError(f"{source} holds no {kind} that can be built here: {first_mismatch}. {remedy}") from error
 
 
 def load_for_eval(
@@ -116,8 +137,8 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
 def load_initial(source: str, model: nn.Module, args: dict) -> None:
     """Load an encoder, with its decoder where the file has one, into an autoencoder from which a pre-training starts.
 
-    The encoder must be whole but for `norm`, which files of classifiers that average patches lack, and which then is
-    new. A decoder must be whole, too, and of the model's sizes. Positions of both are resized to the model's grid.
+    The encoder must be whole, except for `norm`, which files of classifiers that average patches lack, and which is new
+    then. A decoder must be whole, too, and of the model's sizes. Positions of both are resized to the model's grid.
 
     Args:
         source: File, folder or address of the checkpoint.

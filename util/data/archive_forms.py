@@ -79,7 +79,7 @@ class Classes(NamedTuple):
         names: Names of the classes, in the order of their numbers.
         targets: Number of each image's class.
         images: Name of each image in the listing, <class>/<file>.
-        adds_class: As of Members.
+        adds_class: As in Members.
         are_samples: Whether the files make up samples of WebDataset, whose names are unique within an archive only.
     """
 
@@ -147,7 +147,7 @@ def list_members(
 
 
 def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[Files, list[str]]:
-    """Return the files in all archives, and the names of the folders; errors as of list_members."""
+    """Return the files in all archives, and the names of the folders; raises what list_members raises."""
     indexes = [load_index(archive) for archive in archives]
     for archive, index in zip(archives, indexes, strict=True):
         for name, kind in index.others.items():
@@ -381,7 +381,7 @@ def _arrange(images: Files, classes: Classes, prefix: str, left_out: LeftOut) ->
     Args:
         images: The images.
         classes: Their classes.
-        prefix: As of Members.
+        prefix: As in Members.
         left_out: What is not listed.
 
     Raises:

@@ -1,6 +1,6 @@
 """The index of an archive: which files are in it, and where.
 
-It is built from the archive's headers, about 200,000 per second unless the disk is slower. If ARCHIVE.index, which
+It is built from the archive's headers, about 150,000 per second unless the disk is slower. If ARCHIVE.index, which
 scripts/pack.py writes, lies beside the archive, it is read instead, as long as it is current: it must state the
 archive's present size and modification time, and the headers of the first and the last file must lie where it says.
 """
@@ -55,7 +55,7 @@ def load_index(path: Path) -> ArchiveIndex:
 
 @contextmanager
 def _open(path: Path) -> Iterator[int]:
-    """Return a context that opens an archive and gives its descriptor; errors as of load_index."""
+    """Return a context that opens an archive and gives its descriptor; raises what load_index raises."""
     if not hasattr(os, "pread"):
         raise BadArchive(f"{path} can't be read in place on Windows: unpack it into folders")
     try:
@@ -66,13 +66,13 @@ def _open(path: Path) -> Iterator[int]:
 
 
 def has_current_index(path: Path) -> bool:
-    """Return whether an archive has a saved index that belongs to it as it is; errors as of load_index."""
+    """Return whether an archive has a saved index that belongs to it as it is; raises what load_index raises."""
     with _open(path) as fd:
         return _read_saved(path, fd) is not None
 
 
 def write_index(path: Path, out: BinaryIO) -> ArchiveIndex:
-    """Read an archive's headers, write the index to an open file, and return it; errors as of load_index."""
+    """Read an archive's headers, write the index to an open file, and return it; raises what load_index raises."""
     with _open(path) as fd:
         index, status = _read_headers(path, fd), os.fstat(fd)
     np.savez(
@@ -124,7 +124,7 @@ def _read_saved(path: Path, fd: int) -> ArchiveIndex | None:
 
 
 def _read_headers(path: Path, fd: int) -> ArchiveIndex:
-    """Return the index of an archive from its headers; errors as of load_index."""
+    """Return the index of an archive from its headers; raises what load_index raises."""
     names, offsets, sizes, folders, others, kinds = [], [], [], [], [], []
     reader = tar.HeaderReader(str(path), fd)
     for name, offset, size, kind in reader.members():

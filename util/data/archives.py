@@ -117,12 +117,12 @@ class MemberPath:
 
     @property
     def name(self) -> str:
-        """The file's name without any folder."""
+        """Return the file's name without any folder."""
         return posixpath.basename(self._name)
 
     @property
     def stem(self) -> str:
-        """The file's name without its folders and its ending."""
+        """Return the file's name without its folders and its ending."""
         return PurePosixPath(self._name).stem
 
     def relative_to(self, root: object) -> PurePosixPath:
@@ -130,7 +130,7 @@ class MemberPath:
         return PurePosixPath(self._name)
 
     def read_bytes(self) -> bytes:
-        """Return the file's content; errors as of Members.read."""
+        """Return the file's content; raises what Members.read raises."""
         return self._members.read(self._index, self._name)
 
 

@@ -8,20 +8,20 @@ from pathlib import Path
 from util.data.listing import join_names
 from util.errors import UserError
 
-FORMS = "it must hold a name a line, or JSON as timm or Hugging Face write it"  # for messages
+FORMS = "it must hold one name per line, or JSON as timm or Hugging Face write it"  # for messages
 
 
 def read_class_names(file: str | Path) -> list[str]:
     """Read the names of classes in the order of the classes' numbers.
 
-    The file holds a name a line, or JSON: a list of names; a configuration of timm (label_names) or Hugging Face
+    The file holds one name per line, or JSON: a list of names; a configuration of timm (label_names) or Hugging Face
     (id2label); an object from number to name, or to a list that begins with the name; or one from name to number.
 
     Args:
         file: The file, in UTF-8.
 
     Raises:
-        UserError: It can't be read, holds something else, or numbers or names are missing or there twice.
+        UserError: It can't be read, holds something else, or numbers or names are missing or occur twice.
     """
     try:
         content = Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -52,6 +52,8 @@ def _from_json(content: object) -> list[str]:
         inner = pretrained if isinstance(pretrained, dict) else {}
         content = content.get("label_names") or inner.get("label_names") or content.get("id2label") or content
     if isinstance(content, dict) and all(isinstance(number, int) for number in content.values()):
+        if len(set(content.values())) < len(content):
+            raise ValueError("two of its names have the same number")
         content = {number: name for name, number in content.items()}
     if isinstance(content, dict):
         content = _in_order(content)

@@ -150,7 +150,7 @@ class TrainImages(Dataset):
 
         Args:
             images: All images of the split.
-            seed: Of the augmentations, and of the choice of images where fraction is less than 1.
+            seed: Seed of the augmentations, and of the choice of images where fraction is less than 1.
             fraction: Share of every class's images to train on, at least one image each.
         """
         self.images, self.seed = images, seed

@@ -18,7 +18,7 @@ def choose_held_out(names: Iterable[bytes], targets: np.ndarray, fraction: float
         names: Paths of the images, relative to the split [images].
         targets: Their class numbers [images].
         fraction: Share of the images to hold out.
-        seed: Of the choice.
+        seed: Seed of the choice.
 
     Returns:
         Whether each image is held out [images].

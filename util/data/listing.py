@@ -205,7 +205,7 @@ def walk(root: str, left_out: LeftOut | None = None, apart: tuple[str, ...] = ()
 
     Args:
         root: Folder to search.
-        left_out: Takes what is left out, but for hidden files.
+        left_out: Takes what is left out, except for hidden files.
         apart: Names of folders in the root to leave out.
 
     Raises:

@@ -108,7 +108,7 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
 
 
 def source_at(path: Path) -> Source:
-    """Return the split that a folder or an archive holds; errors as of find_split."""
+    """Return the split that a folder or an archive holds; raises what find_split raises."""
     if not path.is_dir():
         _refuse_other_archives([path])
         return Source(path, [path])

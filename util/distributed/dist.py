@@ -49,7 +49,7 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
 
     Args:
         device: "cuda", where each process takes a GPU of its own, or any other name of a device.
-        seed: Of rank 0; every other rank adds its number.
+        seed: Seed of rank 0; every other rank adds its number.
         dist_url: Rendezvous address; "env://": MASTER_ADDR and MASTER_PORT.
         timeout_minutes: Longest wait for another rank, now and later.
 
@@ -203,7 +203,7 @@ def world_size() -> int:
     return td.get_world_size() if td.is_initialized() else 1
 
 
-# Exchange between the ranks. All of them must call these functions, but for print_rank0.
+# Exchange between the ranks. All of them must call these functions, except print_rank0.
 
 
 def cpu_group() -> td.ProcessGroup | None:

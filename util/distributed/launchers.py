@@ -70,6 +70,11 @@ def set_torchrun_env(dist_on_itp: bool = False, dist_url: str = "env://") -> lis
     elif env.keys() >= set(SRUN.values()):
         _copy_variables(SRUN)
         env["LOCAL_WORLD_SIZE"] = str(_tasks_on_this_node())
+    elif env.get("WORLD_SIZE", "1") != "1":
+        return [
+            f"WORLD_SIZE is {env['WORLD_SIZE']}, and RANK is not set: start the processes with torchrun or srun, or "
+            "unset WORLD_SIZE for a single one"
+        ]
 
     # Rendezvous: what the user has set stays.
     if int(env.get("WORLD_SIZE", 1)) == 1:

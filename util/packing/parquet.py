@@ -17,7 +17,7 @@ from util.data import pillow
 from util.data.listing import count_nouns, join_names
 from util.data.splits import OTHER_NAMES, SPLITS, is_image
 from util.errors import UserError
-from util.packing.shards import Images
+from util.packing.shards import PackedImages
 from util.packing.sources import readable
 
 
@@ -58,7 +58,7 @@ class Rows:
     empty: list[str] = field(default_factory=list)
 
 
-def read_parquets(paths: list[Path]) -> Images:
+def read_parquets(paths: list[Path]) -> PackedImages:
     """Return the images in parquet files of the Hugging Face hub, in the order of the rows.
 
     Raises:
@@ -86,7 +86,7 @@ def read_parquets(paths: list[Path]) -> Images:
             for _, row in _read_rows(path, [columns.image], set(wanted)) if wanted else ():
                 yield row[columns.image]["bytes"]
 
-    return Images(names, [rows.sizes[number] for number in chosen], classes, read, notices)
+    return PackedImages(names, [rows.sizes[number] for number in chosen], classes, read, notices)
 
 
 def _check_one_split(paths: list[Path]) -> None:

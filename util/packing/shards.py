@@ -30,7 +30,7 @@ FORM = {"format": tarfile.PAX_FORMAT, "encoding": "utf-8", "errors": "surrogatee
 
 
 @dataclass
-class Images:
+class PackedImages:
     """Images of a split that is to be packed.
 
     Attributes:
@@ -39,7 +39,7 @@ class Images:
         classes: Names of the classes, with those that have no images; [""]: there are no classes.
         read: Yields the contents of the images with the given numbers, which must ascend. Raises a UserError if one
             can't be read.
-        notices: What the user should know, a line each.
+        notices: What the user should know, one line each.
     """
 
     names: list[str]
@@ -67,7 +67,7 @@ class Shard(NamedTuple):
     size: int
 
 
-def plan_shards(images: Images, folder: Path, shard_size: int) -> list[Shard]:
+def plan_shards(images: PackedImages, folder: Path, shard_size: int) -> list[Shard]:
     """Distribute images over shards, in their order.
 
     Args:
@@ -147,7 +147,7 @@ def _round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def find_missing(shards: list[Shard], images: Images, folder: Path) -> tuple[list[Shard], list[Shard]]:
+def find_missing(shards: list[Shard], images: PackedImages, folder: Path) -> tuple[list[Shard], list[Shard]]:
     """Return the shards that a folder lacks, and those of which it only lacks a current index.
 
     Args:
@@ -180,8 +180,8 @@ def find_missing(shards: list[Shard], images: Images, folder: Path) -> tuple[lis
     )
 
 
-def _is_there(shard: Shard, images: Images) -> bool:
-    """Return whether a shard's file has the size and the members that it should have; errors as of load_index."""
+def _is_there(shard: Shard, images: PackedImages) -> bool:
+    """Return whether a shard's file has the size and the members that it should have; raises what load_index raises."""
     index = load_index(shard.path)
     return (
         shard.path.stat().st_size == shard.size
@@ -191,7 +191,7 @@ def _is_there(shard: Shard, images: Images) -> bool:
     )
 
 
-def write_shard(path: Path, shard: Shard, images: Images, contents: Iterator[bytes]) -> None:
+def write_shard(path: Path, shard: Shard, images: PackedImages, contents: Iterator[bytes]) -> None:
     """Write a shard to a file, read it back from the disk, and compare.
 
     Args:
@@ -228,7 +228,7 @@ def write_shard(path: Path, shard: Shard, images: Images, contents: Iterator[byt
     _compare(path, shard, images, checksums)
 
 
-def _compare(path: Path, shard: Shard, images: Images, checksums: list[int]) -> None:
+def _compare(path: Path, shard: Shard, images: PackedImages, checksums: list[int]) -> None:
     """Read a shard's file, and compare names, sizes and checksums.
 
     Args:

@@ -13,13 +13,13 @@ from util.data.archive_forms import common_prefix, list_members
 from util.data.listing import Listing, join_names
 from util.data.splits import ENDINGS, OTHER_NAMES, SPLITS, is_image
 from util.errors import UserError
-from util.packing.shards import Images
+from util.packing.shards import PackedImages
 
 # What libraries raise when a file is damaged or cut off.
 DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
-def check_images(images: Images, sources: list[Path]) -> Images:
+def check_images(images: PackedImages, sources: list[Path]) -> PackedImages:
     """Check that images belong to one split, add a notice if their classes get other numbers, and return them.
 
     Raises:
@@ -93,8 +93,12 @@ def droppable_prefix(names: list[str], words: list[str]) -> str:
     return ""
 
 
-def from_listing(listing: Listing, sources: list[Path]) -> Images:
-    """Return the images of a listing, for packing; errors as of check_images, and if a file can't be read."""
+def from_listing(listing: Listing, sources: list[Path]) -> PackedImages:
+    """Return the images of a listing, for packing.
+
+    Raises:
+        UserError: A file can't be read; or what check_images raises.
+    """
 
     def read(numbers: list[int]) -> Iterator[bytes]:
         for number in numbers:
@@ -110,7 +114,7 @@ def from_listing(listing: Listing, sources: list[Path]) -> Images:
     else:
         sizes = [_file_size(path) for path, _ in listing]
     notices = [f"left out: {listing.left_out}"] if str(listing.left_out) else []
-    return check_images(Images(names, sizes, list(listing.classes), read, notices), sources)
+    return check_images(PackedImages(names, sizes, list(listing.classes), read, notices), sources)
 
 
 def _file_size(path: str) -> int:

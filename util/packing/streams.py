@@ -19,7 +19,7 @@ from util.data.archive_index import clean_names
 from util.data.listing import LeftOut, join_names
 from util.data.splits import OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive, Member
-from util.packing.shards import Images
+from util.packing.shards import PackedImages
 from util.packing.sources import droppable_prefix, readable
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by an archive's first bytes
@@ -34,8 +34,8 @@ class Found:
         owners: Number of each one's archive.
         positions: Its position among the archive's members.
         sizes: Number of its bytes.
-        classes: As of Images.
-        notices: As of Images.
+        classes: As in PackedImages.
+        notices: As in PackedImages.
     """
 
     names: list[str] = field(default_factory=list)
@@ -137,11 +137,11 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
     found.notices += [f"left out: {left_out}"] if others else []
 
 
-def read_zips(paths: list[Path]) -> Images:
+def read_zips(paths: list[Path]) -> PackedImages:
     """Return the images in zip archives, in order of class, folder and name.
 
     Raises:
-        UserError: An archive is damaged or encrypted, or as of select_images.
+        UserError: An archive is damaged or encrypted; or what select_images raises.
     """
     # The archives stay open: their directories are long to read.
     archives, tables = [], []
@@ -169,7 +169,7 @@ def read_zips(paths: list[Path]) -> Images:
             yield data
 
     names, sizes = [found.names[number] for number in order], [found.sizes[number] for number in order]
-    return Images(names, sizes, found.classes, read, found.notices)
+    return PackedImages(names, sizes, found.classes, read, found.notices)
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:
@@ -218,11 +218,11 @@ def _stream(path: Path) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]
                 raise tarfile.ReadError("it goes on after its end mark, as if archives had been joined")
 
 
-def read_compressed(paths: list[Path]) -> Images:
+def read_compressed(paths: list[Path]) -> PackedImages:
     """Return the images in compressed tar archives, in the order in which they are stored.
 
     Raises:
-        UserError: An archive is damaged or cut off, or as of select_images.
+        UserError: An archive is damaged or cut off; or what select_images raises.
     """
     tables = []
     for path in paths:
@@ -245,4 +245,4 @@ def read_compressed(paths: list[Path]) -> Images:
                     if position in wanted:
                         yield content()
 
-    return Images(found.names, found.sizes, found.classes, read, found.notices)
+    return PackedImages(found.names, found.sizes, found.classes, read, found.notices)

@@ -13,12 +13,12 @@ from util.data import splits
 from util.data.archive_index import has_current_index, write_index
 from util.data.listing import count_nouns
 from util.errors import UserError
-from util.packing.shards import SHARD_SIZE, Images, Shard, find_missing, plan_shards, write_shard
+from util.packing.shards import SHARD_SIZE, PackedImages, Shard, find_missing, plan_shards, write_shard
 
 FLAT = "images"  # folder for images that have no class
 
 
-def pack_split(images: Images, folder: Path, shard_size: int = SHARD_SIZE) -> None:
+def pack_split(images: PackedImages, folder: Path, shard_size: int = SHARD_SIZE) -> None:
     """Write the shards of a split that are missing, with their indexes, and print what is there then.
 
     Args:
@@ -68,8 +68,8 @@ def _lock(folder: Path) -> None:
         remove_unfinished(folder)
 
 
-def _write_missing(shards: list[Shard], images: Images) -> None:
-    """Write shards and their indexes, with a bar on a terminal; errors as of pack_split."""
+def _write_missing(shards: list[Shard], images: PackedImages) -> None:
+    """Write shards and their indexes, with a bar on a terminal; raises what pack_split raises."""
     wanted = [number for shard in shards for number in range(shard.first, shard.end)]
     total = sum(images.sizes[number] for number in wanted)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar, closing(images.read(wanted)) as contents:

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from util.checkpoint.output_dir import is_utf8, replace
+from util.checkpoint.output_dir import is_utf8, write_text_whole
 from util.errors import UserError
 from util.misc import WANDB_ID
 
@@ -128,7 +128,7 @@ def _run_id(output_dir: str) -> str:
         return file.read_text(encoding="ascii").strip()
     new = secrets.token_hex(4)
     if output_dir:
-        replace(file, f"{new}\n")
+        write_text_whole(file, f"{new}\n")
     return new
 
 

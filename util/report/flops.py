@@ -18,7 +18,7 @@ def count_flops(model: nn.Module, mask_ratio: float | None = None) -> float:
         mask_ratio: Share of the patches that an autoencoder masks; None: the model is a classifier.
 
     Raises:
-        Exception: Of any kind, where the model's code needs the tensors' values: it runs on the "meta" device.
+        Exception: An error of any kind, where the model's code needs the tensors' values: it runs on the "meta" device.
     """
     # The counter needs shapes only. So the model is copied to "meta", where tensors have no values: deepcopy's memo is
     # filled with such tensors, in place of copies of the data.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from util.checkpoint.output_dir import replace
+from util.checkpoint.files import effective_batch
+from util.checkpoint.output_dir import write_text_whole
 from util.data.datasets import TrainImages
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
@@ -41,7 +42,7 @@ class RunLog:
         # TensorBoard drops later steps by purge_step; from log.txt the lines of this and later epochs are removed here.
         if self.file and self.file.exists():
             kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
-            replace(self.file, "".join(f"{line}\n" for line in kept))
+            write_text_whole(self.file, "".join(f"{line}\n" for line in kept))
 
     def mirror_to_wandb(self, args: dict) -> None:
         """Open the run at Weights & Biases that --wandb asks for, if it does; all ranks must call.
@@ -65,7 +66,7 @@ class RunLog:
             loader: Training images.
             lr: Learning rate after warm-up.
         """
-        model, args, ranks = checkpoints.model, checkpoints.args, dist.world_size()
+        model, args = checkpoints.model, checkpoints.args
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         try:
             self.flops_per_image = count_flops(model, args.get("mask_ratio"))
@@ -73,15 +74,13 @@ class RunLog:
             dist.print_rank0(f"notice: no TFLOP/s, since the model's operations could not be counted: {error}")
         work = f", {self.flops_per_image / 1e9:.3g} GFLOP per image" if self.flops_per_image else ""
         total = sum(p.numel() for p in model.parameters())
-        batch = args["batch_size"] * args["accum_iter"] * ranks
         dist.print_rank0(f"data      {describe_images(loader.dataset)}")
         dist.print_rank0(
             f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
             f"{self.n_parameters / 1e6:.2f} M of them trained{work}"
         )
-        dist.print_rank0(
-            f"training  effective batch {batch}, learning rate {lr:.3g}, {loader.device}, amp {checkpoints.scaler.amp}"
-        )
+        precision, batch = checkpoints.scaler.amp, effective_batch(args)
+        dist.print_rank0(f"training  effective batch {batch}, learning rate {lr:.3g}, {loader.device}, amp {precision}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
