@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     encoded = encode(model, batches, args.tokens)
     features, files = encoded
-    relative = [str(path.relative_to(args.data_path)) for path in files]
+    relative = [str(path.relative_to(args.data_path)) if path != args.data_path else path.name for path in files]
     arrays = {"features": features.numpy(), "files": np.array(relative)}
     encoded_others = encode(model, others, args.tokens) if neighbours else None
 

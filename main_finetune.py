@@ -124,7 +124,7 @@ def build_ema(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:
     """Create an EMA of the weights; warn if the run has too few updates for this decay."""
     if (start := decay**updates) > 0.01:
         dist.print_rank0(
-            f"warning: {start:.0%} of the EMA is still the untrained start after all {updates} updates: pass "
+            f"warning: {start:.0%} of the EMA is still the first weights after all {updates} updates: pass "
             f"--model_ema_decay {max(0.0, 1 - 10 / updates):.4g}"
         )
     return ModelEmaV3(model, decay)

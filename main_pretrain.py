@@ -12,7 +12,7 @@ Go on from released weights, encoder and decoder, on images of one's own:
 
 output_dir/
     checkpoint-{epoch}.pth      every --save_freq epochs and at the end (what is in it: util/misc.py)
-    checkpoint-last.pth         the newest state, in mid-epoch too: what --resume auto goes on from
+    checkpoint-last.pth         the newest state, also within an epoch; --resume auto continues from it
     log.txt                     a JSON line per epoch
     reconstructions/            a picture every --monitor_freq epochs (more: util/report/monitor.py)
     events.out.tfevents.*       TensorBoard

@@ -191,22 +191,18 @@ def make_linear_probe(model: VisionTransformer, heads: int = 1, attentive: bool 
     return model
 
 
-def select_classes(model: VisionTransformer, numbers: list[int]) -> VisionTransformer:
+def select_classes(model: VisionTransformer, numbers: list[int]) -> None:
     """Keep only some classes' outputs of the head or heads, in place, in the order given.
 
     Args:
         model: The classifier.
         numbers: Numbers of the classes to keep; their places become the new numbers.
-
-    Returns:
-        The same model.
     """
     for head in model.head.modules():
         if isinstance(head, nn.Linear):
             head.weight, head.bias = nn.Parameter(head.weight[numbers]), nn.Parameter(head.bias[numbers])
             head.out_features = len(numbers)
     model.num_classes = model.config["num_classes"] = len(numbers)
-    return model
 
 
 def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransformer:

@@ -135,7 +135,8 @@ def command(stage: Stage, args: argparse.Namespace, file: Path) -> list[str]:
         args: Flags of this script.
         file: File that the command is to write its result to.
     """
-    arguments = (stage.quick if args.quick else stage.arguments).format(photos=args.photos).split()
+    words = (stage.quick if args.quick else stage.arguments).split()
+    arguments = [word.format(photos=args.photos) for word in words]
     if arguments[:2] == ["-m", "pytest"]:
         xdist = ["-n", "4"] if _version("pytest-xdist") != "none" and not args.quick else []
         return [*arguments, *xdist, "-p", "no:cacheprovider", f"--junitxml={file}"]
@@ -181,7 +182,7 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
         limit: Seconds after which it is stopped.
 
     Returns:
-        The outcome in a few words, which begin with "failed" or "ended" if there is no result.
+        The outcome in a few words, which begin with "failed" or "ended" if there is no result, or tests failed.
     """
     file = args.output / f"{stage.name}.json"
     start = time.monotonic()
@@ -215,7 +216,8 @@ def run(stage: Stage, args: argparse.Namespace, limit: float) -> str:
     unfinished = file.with_suffix(".tmp")
     unfinished.write_text(json.dumps(stored, indent=1) + "\n")
     unfinished.replace(file)
-    return f"done in {seconds:.0f} s" + (f", {len(result['failed'])} tests failed" if result.get("failed") else "")
+    failed = f"failed: {len(result['failed'])} tests, " if result.get("failed") else ""
+    return f"{failed}done in {seconds:.0f} s"
 
 
 def get_args() -> argparse.Namespace:
@@ -252,6 +254,7 @@ def run_or_skip(stage: Stage, args: argparse.Namespace, left: float) -> str:
 def main() -> None:
     """Run the stages and print the outcome of each; exit with an error if one failed or ran out of time."""
     args = get_args()
+    args.photos = args.photos.resolve() if args.photos else None  # the stages run in the repository's folder
     args.output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory() as temporary:
@@ -269,7 +272,7 @@ def main() -> None:
             outcomes[stage.name] = run_or_skip(stage, args, end - time.monotonic())
             print(f"{stage.name:16} {outcomes[stage.name]}", flush=True)
     if failed := [name for name, outcome in outcomes.items() if outcome.startswith(("failed", "ended"))]:
-        sys.exit(f"error: no result of {', '.join(failed)}; see their .log files in {args.output}")
+        sys.exit(f"error: no result, or failed tests, of {', '.join(failed)}; see their files in {args.output}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import demo
 from util import errors
 from util.command_line import Parser
+from util.errors import UserError
 
 ROOT = demo.ROOT
 
@@ -118,18 +119,23 @@ def main() -> None:
     add("--output_dir", type=Path, default=ROOT / "output" / "ablations", help="folder of the runs")
     add("--results", type=Path, default=ROOT / "results" / "ablations", help="folder of the logs that are stored")
     args = parser.parse_args()
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs} must be at least 1")
     output, results = args.output_dir.resolve(), args.results.resolve()
 
     # All variants of a seed before the next seed, so that an early end leaves every variant with as many seeds.
     variants = {"default": ""} | {name: flags for ablation in args.only for name, flags in ABLATIONS[ablation].items()}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         tasks = [
             pool.submit(chain, name, flags, seed, output, results, partial="partial" in args.only and name == "default")
             for seed in args.seeds
             for name, flags in variants.items()
         ]
-        for task in tasks:
+        for task in as_completed(tasks):
             task.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, no other variant is begun
 
 
 if __name__ == "__main__":

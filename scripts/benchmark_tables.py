@@ -8,7 +8,6 @@ The tables are printed, or with --into replace the part of a document between it
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -195,9 +194,9 @@ def main() -> None:
     document = args.into.read_text()
     if begin not in document or end not in document:
         raise UserError(f'{args.into} has no lines "{begin}" and "{end}" to put the tables between')
-    section = f"{begin}\n{text}\n{end}"
-    replaced = re.sub(f"{begin}.*{end}", lambda _: section, document, flags=re.DOTALL)  # a string's \ would be escapes
-    args.into.write_text(replaced)
+    before, rest = document.split(begin, 1)
+    after = rest.rsplit(end, 1)[1]
+    args.into.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from util import errors
 from util.checkpoint.output_dir import unwritable
 from util.command_line import Parser
 from util.data import splits, tar
-from util.data.listing import join_names, read_folder
+from util.data.listing import exists, join_names, read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.parquet import read_parquets
@@ -50,7 +50,7 @@ def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, Pack
     Raises:
         UserError: The sources can't be read, are of several kinds, or hold no images.
     """
-    if missing := [str(path) for path in sources if not path.exists()]:
+    if missing := [str(path) for path in sources if not exists(path)]:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
     files = [file for source in sources for file in _archives_in(source)]
     kinds = {_kind(file) for file in files}
@@ -123,11 +123,25 @@ def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
         others -= {source.root.name, *(archive.name for archive in source.archives)}
         if source.root == folder and not source.archives:
             others &= set(source.apart)  # all other folders are listed with the images
-    if len(found) < len(SPLITS) and (others or not found):
+    # A single folder named like a split is one if it holds class folders, and no other split lies beside it under
+    # another name; else it is a class among others.
+    if not found:
         return [("", splits.source_at(folder))]
+    if len(found) < len(SPLITS) and others:
+        other_names = {word for words in splits.OTHER_NAMES.values() for word in words}
+        if others & other_names or not _holds_class_folders(found[0][1]):
+            return [("", splits.source_at(folder))]
     if others:
         print(f"notice: not packed: {join_names(sorted(others), 3)} in {folder}", file=sys.stderr)
     return found
+
+
+def _holds_class_folders(source: splits.Source) -> bool:
+    """Return whether a source is a folder that holds folders, and no images directly."""
+    if source.archives:
+        return False
+    folders, files = read_folder(str(source.root))
+    return bool(folders) and not any(map(is_image, files))
 
 
 def _check_apart(source: Path, output: Path) -> None:

@@ -31,7 +31,7 @@ def pixels(images: datasets.Images) -> tuple[np.ndarray, np.ndarray]:
         UserError: The images differ in size.
     """
     try:
-        values = np.stack([images[index][0].ravel() for index in range(len(images))])
+        values = np.stack([images[index][0] for index in range(len(images))]).reshape(len(images), -1)
     except ValueError as error:
         raise UserError(
             f"{images.root} holds images of different sizes, and this baseline needs one size: resize them"
@@ -51,7 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     options.add_val_flags(parser)
     parser.add_argument("--iterations", default=200, type=int, help="largest number of lbfgs iterations")
     args = parser.parse_args(argv)
-    if problems := checks.range_problems(args):
+    problems = checks.range_problems(args)
+    if args.iterations < 1:
+        problems.append(f"--iterations {args.iterations} must be at least 1")
+    if problems:
         raise UserError("; ".join(problems))
     try:
         from sklearn.linear_model import LogisticRegression
@@ -64,6 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         datasets.open_split(datasets.EvalImages, data, split, None, Pixels()) for split in ("train", "val")
     )
     datasets.check_classes(train_images, val_images, len(val_images.classes))
+    if len(val_images.classes) < 2:
+        raise UserError(f"{args.data_path} has one class, and this baseline needs two or more to tell apart")
 
     # Standardise both splits by the statistics of the training images.
     (train, train_targets), (val, val_targets) = pixels(train_images), pixels(val_images)

@@ -28,8 +28,10 @@ from torchvision import datasets
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
 from util.command_line import Parser
-from util.data.splits import is_image
+from util.data.listing import exists
+from util.data.splits import SPLITS, is_image
 from util.errors import UserError
+from util.packing.sources import DAMAGE
 
 # Images in train/ and val/ of each dataset.
 COUNTS = {"fashion_mnist": (60000, 10000), "cifar10": (50000, 10000), "imagenette": (9469, 3925)}
@@ -37,7 +39,6 @@ FASHION_CLASSES = (
     *("tshirt_top", "trouser", "pullover", "dress", "coat"),
     *("sandal", "shirt", "sneaker", "bag", "ankle_boot"),
 )
-SPLITS = ("train", "val")
 IDX_PREFIXES = {"train": "train", "val": "t10k"}  # of Fashion-MNIST's file names, by split
 
 Sample = tuple[str, int, np.ndarray]  # class, number in the source, pixels [H, W] or [H, W, 3] of 8 bits
@@ -59,7 +60,7 @@ def read_idx(path: Path) -> np.ndarray:
         num_axes = data[3]
         sizes = np.frombuffer(data, ">i4", count=num_axes, offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(sizes)
-    except (OSError, EOFError, ValueError) as error:
+    except DAMAGE as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -133,7 +134,8 @@ def fetch(name: str, folder: Path) -> Path:
         datasets.Imagenette(folder, size="160px", download=not (folder / "imagenette2-160").exists())
         return folder / "imagenette2-160"
     except (OSError, RuntimeError) as error:  # no network
-        raise UserError(f"cannot download {name}: {str(error).splitlines()[0]}. Give --source (see --help)") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot download {name}: {reason}. Give --source (see --help)") from error
 
 
 def count_images(output: Path) -> tuple[int, int]:
@@ -145,17 +147,17 @@ def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive into a folder.
 
     Raises:
-        UserError: The file is no tar archive, or it is cut off. Other damage shows when the images are counted.
+        UserError: The file is no tar archive, is damaged or cut off, or the disk is full.
     """
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, EOFError) as error:  # EOFError: a compressed archive that is cut off
+    except DAMAGE as error:
         raise UserError(f"cannot unpack {archive}: {error}") from error
 
 
 def replace_splits(new: Path, output: Path) -> None:
-    """Put new/train and new/val in the place of those of the output.
+    """Put new/train and new/val in the place of those of the output, which go to new/replaced.
 
     Raises:
         UserError: The output holds something that is not in the new folders, and would be lost.
@@ -164,9 +166,11 @@ def replace_splits(new: Path, output: Path) -> None:
         for path in (output / split).rglob("*"):
             if not (new / path.relative_to(output)).exists():
                 raise UserError(f"{path} does not belong to the dataset: remove it, or choose another --output")
+    (new / "replaced").mkdir()
     output.mkdir(exist_ok=True)
     for split in SPLITS:
-        shutil.rmtree(output / split, ignore_errors=True)
+        if (output / split).exists():
+            (output / split).rename(new / "replaced" / split)
         (new / split).rename(output / split)
 
 
@@ -186,8 +190,10 @@ def prepare(
     Raises:
         UserError: The source cannot be read or is not complete, or the output holds other files.
     """
-    # Everything is written next to the output first and moved at the end: on the same file system a move is instant.
-    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+    # Everything is written on the output's file system first, where moving it at the end is instant: inside the output
+    # if that is there, since it may be a disk of its own.
+    place = output if output.exists() else output.parent
+    with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished-") as temporary:
         folder = source
         if source.is_file():
             folder = Path(temporary) / "source"
@@ -204,9 +210,10 @@ def prepare(
 
         counts = count_images(new)
         if counts != expected:
+            remedy = f"remove {source} to download it again" if downloaded else "is it complete?"
             raise UserError(
                 f"{source} holds {counts[0]} training and {counts[1]} validation images instead of {expected[0]} and "
-                f"{expected[1]}: is it complete?"
+                f"{expected[1]}: {remedy}"
             )
         replace_splits(new, output)
 
@@ -219,8 +226,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, help="folder or archive to read; default: download")
     parser.add_argument("--per_class", type=int, help="number of images to keep of each class; default: all")
     args = parser.parse_args(argv)
-    if args.source and not args.source.exists():
+    if args.source and not exists(args.source):
         raise UserError(f"--source {args.source}: no such file or folder")
+    if args.output.exists() and not args.output.is_dir():
+        raise UserError(f"--output {args.output} is a file: name a folder")
     if args.per_class is not None and args.per_class < 1:
         raise UserError(f"--per_class {args.per_class} must be at least 1")
 

@@ -16,12 +16,15 @@ archives of 1 GB that training reads in place, and so do those in output/val.
 """
 
 import csv
+import gzip
 import io
+import lzma
 import os
 import re
 import shutil
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,6 +37,7 @@ from util import errors
 from util.command_line import Parser
 from util.data.archive_index import load_index
 from util.data.archives import open_archive
+from util.data.listing import exists
 from util.data.splits import ARCHIVE, is_image
 from util.errors import UserError
 from util.packing.shards import SHARD_SIZE, PackedImages
@@ -68,6 +72,23 @@ def read_labels(path: Path) -> list[str]:
             labels[number] = row["PredictionString"].split()[0]  # the class, before its bounding boxes
         return [labels[number] for number in sorted(labels)]
     return [line.strip() for line in lines if line.strip()]
+
+
+def open_labels(path: Path) -> list[str]:
+    """Read labels as `read_labels` does.
+
+    Raises:
+        UserError: The file is damaged, holds something else, or needs a package that is missing.
+    """
+    try:
+        return read_labels(path)
+    except UserError:
+        raise
+    except Exception as error:  # whatever tarfile, gzip, csv and scipy raise at a file that is none of theirs
+        raise UserError(
+            f"--labels {path} cannot be read ({type(error).__name__}: {error}): give the development kit, "
+            "LOC_val_solution.csv or a list of classes"
+        ) from error
 
 
 def _read_devkit(path: Path) -> list[str]:
@@ -222,6 +243,14 @@ def class_archives(source: Path, mode: str) -> Iterator[tuple[str, int, tarfile.
         raise UserError(f"{source} holds {classes} classes instead of {CLASSES}: is it complete?")
 
 
+def class_images(source: Path, mode: str) -> Iterator[tuple[str, int, tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield what `class_archives` yields and an image in that archive, for each image; raises what it raises."""
+    for label, start, archive in class_archives(source, mode):
+        for member in archive:
+            if member.isfile() and is_image(member.name):
+                yield label, start, archive, member
+
+
 def prepare_train(source: Path, output: Path) -> None:
     """Unpack the training archive, which holds an archive per class, into output/train/<class>/.
 
@@ -234,11 +263,10 @@ def prepare_train(source: Path, output: Path) -> None:
     """
     _refuse_archives(output / "train")
     written = total = 0
-    for label, _, archive in class_archives(source, "r"):
-        for member in archive:
-            target = output / "train" / label / Path(member.name).name
-            written += write_if_missing(target, member.size, partial(_extract, archive, member))
-            total += 1
+    for label, _, archive, member in class_images(source, "r"):
+        target = output / "train" / label / Path(member.name).name
+        written += write_if_missing(target, member.size, partial(_extract, archive, member))
+        total += 1
     print(f"{output / 'train'}: {total} images of {CLASSES} classes, {written} written now")
 
 
@@ -309,13 +337,11 @@ def pack_train(source: Path, output: Path) -> None:
             written), or the shards can't be written. The images are not counted.
         TarError, EOFError: The archive is compressed, damaged or cut off; `main` makes a message of that.
     """
-    places = {}
-    found = tqdm(class_archives(source, "r:"), "listing classes", CLASSES, leave=False, disable=None)
-    for label, start, archive in found:
-        for member in archive:
-            name = f"{label}/{Path(member.name).name}"
-            if member.isfile() and is_image(member.name):
-                places[name] = (source, start + member.offset_data, member.size)
+    found = tqdm(class_images(source, "r:"), "listing images", leave=False, disable=None)
+    places = {
+        f"{label}/{Path(member.name).name}": (source, start + member.offset_data, member.size)
+        for label, start, _, member in found
+    }
     _pack(places, output / "train")
 
 
@@ -335,21 +361,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.val and not args.labels:
         raise UserError("--val needs --labels: the development kit, LOC_val_solution.csv or a list of classes")
     for path in filter(None, (args.train, args.val, args.labels)):
-        if not path.exists():
+        if not exists(path):
             raise UserError(f"{path}: no such file or folder")
+        if path.is_dir() and path != args.val:
+            raise UserError(f"{path} is a folder: name a file")
 
     # The smaller split first: what is wrong with it shows in minutes.
     try:
         if args.val:
-            (pack_val if args.packed else prepare_val)(args.val, read_labels(args.labels), args.output)
+            (pack_val if args.packed else prepare_val)(args.val, open_labels(args.labels), args.output)
         if args.train:
             (pack_train if args.packed else prepare_train)(args.train, args.output)
-    except (tarfile.TarError, EOFError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"an archive or the labels cannot be read: {type(error).__name__} {error}. Are the files complete?"
-        ) from error
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"an archive cannot be read: {type(error).__name__} {error}. Is the file complete?") from error
     except OSError as error:
-        raise UserError(f"{error}: is the disk full?") from error
+        full = ": is the disk full?" if error.errno in errors.FULL else ""
+        raise UserError(f"{error}{full}") from error
 
 
 if __name__ == "__main__":

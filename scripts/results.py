@@ -17,15 +17,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files, without a display
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recipes.ablations import TRAINABLE
 from scripts.benchmark_tables import table
+from util import errors
+from util.command_line import Parser
+from util.errors import UserError
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into files, without a display
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+except ImportError:
+    matplotlib = None
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "results"
@@ -99,8 +105,15 @@ class Summary(NamedTuple):
 
 
 def read_log(path: Path) -> list[dict]:
-    """Read a log's lines of JSON, a dictionary each: one per epoch, or a single one without "epoch" (k-NN, pixels)."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    """Read a log's lines of JSON, a dictionary each: one per epoch, or a single one without "epoch" (k-NN, pixels).
+
+    Raises:
+        UserError: It has no lines.
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+    if not lines:
+        raise UserError(f"{path} holds no figures: remove it, or run its row again")
+    return lines
 
 
 def summarise(paths: list[Path], name: str = "test_acc1") -> Summary | None:
@@ -245,7 +258,7 @@ def plot_dataset(folder: Path) -> None:
     plt.close(figure)
 
 
-def plot_row(panel: Axes, label: str, paths: list[Path], name: str) -> None:
+def plot_row(panel: "Axes", label: str, paths: list[Path], name: str) -> None:
     """Add a row of a dataset's table to its plot.
 
     Args:
@@ -274,8 +287,16 @@ def comparisons() -> None:
             print(f"\n{name}\n\n{table(['', *figures.values(), 'n'], rows)}")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print all tables, and draw all plots."""
+    Parser(__doc__).parse_args()
+    if matplotlib is None:
+        raise UserError("this needs matplotlib: pip install matplotlib")
     PICTURES.mkdir(parents=True, exist_ok=True)
     datasets()
     comparisons()
     ablations()
+
+
+if __name__ == "__main__":
+    errors.run(main)

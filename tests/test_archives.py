@@ -669,6 +669,10 @@ BAD = {
     "no label in json": (lambda p: two_shards(p, sample("a", b"{}", "json"), {}), "a.png has no label"),
     "negative label": (lambda p: two_shards(p, sample("a", -1), sample("b", 0)), "a.cls has the label -1"),
     "huge label": (lambda p: two_shards(p, sample("a", 10**9), {}), "has the label 1000000000, which is no class"),
+    "a label of half a character": (
+        lambda p: two_shards(p, sample("a", b'{"label": "\\ud800"}', "json"), {}),
+        "which is no class",
+    ),
     "a label with slash": (lambda p: two_shards(p, sample("a", b"x/y"), {}), "has the label 'x/y'"),
     "a true label": (lambda p: two_shards(p, sample("a", b'{"label": true}', "json"), {}), "has the label True"),
     "no JSON": (lambda p: two_shards(p, sample("a", b"{", "json"), {}), "a.json can't be read as a label"),

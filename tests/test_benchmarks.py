@@ -1,12 +1,13 @@
 """Benchmarks: each runs in its smallest form and writes the rows that its docstring names."""
 
+import argparse
 import json
 import re
 
 import pytest
 import torch
 
-from benchmarks import timing, train
+from benchmarks import gpu, timing, train
 from util.report.meters import Meters
 
 pytestmark = pytest.mark.slow
@@ -18,6 +19,15 @@ TINY = {
         ["classic", "ours", "tar", "decode", "finetune_classic", "finetune_ours", "finetune_no_aa"] * 2,
     ),
 }
+
+
+def test_failed_tests_are_a_failed_stage_and_folders_may_have_blanks(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it():\n    assert False\n")
+    args = argparse.Namespace(output=tmp_path, quick=False, device="cpu", photos=tmp_path / "my photos")
+    stage = gpu.Stage("tests", f"-m pytest -n 0 {tmp_path / 'test_it.py'}", "", 1)
+    assert gpu.run(stage, args, 100).startswith("failed: 1 tests, done in")
+    words = gpu.command(gpu.Stage("train", "train.py --data_path {photos}", "", 1), args, tmp_path / "found.json")
+    assert words[:3] == ["train.py", "--data_path", str(tmp_path / "my photos")]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -32,7 +42,7 @@ def test_a_benchmark_runs_and_writes_its_rows(name, images, tmp_path, script):
 
 def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path):
     """With --quick on a CPU, only the stage whose JSON file was removed runs again."""
-    folder, document = tmp_path / "found", tmp_path / "BENCHMARKS.md"
+    folder, document = tmp_path / "found (2)", tmp_path / "BENCHMARKS.md"
     words = ["benchmarks/gpu.py", "--quick", "--device", "cpu", "--output", folder]
     first = script(*words)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -49,11 +59,11 @@ def test_the_gpu_benchmark_resumes_and_its_files_become_tables(script, tmp_path)
     dropped = script(*words, "--minutes", "0", "--stages", "peaks", "tests")
     assert "dropped" not in late.stdout and re.search(r"peaks +dropped: 0 s", dropped.stdout)
 
-    document.write_text("before\n<!-- found -->\nstale\n<!-- end of found -->\nafter\n")
+    document.write_text("before\n<!-- found (2) -->\nstale\n<!-- end of found (2) -->\nafter\n")
     done = script("scripts/benchmark_tables.py", folder, "--into", document)
     assert done.returncode == 0, done.stderr
     text = document.read_text()
-    assert text.startswith("before\n<!-- found -->") and text.endswith("<!-- end of found -->\nafter\n")
+    assert text.startswith("before\n<!-- found (2) -->") and text.endswith("<!-- end of found (2) -->\nafter\n")
     rows = json.loads((folder / "step_large.json").read_text())["result"]["rows"]
     assert [row["name"] for row in rows] == ["ours", "off", "hf", "hf_best"]
     assert all(row["images_per_s"] > 0 for row in rows)

@@ -69,6 +69,7 @@ def test_names_that_are_not_utf8_are_those_of_folders(tmp_path):
         ('{"cat": 0, "kitten": 0, "dog": 1}', "two of its names have the same number"),
         ('{"a": "b"}', "can't be used: invalid literal"),
         ("[1, 2]", "it holds other things than names"),
+        ('{"label_names": 5}', "it holds no list of names"),
         ('["a", {"b": 1}]', "it holds other things than names"),
         ('["a", "b"', "can't be used: "),
         ("[" * 100_000, "can't be used: "),

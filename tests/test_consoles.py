@@ -134,6 +134,17 @@ def test_no_console_ends_a_script(stream, predict):
     assert output.read_bytes().count(b"\n") == 31
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&-"])
+def test_closed_descriptors_are_not_given_to_the_next_file(closed, tmp_path):
+    code = f"""if True:
+        from util.console import tolerant_console
+        with tolerant_console(), open({str(tmp_path / "found")!r}, "w") as file:
+            file.write(str(file.fileno()))
+    """
+    subprocess.run(["bash", "-c", f"exec '{sys.executable}' -c \"$0\" {closed}", code], cwd=ROOT, check=True)
+    assert int((tmp_path / "found").read_text()) > 2
+
+
 def test_a_run_goes_on_when_its_console_goes_away(images, tmp_path):
     os.mkfifo(tmp_path / "console")
     process = faults.start("pretrain", argv("pretrain", images, tmp_path, "--epochs", 4), tmp_path / "console")

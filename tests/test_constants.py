@@ -132,7 +132,7 @@ def test_adamws_constants(job, betas, decay):
 def test_adamw_is_fused_with_and_without_sharding(ranks, monkeypatch):
     monkeypatch.setattr(optim.dist, "world_size", lambda: ranks)
     monkeypatch.setattr(optim, "ZeroRedundancyOptimizer", lambda groups, kind, **more: kind(groups, **more))
-    optimizer = optim.adamw([{"params": nn.Linear(2, 2).parameters()}], 1e-3, shard=True)
+    optimizer = optim.adamw([{"params": list(nn.Linear(2, 2).parameters())}], 1e-3, shard=True)
     assert all(group["fused"] for group in optimizer.param_groups)
 
 

@@ -190,6 +190,10 @@ def test_unreadable_images_are_left_out(checkpoint, images, tmp_path):
 def test_a_picture_too_large_for_its_format_ends_in_a_message(tmp_path):
     with pytest.raises(UserError, match=r"f.webp can't hold 2 x 16400 pixels .*draw fewer images, or a .png"):
         pictures.save(Image.new("RGB", (2, 16400)), tmp_path / "f.webp")
+    for name, height in (("f.jpg", 65501), ("f.gif", 70000)):
+        with pytest.raises(UserError, match=f"{name} can't hold 2 x {height} pixels"):
+            pictures.save(Image.new("RGB", (2, height)), tmp_path / name)
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(

@@ -400,6 +400,13 @@ def test_two_rows_before_the_patches_are_named(encoder, tmp_path):
         {"args": {"mean": torch.tensor([0.5, 0.5, 0.5]), "blr": None}, "epoch": "0", "optimizer": {}},
         {"args": {"blr": 1.0, "batch_size": "16"}, "epoch": None, "optimizer": {}, "rng": torch.zeros(3)},
         {"position": [1], "job": "train vit", 7: "seven"},
+        {"args": {"blr": 1e-3, "mean": 0.5, "std": 0.5, "crop_pct": "0.9"}},
+        {"args": {"blr": 1e-3, "mean": [123.675, 116.28, 103.53], "std": [58.4, 57.1, 57.4]}},
+        {"args": {"mean": [0.5, 0.5, 0.5]}},
+        {"args": {"mean": [0.5], "std": [0.5]}},
+        {"model_config": {**SIZES, "mlp_ratio": 4.0, "qkv_bias": True}},
+        {"model_config": {**SIZES, "mlp_ratio": 4.0, "patch_size": (4, 4)}},
+        {"model_config": {**SIZES, "mlp_ratio": 4.0, "global_pool": "token"}},
     ],
     ids=lambda entry: " ".join(map(str, entry)),
 )

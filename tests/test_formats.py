@@ -23,7 +23,7 @@ from util import optim
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import preprocessing, recognise, to_hugging_face
+from util.checkpoint.formats import from_hugging_face_config, is_model_config, preprocessing, recognise, to_hugging_face
 from util.data.images import Pixels
 from util.data.transforms import CentreCrop
 from util.errors import UserError
@@ -333,6 +333,45 @@ def test_the_crop_is_that_of_hugging_faces_image_processor(processor, expected, 
         json.dumps(processor | {"image_mean": [0.5], "image_std": [0.5]})
     )
     assert preprocessing(tmp_path, {"model_type": "vit"}) == {"mean": [0.5], "std": [0.5], "crop_pct": expected}
+
+
+@pytest.mark.parametrize(
+    ("processor", "mean", "std"),
+    [
+        ({"image_mean": 0.5, "image_std": 0.25}, [0.5] * 3, [0.25] * 3),  # transformers takes one number, too
+        ({"image_mean": [0.4] * 3, "image_std": [0.2] * 3, "do_normalize": False}, [0.0] * 3, [1.0] * 3),
+    ],
+)
+def test_the_pixels_are_those_of_hugging_faces_image_processor(processor, mean, std, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    found = Pixels.from_args(preprocessing(tmp_path, {"model_type": "vit"}), 3)
+    assert (list(found.mean), list(found.std)) == (mean, std)
+
+
+def test_arguments_of_another_programs_model_are_no_config_of_ours():
+    """They would be refused by the constructors, as tracebacks."""
+    own = models_vit.vit_demo_patch4(num_classes=3).config
+    assert is_model_config(own) and is_model_config({**own, "model": "vit_demo_patch4", "img_size": (28, 56)})
+    for foreign in ({"qkv_bias": True}, {"patch_size": (4, 4)}, {"global_pool": "token"}, {"depth": "6"}):
+        assert not is_model_config({**own, **foreign})
+
+
+def test_a_short_config_stands_for_transformers_defaults():
+    config = from_hugging_face_config({"decoder_hidden_size": 512})["model_config"]
+    expected = transformers.ViTMAEConfig()
+    assert config["decoder_depth"] == expected.decoder_num_hidden_layers
+    assert config["decoder_num_heads"] == expected.decoder_num_attention_heads
+    assert config["norm_pix_loss"] == expected.norm_pix_loss
+
+
+def test_a_bin_file_alone_is_described_by_its_folder(tmp_path):
+    source = save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain", mean=[0.5] * 3, std=[0.25] * 3)
+    folder = export(source, "hf", tmp_path / "out")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    expected = load_checkpoint(str(folder))
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = load_checkpoint(str(folder / name))
+        assert found["args"] == expected["args"] and found["model_config"] == expected["model_config"]
 
 
 def test_an_export_takes_the_place_of_another_in_the_same_folder(tmp_path):

@@ -207,6 +207,15 @@ def test_help_shows_the_defaults(capsys):
     assert "share of the patches that are removed (default: 0.75)" in printed and "(default: None)" not in printed
 
 
+def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(tmp_path):
+    (tmp_path / "checkpoint-0.pth").write_text("")
+    for resume in (str(tmp_path / "checkpoint-0.pth"), "auto"):
+        words = ["--finetune", "gone.pth", "--resume", resume, "--output_dir", str(tmp_path), "--data_path", "x"]
+        with pytest.raises(UserError) as caught:
+            checks.check(JOBS["finetune"].get_args(words), MODELS["finetune"])
+        assert "--data_path x" in str(caught.value) and "gone.pth" not in str(caught.value)
+
+
 def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
     """A run that does not resume a folder's checkpoints is refused in it, and no file is changed."""
     (tmp_path / "run").mkdir()

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import faults
 import numpy as np
@@ -24,6 +25,7 @@ import main_predict
 import main_pretrain
 import main_reconstruct
 from util import errors
+from util.checkpoint import output_dir
 from util.checkpoint.output_dir import remove_unfinished, write_whole
 from util.errors import UserError
 
@@ -265,6 +267,19 @@ def test_a_pipe_and_a_name_as_long_as_they_may_be_are_written_to(trained, images
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="cannot write .*loop"), write_whole(tmp_path / "loop"):
         pass
+
+
+def test_a_device_is_written_to_whatever_its_folder_permits(tmp_path, monkeypatch):
+    """Only root may write files into /dev."""
+    monkeypatch.setattr(output_dir, "unwritable", lambda folder: f"{folder}: Permission denied")
+    assert output_dir.unwritable_file(Path("/dev/null")) == ""
+    assert "Permission denied" in output_dir.unwritable_file(tmp_path / "new.csv")
+    assert output_dir.unwritable_file(tmp_path) == "it is a folder"
+
+
+def test_names_that_no_file_can_have_do_not_exist(trained, images, tmp_path):
+    with pytest.raises(UserError, match="no such file or folder: xxx"):
+        main_predict.main(arguments(main_predict, trained, "x" * 300, tmp_path / "p.csv"))
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, images, tmp_path):

@@ -269,6 +269,37 @@ def test_train_is_a_class_among_others(tmp_path):
     assert listed(tmp_path / "out") == listed(source)
 
 
+def test_one_split_beside_other_folders_is_packed_as_that_split(tmp_path, capsys):
+    source = tree(
+        tmp_path / "in", dict.fromkeys(["train/cat/1.png", "train/dog/1.png", "annotations/masks/1.png"], PNG)
+    )
+    run(source, "--output", tmp_path / "out")
+    assert listed(tmp_path / "out/train") == listed(source / "train")
+    assert "not packed: annotations in" in capsys.readouterr().err
+
+
+def test_a_folder_around_the_classes_is_told(tmp_path, capsys):
+    run(a_zip("images/cat/1.png", "images/dog/1.png", name="pets.zip")(tmp_path), "--output", tmp_path / "out")
+    assert "all images lie in folders of images, which is taken as the only class" in "".join(capsys.readouterr())
+    assert listed(tmp_path / "out")[0] == ["images"]
+
+
+def test_names_of_classes_do_not_depend_on_the_current_folder(tmp_path, monkeypatch):
+    archives.write(tree(tmp_path, {"train": None}) / "train/0.tar", {"0.png": PNG, "0.cls": b"1"})
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    monkeypatch.chdir(tmp_path / "train")
+    run(".", "--output", tmp_path / "out")
+    assert listed(tmp_path / "out")[0] == ["ant", "bee"]
+
+
+def test_backslashes_in_a_zip_are_folders(tmp_path):
+    infos = [zipfile.ZipInfo(f"{name}/0.png") for name in ("cat", "dog")]
+    for info in infos:
+        info.filename = info.filename.replace("/", "\\")
+    run(zipped(tmp_path / "x.zip", dict.fromkeys(infos, PNG)), "--output", tmp_path / "out")
+    assert listed(tmp_path / "out")[0] == ["cat", "dog"]
+
+
 def test_a_third_split_is_named_and_not_packed(images, tmp_path, capsys):
     for split in NAMES:
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -602,6 +633,7 @@ def grown(folder):
 LEFTOVERS = {
     "shards beyond the last": lambda folder: shutil.copy(folder / "shard-00000.tar", folder / "shard-00006.tar"),
     "another archive": lambda folder: archives.write(folder / "x.TAR", {"a/1.png": PNG}),
+    "an archive that can't be read in place": lambda folder: zipped(folder / "x.zip", {"a/1.png": PNG}),
     "a folder": lambda folder: (folder / "cat").mkdir(),
     "an image": lambda folder: (folder / "1.png").write_bytes(PNG),
     "other images": other_size,
@@ -781,6 +813,8 @@ SOURCES = {  # what is written and named, and the message
     "one name in two zips": (both(a_zip("a/1.png"), a_zip("a/1.png", name="y.zip")), "two images have one name"),
     "some in folders": (a_zip("a/1.png", "2.png"), r"in folders \(a/1.png\) and some are not \(2.png\)"),
     "several splits in a zip": (a_zip("train/a/1.png", "val/a/1.png"), r"several splits \(train, val\)"),
+    "splits in a folder of a zip": (a_zip("x/train/a/1.png", "x/val/a/1.png", name="y.zip"), r"several splits \(tra"),
+    "missing, of a long name": (lambda folder: folder / ("x" * 300), "no such file or folder"),
     "several splits in a tar": (a_tar("x/train/a/1.png", "x/val/a/1.png"), r"several splits \(train, val\)"),
     "hidden class": (
         lambda folder: archives.write(folder / "x.tar", {"0.png": PNG, "0.cls": b".x"}),
@@ -820,6 +854,10 @@ PARQUETS = {
     "splits": (
         both(*(a_parquet([ROW], name=f"{word}-0.parquet") for word in ("train", "test"))),
         "several splits .*te",
+    ),
+    "splits at the end": (
+        both(*(a_parquet([ROW], name=f"mnist-{word}.parquet") for word in ("train", "test"))),
+        "several splits .*test",
     ),
     "splits in a folder": (
         lambda folder: (

@@ -194,6 +194,6 @@ def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_w
 def test_a_run_too_short_for_its_ema_is_warned_of(capsys):
     model = torch.nn.Linear(2, 2)
     main_finetune.build_ema(model, 0.9999, 1950)
-    assert "82% of the EMA is still the untrained start after all 1950" in capsys.readouterr().out
+    assert "82% of the EMA is still the first weights after all 1950" in capsys.readouterr().out
     main_finetune.build_ema(model, 1 - 10 / 1950, 1950)
     assert capsys.readouterr().out == ""

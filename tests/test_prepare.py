@@ -36,6 +36,9 @@ def archives(tmp_path, monkeypatch):
         for name in sorted(set(LABELS)):
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as part:
+                folder = tarfile.TarInfo(name)
+                folder.type = tarfile.DIRTYPE
+                part.addfile(folder)
                 add_file(part, f"{name}_1.JPEG", name.encode())
                 add_file(part, "notes.txt", b"no image")
             add_file(tar, f"{name}.tar", inner.getvalue())
@@ -89,6 +92,19 @@ def test_a_flat_folder_will_do(archives):
         tar.extractall(archives / "flat", filter="data")
     prepare(archives, val="flat")
     assert (archives / "out/val/n00000001/ILSVRC2012_val_00000005.JPEG").read_bytes() == b"55555"
+
+
+def test_folders_and_other_files_in_a_class_are_no_images(archives):
+    prepare(archives, "labels.txt", "val.tar", "--train", archives / "train.tar")
+    names = sorted(path.name for path in (archives / "out/train").rglob("*") if path.is_file())
+    assert names == [f"{name}_1.JPEG" for name in sorted(set(LABELS))]
+
+
+def test_a_damaged_development_kit_is_a_message(archives, refusal):
+    data = bytearray(gzip.compress(bytes(range(256)) * 400))
+    data[30] ^= 255
+    (archives / "devkit.tar.gz").write_bytes(data)
+    assert "devkit.tar.gz cannot be read" in refusal(lambda: prepare(archives, "devkit.tar.gz"))
 
 
 @pytest.mark.parametrize("spoil", ["missing image", "wrong labels", "cut archive", "strange folder", "no labels"])
@@ -221,9 +237,16 @@ SPOILT = {  # file, what happens to it, the message, and whether it is one of th
     "val cut off": ("val.tar", lambda path: path.write_bytes(path.read_bytes()[:1100]), "cut off", False),
     "val compressed": ("val.tar", compressed, "compressed: gunzip it", False),
     "val incomplete": ("flat/ILSVRC2012_val_00000003.JPEG", Path.unlink, "must hold 2 images of each", True),
+    "train is a folder": ("train.tar", lambda path: (path.unlink(), path.mkdir()), "is a folder: name a file", True),
+    "labels of another kind": (
+        "labels.txt",
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        "labels.txt cannot be r",
+        True,
+    ),
     "labels": ("labels.txt", lambda path: path.write_text("tench\n" * 6), "--labels must name 2 images", True),
     "no labels": ("labels.txt", Path.unlink, "no such file", True),
-    "train cut off": ("train.tar", cut_off, "Are the files complete", True),
+    "train cut off": ("train.tar", cut_off, "Is the file complete", True),
     "train of two classes": ("train.tar", of_two_classes, "holds 2 classes instead of 3", True),
     "train with another archive": ("train.tar", with_a_stranger, "holds images.tar instead of archives like", True),
     "train damaged inside": ("train.tar", damaged_inside, "bad checksum", True),

@@ -1,5 +1,6 @@
 """Whatever is random follows its seed, and differs where it should: between epochs, ranks, steps and samples."""
 
+import argparse
 import random
 
 import numpy as np
@@ -12,12 +13,32 @@ from runs import job_argv, same
 import main_finetune
 import main_pretrain
 import models_mae
+from util import optim, rng
 from util.data import datasets, loaders
 from util.data.images import Pixels
 from util.data.splits import DataSpec
 from util.data.transforms import Crop, FinetuneTransform
 
 JOBS = {"pretrain": main_pretrain.main, "finetune": main_finetune.main}
+
+
+def test_the_stream_of_an_apple_gpu_is_kept_too(monkeypatch):
+    stream = [torch.tensor([1])]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: stream[-1])
+    monkeypatch.setattr(torch.mps, "set_rng_state", stream.append)
+    state = rng.get_rng_state()
+    rng.set_rng_state(state)
+    assert torch.equal(state["mps"], torch.tensor([1])) and len(stream) == 2
+
+
+def test_updates_can_be_skipped_on_an_apple_gpu(monkeypatch):
+    """Its fused kernel did not look at the flag that says so."""
+    flags = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **more: flags.append(more["fused"]))
+    for device in ("mps", "cuda", "cpu"):
+        optim.adamw([{"params": [argparse.Namespace(device=torch.device(device))]}], 1e-3, shard=False)
+    assert flags == [False, True, True]
 
 
 @pytest.fixture

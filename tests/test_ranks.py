@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from pathlib import Path
 
 import faults
 import pytest
@@ -260,6 +261,22 @@ def test_101_images_give_the_same_counts_on_one_two_and_three_ranks(tmp_path):
         for _, shared in ranks.run(world, tmp_path / str(world), evaluate_split, tmp_path / "val"):
             assert shared["acc1"] == alone["acc1"] and shared["acc5"] == alone["acc5"]
             assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def message_of_a_full_disk(folder):
+    """Return the error of a line of log.txt that rank 0 can't write."""
+    logs = RunLog(str(folder), "", 0, 0.0)
+    if logs.file:
+        logs.file = Path("/dev/full")
+    try:
+        logs.epoch({"epoch": 0})
+    except UserError as error:
+        return str(error)
+
+
+def test_a_log_that_cannot_be_written_is_every_ranks_error(tmp_path):
+    messages = ranks.run(2, tmp_path / "out", message_of_a_full_disk, tmp_path)
+    assert messages[0] == messages[1] and messages[0].startswith("cannot write /dev/full: No space left")
 
 
 def draw_random_numbers():

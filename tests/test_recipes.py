@@ -53,6 +53,42 @@ def test_fashion_mnist_becomes_folders_once(fashion_mnist_files, tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"source", "data", "cut"}, "something was left behind"
 
 
+def test_the_output_may_be_a_disk_of_its_own_and_is_no_file(fashion_mnist_files, tmp_path, monkeypatch):
+    """Everything is written inside an output that is there; a folder beside it may be on another file system."""
+    monkeypatch.setitem(prepare_data.COUNTS, "fashion_mnist", (30, 30))
+    (tmp_path / "data").mkdir()
+    rename, made = Path.rename, []
+
+    def record(self, target):
+        made.append((self, target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", record)
+    words = ["fashion_mnist", "--source", str(fashion_mnist_files), "--output"]
+    prepare_data.main([*words, str(tmp_path / "data")])
+    assert made and all(path.is_relative_to(tmp_path / "data") for pair in made for path in pair)
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"train", "val"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file: name a folder"):
+        prepare_data.main([*words, str(tmp_path / "file")])
+
+
+def test_damaged_downloads_and_silent_errors_are_messages(fashion_mnist_files, tmp_path, monkeypatch):
+    file = fashion_mnist_files / "t10k-images-idx3-ubyte.gz"
+    data = bytearray(file.read_bytes())
+    data[60:90] = bytes(30)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="cannot read .*t10k-images"):
+        prepare_data.main(["fashion_mnist", "--source", str(fashion_mnist_files), "--output", str(tmp_path / "data")])
+
+    def times_out(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(prepare_data.datasets, "CIFAR10", times_out)
+    with pytest.raises(UserError, match="cannot download cifar10: TimeoutError. Give --source"):
+        prepare_data.main(["cifar10", "--output", str(tmp_path / "data")])
+
+
 def test_the_samples_are_what_the_script_makes(tmp_path):
     source = Path("/usr/share/datasets/fashion-mnist")
     if not source.is_dir():
@@ -100,6 +136,20 @@ def test_raw_pixels_are_a_baseline(images, tmp_path, capsys):
         pixel_baseline.main(["--data_path", str(tmp_path), "--iterations", "5"])
 
 
+@pytest.mark.parametrize("kind", ["sizes", "one class", "iterations"])
+def test_what_raw_pixels_cannot_be_compared_by(kind, tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b") if kind != "one class" else ("a",):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(4):
+                size = (28, 14) if kind == "sizes" and number % 2 else (14, 28)
+                Image.new("L", size, 9 * number).save(tmp_path / split / name / f"{number}.png")
+    message = {"sizes": "of different sizes", "one class": "has one class", "iterations": "--iterations 0 must be"}
+    with pytest.raises(UserError, match=message[kind]):
+        words = ["--data_path", str(tmp_path), "--iterations", "0" if kind == "iterations" else "5"]
+        pixel_baseline.main(words)
+
+
 def write_log(path, accuracy):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"epoch": e, "test_acc1": accuracy - 1 + e}) + "\n" for e in range(2)))
@@ -136,6 +186,30 @@ def test_the_published_tables_are_those_of_the_logs(tmp_path, monkeypatch, capsy
     assert len(rows) > 20
     pages = [ROOT / "RESULTS.md", ROOT / "docs" / "ablations.md"]
     assert set(rows) <= {line for page in pages for line in page.read_text().splitlines()}
+
+
+def test_a_log_without_lines_is_a_message(tmp_path):
+    (tmp_path / "seed0.jsonl").write_text("")
+    with pytest.raises(UserError, match="seed0.jsonl holds no figures"):
+        results.summarise([tmp_path / "seed0.jsonl"])
+
+
+def test_after_a_failed_run_no_other_variant_is_begun(tmp_path, monkeypatch):
+    begun = []
+
+    def failing(variant, *_, **__):
+        begun.append(variant)
+        raise SystemExit(f"{variant} failed")
+
+    monkeypatch.setattr(ablations, "chain", failing)
+    words = ["ablations.py", "--jobs", "1", "--results", str(tmp_path), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="default failed"):
+        ablations.main()
+    assert len(begun) < 5, "of 45"
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "--jobs", "0"])
+    with pytest.raises(UserError, match="--jobs 0 must be at least 1"):
+        ablations.main()
 
 
 def test_every_ablation_is_plotted_and_every_plot_run():

@@ -130,6 +130,10 @@ def spoil(data, kind):
         Image.new("RGB", (28, 28)).save(mask)
     elif kind == "class 3":
         Image.fromarray(np.full((28, 28), 3, np.uint8)).save(mask)
+    elif kind == "broken mask":
+        mask.write_bytes(mask.read_bytes()[:40])
+    elif kind == "two images of a mask":
+        Image.open(image).save(image.with_suffix(".bmp"))
     elif kind == "no image":
         image.unlink()
         image.write_bytes(b"")
@@ -141,6 +145,8 @@ def spoil(data, kind):
     ("kind", "message"),
     [
         ("no mask", "1 masks are missing: .*png"),
+        ("broken mask", r"masks/.*png cannot be read"),
+        ("two images of a mask", "that differ by their ending only have one mask, as .*png"),
         ("colour mask", "has RGB pixels, not one number each"),
         ("class 3", "has class 3: --classes 3 allows 0 to 2"),
         ("no image", "not an image, or empty: remove it"),
@@ -170,6 +176,8 @@ def test_deep_images_keep_their_depth_and_other_files_are_left_out(data):
     [
         ({"size": 30}, "--size 30 must be a multiple of the encoder's patch size, 4"),
         ({"encoder": "/nowhere"}, "is no export for timm"),
+        ({"device": "foo"}, "--device foo"),
+        ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
         ({"epochs": 0}, "--epochs, --eval_freq, --batch_size and --width must be at least 1"),
         ({"data_path": None}, "--data_path or --predict is needed"),
         ({"data_path": None, "predict": "here"}, "model.pth does not exist: train first"),

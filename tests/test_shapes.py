@@ -95,7 +95,7 @@ def test_every_job_takes_the_images(case, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["train", "."])
-def test_pretraining_takes_a_folder_without_classes(place, tmp_path):
+def test_pretraining_takes_a_folder_without_classes(place, tmp_path, monkeypatch):
     data = tmp_path / "data"
     (data / place).mkdir(parents=True, exist_ok=True)
     (data / place / "deeper").mkdir()
@@ -103,7 +103,9 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path):
         save_grey(data / place / ("deeper" if number % 2 else "") / f"{number}", number)
     out = ["--output_dir", str(tmp_path / "out"), "--data_path", str(data)]
     main_pretrain.main([*SMALL.split(), *["--model", "mae_vit_demo_patch4", "--input_size", "28"], *out])
-    assert len(datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), flat=True)) == 6
+    monkeypatch.chdir(data)
+    for path in (str(data), "."):
+        assert len(datasets.open_split(datasets.Images, DataSpec(path), "train", None, Pixels(), flat=True)) == 6
     for folder in data.rglob("deeper"):
         folder.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="must hold train/<class>/<images>|has no class folders"):

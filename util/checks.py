@@ -36,9 +36,9 @@ FLAGS_BY_RANGE = [
     (NOT_NEGATIVE, "warmup_epochs num_workers start_epoch weight_decay min_lr save_minutes monitor_freq"),
     (NOT_NEGATIVE, "mixup cutmix color_jitter lr blr"),
     (POSITIVE, "clip_grad layer_decay dist_timeout max_megapixels"),
-    (POSITIVE_SHARE, "crop_pct"),
+    (POSITIVE_SHARE, "crop_pct train_fraction"),
     (SEED, "seed val_seed"),
-    (SHARE, "train_fraction max_bad_images reprob mixup_prob mixup_switch_prob"),
+    (SHARE, "max_bad_images reprob mixup_prob mixup_switch_prob"),
     (BELOW_1, "drop_path smoothing model_ema_decay val_fraction"),
     (MASK_RATIO, "mask_ratio"),
 ]
@@ -168,8 +168,6 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
         problems += _augmentation_problems(args)
     if isinstance(args.blr, list):
         problems += _sweep_problems(args)
-    if getattr(args, "train_fraction", 1) == 0:
-        problems.append("--train_fraction 0 leaves nothing to train on: it must be greater than 0")
     blocks = getattr(args, "trainable_blocks", None)
     if blocks is not None and (blocks < 0 or blocks % 0.5):
         problems.append(f"--trainable_blocks {blocks:g} must be a multiple of 0.5, not negative")
@@ -270,7 +268,8 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
     for name in ("resume", "finetune", "init"):
         source = getattr(args, name, "")
         # Where a run goes on, the file that it began with is not needed any more.
-        goes_on = name != "resume" and args.resume == "auto" and any(Path(args.output_dir).glob("checkpoint-*.pth"))
+        resumes = any(Path(args.output_dir).glob("checkpoint-*.pth")) if args.resume == "auto" else bool(args.resume)
+        goes_on = name != "resume" and resumes
         known = (
             not source or goes_on or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
         )
@@ -284,10 +283,8 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         problems.append(str(error))
 
     # Output. Evaluation writes into no folder of a run.
-    if table := getattr(args, "confusion", ""):
-        reason = "it is a folder" if Path(table).is_dir() else output_dir.unwritable(Path(table).parent)
-        if reason:
-            problems.append(f"--confusion {table} can't be written to: {reason}")
+    if (table := getattr(args, "confusion", "")) and (reason := output_dir.unwritable_file(Path(table))):
+        problems.append(f"--confusion {table} can't be written to: {reason}")
     problems += _wandb_problems(args.wandb)
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks for checkpoints in --output_dir, which is '': name the run's folder")

@@ -58,8 +58,10 @@ def tolerant_console() -> Iterator[None]:
         try:
             os.fstat(descriptor)
         except OSError:
-            with NOWHERE.open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), descriptor)
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # often gets the closed descriptor itself
+            if nowhere != descriptor:
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(TolerantStream, before)

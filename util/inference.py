@@ -16,7 +16,7 @@ from torch import Tensor
 
 from util import checks, options
 from util.checkpoint.files import checkpoint_args
-from util.checkpoint.output_dir import unwritable
+from util.checkpoint.output_dir import unwritable, unwritable_file
 from util.data import listing, loaders, splits
 from util.data.archives import ImagePath
 from util.data.holdout import choose_held_out
@@ -73,8 +73,7 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, name, None)
         if path is None:
             continue
-        folder = path if separate else path.parent
-        if reason := "it is a folder" if not separate and path.is_dir() else unwritable(folder):
+        if reason := unwritable(path) if separate else unwritable_file(path):
             problems.append(f"--{name} {path} can't be written to: {reason}")
     if problems:
         raise UserError("; ".join(problems))
@@ -92,7 +91,7 @@ def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val
     Raises:
         UserError: A path does not exist, an archive can't be read, or there are no images.
     """
-    missing = [str(path) for path in paths if not path.exists()]
+    missing = [str(path) for path in paths if not listing.exists(path)]
     if missing:
         raise UserError(f"no such file or folder: {', '.join(missing)}")
 
@@ -120,7 +119,7 @@ def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
     if path.is_file() and not is_archive:
         return [path]
     if path.is_file() or splits.holds_archives(path):
-        members = splits.list_split(splits.source_at(path), path.stem, flat=True)
+        members = splits.list_split(splits.source_at(path), path.absolute().stem, flat=True)
         left_out.endings += members.left_out.endings
         return [member for member, _ in members]
     files = []
@@ -148,7 +147,7 @@ class Preprocessing:
 
     Attributes:
         pixels: Channels, their mean and standard deviation, EXIF orientation.
-        crop_pct: Share of the image that the centre crop keeps; None: the default for the model's size.
+        crop_pct: Side of the centre crop as a share of the resized image's; None: the default for the model's size.
         batch_size: Images per batch.
         device: Where batches are sent.
     """

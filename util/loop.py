@@ -29,7 +29,7 @@ class RunSettings:
     Attributes:
         epochs: Length of the whole run.
         save_freq: Epochs between checkpoints.
-        save_minutes: Minutes between checkpoints in mid-epoch; 0: none.
+        save_minutes: Minutes between checkpoints within an epoch; 0: none.
         eval_freq: Epochs between evaluations.
         max_bad_steps: Skipped updates in a row that stop the run.
         max_bad_images: Share of unreadable images that is tolerated.
@@ -88,7 +88,7 @@ class Run:
         """
         args = checkpoints.args
         position = checkpoints.resume(source, args["start_epoch"], args["resume_override"], len(loader.dataset))
-        checkpoints.prepare(source)
+        dist.run_on_rank0(lambda: checkpoints.prepare(source))
         done = position.images / loader.sampler.images_per_epoch
         log = RunLog(args["output_dir"], args["log_dir"], position.epoch, done)
         log.mirror_to_wandb(args)

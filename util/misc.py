@@ -2,7 +2,7 @@
 
 output_dir/
     checkpoint-{epoch}.pth          the state after an epoch
-    checkpoint-last.pth             the newest state, in mid-epoch too
+    checkpoint-last.pth             the newest state, also within an epoch
 
 A checkpoint holds plain types and tensors only, so that torch.load opens it with weights_only=True:
     model         parameters and buffers, under the names of the released weights

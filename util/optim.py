@@ -32,7 +32,7 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
 
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:
-    """Create a fused AdamW, with its state spread over the ranks if asked for.
+    """Create an AdamW, fused except on MPS, with its state spread over the ranks if asked for.
 
     Args:
         groups: Parameter groups.
@@ -42,9 +42,11 @@ def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.o
             With fp16's scaler torch's ZeRO waits for the GPU at every update.
         **more: Further arguments of AdamW.
     """
+    # MPS's fused kernel ignored the flag by which updates are skipped (pytorch/pytorch#186360).
+    fused = groups[0]["params"][0].device.type != "mps"
     if shard and dist.world_size() > 1:
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, fused=True, **more)
-    return torch.optim.AdamW(groups, lr=lr, fused=True, **more)
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=lr, fused=fused, **more)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused, **more)
 
 
 def pretrain_optimizer(model: nn.Module, lr: float, weight_decay: float, shard: bool = False) -> torch.optim.Optimizer:

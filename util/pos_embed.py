@@ -9,8 +9,7 @@ def sincos_pos_embed(dim: int, grid_size: tuple[int, int]) -> Tensor:
     """Compute the fixed 2-D sine-cosine table of positions (paper, appendix A.1, after Vaswani et al.).
 
     The first half of the channels encodes the column, the second half the row, each as sines, then cosines, of
-    pos / 10000^(i / (dim/4)). Written by hand because timm's table orders the channels sin-sin-cos-cos, and is computed
-    in fp32.
+    pos / 10000^(i / (dim/4)). Written by hand, since timm's table encodes the row first, and in fp32.
 
     Args:
         dim: Width of the model, divisible by 4.

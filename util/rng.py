@@ -1,4 +1,4 @@
-"""The random streams of a process: Python's, NumPy's, PyTorch's, and the current GPU's."""
+"""The random streams of a process: Python's, NumPy's, PyTorch's, and the current GPU's (CUDA or MPS)."""
 
 import random
 from collections.abc import Iterator
@@ -17,21 +17,25 @@ def seed_all(*key: int) -> None:
 
 
 def get_rng_state() -> dict:
-    """Return the state of every stream, the GPU's only if CUDA is in use, as plain types and tensors."""
+    """Return the state of every stream, a GPU's only if it is in use, as plain types and tensors."""
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
     if torch.cuda.is_initialized():  # available, but unused: asking would take memory there
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
 def set_rng_state(state: dict) -> None:
-    """Put the streams back to where get_rng_state() found them; the GPU's only if it is in `state` and CUDA in use."""
+    """Put the streams back to where get_rng_state() found them; a GPU's only if it is in `state` and in use."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
 
 
 @contextmanager

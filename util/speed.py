@@ -26,7 +26,7 @@ class TensorDropPath(DropPath):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """In training, set x [N, L, D] to 0 for random whole images, and divide the others by their probability."""
+        """In training, set x [N, L, D] to 0 for random images, and divide the others by the probability to stay."""
         if not self.training:
             return x
         return x * x.new_empty(len(x), 1, 1).bernoulli_(self.keep_prob).div_(self.keep_prob)

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from util import errors
+from util import checks, errors
 from util.checkpoint.formats import read_config
 from util.command_line import Parser
 from util.data.images import BadImage, Pixels, load_array
@@ -69,7 +70,7 @@ def get_args() -> argparse.Namespace:
     if smp is None:
         raise UserError("this needs segmentation_models_pytorch: pip install segmentation_models_pytorch")
     config = read_config(args.encoder)
-    if "pretrained_cfg" not in config:
+    if not {"pretrained_cfg", "model_args"} <= config.keys():
         raise UserError(f"--encoder {args.encoder} is no export for timm: write one with main_export.py --to timm")
     patch = config["model_args"]["patch_size"]
     if args.size < 1 or args.size % patch:
@@ -78,6 +79,8 @@ def get_args() -> argparse.Namespace:
         raise UserError("--data_path or --predict is needed")
     if not (2 <= args.classes <= IGNORED and min(args.epochs, args.eval_freq, args.batch_size, args.width) >= 1):
         raise UserError("--epochs, --eval_freq, --batch_size and --width must be at least 1, --classes 2 to 255")
+    if problems := checks.device_problems(args.device) + checks.range_problems(args):
+        raise UserError("; ".join(problems))
     return args
 
 
@@ -95,13 +98,16 @@ class MaskedImages(Dataset):
             masked: Whether there are masks; else all masks are 0.
 
         Raises:
-            UserError: There are no images, or masks are missing.
+            UserError: There are no images, masks are missing, or two images have the same mask.
         """
         self.root = root / "images" if masked else root
         self.files = sorted(path for path in self.root.rglob("*") if path.is_file() and is_image(path.name))
         if not self.files:
             raise UserError(f"{self.root} holds no images")
         self.masks = [root / "masks" / path.relative_to(self.root).with_suffix(".png") for path in self.files]
+        shared = [str(path) for path, count in Counter(self.masks).items() if count > 1]
+        if shared:
+            raise UserError(f"images in {self.root} that differ by their ending only have one mask, as {shared[0]}")
         missing = [str(path) for path in self.masks if masked and not path.is_file()]
         if missing:
             raise UserError(f"{len(missing)} masks are missing: {', '.join(missing[:3])}")
@@ -122,10 +128,13 @@ class MaskedImages(Dataset):
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
 
     def _load_mask(self, path: Path) -> Tensor:
-        with Image.open(path) as file:
-            mask = np.array(file)
+        try:
+            with Image.open(path) as file:
+                mask, mode = np.array(file), file.mode
+        except (OSError, ValueError, SyntaxError) as error:  # by which Pillow says that a file is damaged
+            raise UserError(f"{path} cannot be read: {error}") from error
         if mask.ndim != 2:
-            raise UserError(f"{path} is no mask: it has {file.mode} pixels, not one number each")
+            raise UserError(f"{path} is no mask: it has {mode} pixels, not one number each")
         wrong = np.setdiff1d(mask, [*range(self.classes), IGNORED])
         if len(wrong):
             raise UserError(f"{path} has class {wrong[0]}: --classes {self.classes} allows 0 to {self.classes - 1}")

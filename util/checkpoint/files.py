@@ -132,7 +132,8 @@ def find_damage(path: Path) -> str:
         return f"{path} is not a whole PyTorch checkpoint: {str(error) or type(error).__name__}"
     if damaged:
         return f"{path} is damaged: the checksum of its record {damaged} is wrong"
-    return f"{path} is damaged: its record {irregular[0]} is not a plain file" if irregular else ""
+    problem = "is damaged, or was not written by torch.save: it marks its record"
+    return f"{path} {problem} {irregular[0]} as a folder or as compressed" if irregular else ""
 
 
 def load_checkpoint(source: str, peek: bool = False, ema: bool = False) -> dict:
@@ -173,13 +174,11 @@ def _read(source: str, peek: bool) -> object:
         return _download(source)
     if weight_files := formats.weights_in(Path(source)):
         return _read_folder(Path(source), weight_files)
-    if not source.endswith(".safetensors"):
-        return _load_pickled(Path(source), peek)
-    # The folder's config.json describes this file only if it is the one that the folder's model consists of.
-    folder = Path(source).parent
-    if Path(source) in formats.weights_in(folder):
-        return _read_folder(folder, [Path(source)])
-    return _load_safetensors(Path(source))
+    # A folder's config.json describes only the file that the folder's model consists of.
+    path = Path(source)
+    if path.name in formats.WEIGHT_FILES and path.is_file() and (path.parent / "config.json").is_file():
+        return _read_folder(path.parent, [path])
+    return _load_safetensors(path) if source.endswith(".safetensors") else _load_pickled(path, peek)
 
 
 @contextmanager
@@ -291,16 +290,16 @@ def _plausible_entries(content: dict) -> dict:
     classes = content.get("class_to_idx")
     if isinstance(classes, dict) and all(isinstance(number, int) for number in classes.values()):
         entries["class_to_idx"] = classes
-    config = content.get("model_config")
-    if isinstance(config, dict) and all(name in config for name in formats.TRUNK):
-        entries["model_config"] = config
+    if formats.is_model_config(content.get("model_config")):
+        entries["model_config"] = content["model_config"]
 
     # The reference's flags, and with them a state to resume from.
     numbers = {name: args.get(name, 1) for name in ("batch_size", "accum_iter", "epochs", "warmup_epochs", "min_lr")}
     numbers["blr"] = args.get("blr")
     if not all(isinstance(value, (int, float)) for value in numbers.values()):
         return entries | {"args": _preprocessing(args)}
-    entries["args"] = args
+    foreign = {name: value for name, value in args.items() if name not in ("mean", "std", "crop_pct")}
+    entries["args"] = foreign | _preprocessing(args)
     if isinstance(content.get("epoch"), int) and isinstance(content.get("optimizer"), dict):
         entries |= {name: content[name] for name in ("epoch", "optimizer", "scaler") if name in content}
     return entries
@@ -313,6 +312,7 @@ def _preprocessing(args: dict) -> dict:
         values = args.get(name)
         if isinstance(values, (list, tuple)) and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values):
             kept[name] = list(values)
+    kept = kept if len(kept) == 2 else {}  # one without the other says nothing
     if isinstance(args.get("crop_pct"), float) and 0 < args["crop_pct"] <= 1:
         kept["crop_pct"] = args["crop_pct"]
     return kept

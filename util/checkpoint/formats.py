@@ -79,6 +79,13 @@ MMPRETRAIN = (
 )
 # The arguments that define an encoder.
 TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+# What else the `model_config` of a checkpoint of this project may hold.
+MORE_CONFIG = {
+    *("model", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss"),
+    *("num_classes", "global_pool", "drop_path_rate", "probe", "probe_heads"),
+}
+# Names of the file of weights in a folder of Hugging Face's, timm's or main_export.py's.
+WEIGHT_FILES = ("model.safetensors", "encoder.safetensors", "pytorch_model.bin")
 
 
 class Recognised(NamedTuple):
@@ -310,9 +317,9 @@ def from_hugging_face_config(config: dict) -> dict:
     if "decoder_hidden_size" in config:
         arguments |= {
             "decoder_embed_dim": config["decoder_hidden_size"],
-            "decoder_depth": config["decoder_num_hidden_layers"],
-            "decoder_num_heads": config["decoder_num_attention_heads"],
-            "norm_pix_loss": config["norm_pix_loss"],
+            "decoder_depth": config.get("decoder_num_hidden_layers", 8),
+            "decoder_num_heads": config.get("decoder_num_attention_heads", 16),
+            "norm_pix_loss": config.get("norm_pix_loss", False),
         }
         return {"model_config": arguments}
     if not any("Classification" in kind for kind in config.get("architectures") or []):
@@ -323,6 +330,15 @@ def from_hugging_face_config(config: dict) -> dict:
     num_classes = len(labels) or config.get("num_labels", 2)
     entries = {"model_config": arguments | {"num_classes": num_classes, "global_pool": False}}
     return entries | _named_classes({int(number): name for number, name in labels.items()})
+
+
+def is_model_config(config: object) -> bool:
+    """Return whether an entry of a file is a `model_config` of this project's, by which a model can be built."""
+    if not isinstance(config, dict) or not set(TRUNK) <= config.keys() <= {*TRUNK, *MORE_CONFIG}:
+        return False
+    sides = config["img_size"] if isinstance(config["img_size"], (list, tuple)) else [config["img_size"]]
+    whole = [*sides, *(config[name] for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"))]
+    return all(type(value) is int for value in whole) and isinstance(config.get("global_pool", False), bool)
 
 
 def evaluation_settings(flags: dict, config: dict) -> tuple[Pixels, float]:
@@ -422,7 +438,13 @@ def preprocessing(folder: Path, config: dict) -> dict:
     # Hugging Face has a file of its own for them, which states the crop by two sizes.
     processor = read_config(folder, "preprocessor_config.json")
     if processor and "model_type" in config:
+        channels = config.get("num_channels", 3)
         config = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+        if not processor.get("do_normalize", True):
+            config = {"mean": 0.0, "std": 1.0}
+        config = {
+            name: [value] * channels if isinstance(value, (int, float)) else value for name, value in config.items()
+        }
         size, crop_size = processor.get("size"), processor.get("crop_size")
         if not (crop_size and processor.get("do_center_crop", True)):
             # The whole image is resized. Here its longer side is cropped where it is not square.
@@ -435,7 +457,10 @@ def preprocessing(folder: Path, config: dict) -> dict:
 
     # timm states them in config.json.
     config = config.get("pretrained_cfg") or config
-    return {name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)}
+    stated = {name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)}
+    if not {"mean", "std"} <= stated.keys():  # one without the other says nothing
+        stated = {name: value for name, value in stated.items() if name == "crop_pct"}
+    return stated
 
 
 def weights_in(folder: Path) -> list[Path]:
@@ -443,7 +468,7 @@ def weights_in(folder: Path) -> list[Path]:
 
     They are recognised by their names: one file, or the parts that an index lists.
     """
-    for name in ("model.safetensors", "encoder.safetensors", "pytorch_model.bin"):
+    for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"  # of weights that are split over several files
         if (folder / name).is_file():
             return [folder / name]

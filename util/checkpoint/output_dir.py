@@ -51,6 +51,15 @@ def unwritable(folder: str | Path) -> str:
         return f"{place}: {error.strerror}"
 
 
+def unwritable_file(path: Path) -> str:
+    """Return the reason why a file cannot be written, or "" if it can, as far as its folder tells."""
+    if path.is_dir():
+        return "it is a folder"
+    # What is no regular file, such as /dev/stdout, is written to directly, whatever its folder permits.
+    is_device = path.exists() and not path.is_file()
+    return "" if is_device else unwritable(path.parent)
+
+
 def lock_output_dir(folder: str) -> str:
     """Create a folder if needed, and lock it for this process until it ends, however it ends.
 

@@ -90,7 +90,7 @@ def load_for_eval(
 def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
     """Load a pre-trained encoder into a classifier, before its head is prepared for training (paper, A.1).
 
-    The weights that only the classifier has must be the head's, attn_pool's or fc_norm's. Those that only the file has
+    The weights that only the classifier has must be the head's or fc_norm's. Those that only the file has
     must be no part of an encoder (a head is never loaded), or the norm's of the other pooling. Positions are resized to
     the model's grid.
 
@@ -114,7 +114,7 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
 
     # The weights that may be missing, and those that may be surplus.
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
-    head = {name for name in model_state if name.startswith(("head.", "attn_pool.", "fc_norm."))}
+    head = {name for name in model_state if name.startswith(("head.", "fc_norm."))}
     decoder = {name for name in surplus if comparison.is_no_encoder(name)}
     needless = decoder | (surplus & other_norm(state))
 

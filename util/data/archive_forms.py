@@ -122,17 +122,11 @@ def list_members(
     # Find out which form it is, and with it the classes.
     prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
-    in_folders = ["/" in name for name in plain]
-    if all(in_folders):
+    if _are_in_folders(images, plain):
         _refuse_class_labels(images, labels)
         in_others = [name.rpartition("/")[0] for name in others.names]
         beside = [name[len(prefix) :] for name in (*folders, *in_others) if name.startswith(prefix)]
         classes = _by_folder(plain, beside)
-    elif any(in_folders):
-        raise BadArchive(
-            f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
-            f"({images.path(in_folders.index(False))}): pack them anew, all in class folders"
-        )
     elif found := _find_labels(images, labels):
         classes = _by_label(images, labels, found, split, flat)
         for ending in LABELS:
@@ -144,6 +138,21 @@ def list_members(
     else:
         classes = _by_archive(images, plain)
     return _arrange(images, classes, prefix, left_out)
+
+
+def _are_in_folders(images: Files, names: list[str]) -> bool:
+    """Return whether all images are in folders, going by their names without what these have in common.
+
+    Raises:
+        BadArchive: Some are, and some are not.
+    """
+    in_folders = ["/" in name for name in names]
+    if any(in_folders) and not all(in_folders):
+        raise BadArchive(
+            f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
+            f"({images.path(in_folders.index(False))}): pack them anew, all in class folders"
+        )
+    return all(in_folders)
 
 
 def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[Files, list[str]]:
@@ -329,7 +338,7 @@ def _read_label(labels: Files, number: int) -> int | str | None:
         label = int(label)
     if type(label) is int and 0 <= label < MOST_CLASSES:
         return label
-    if isinstance(label, str) and label not in ("", ".", "..") and "/" not in label and "\0" not in label:
+    if isinstance(label, str) and label not in ("", ".", "..") and not re.search("[/\0\ud800-\udfff]", label):
         return label
     raise BadArchive(
         f"{path} has the label {label!r:.40}, which is no class: give a number from 0 up, or a name without /"
@@ -348,7 +357,7 @@ def _class_names(images: Files, count: int, split: str) -> list[str]:
     Raises:
         BadArchive: classes.txt has too few lines, or lines that are no names.
     """
-    folder = images.archives[0].parent
+    folder = images.archives[0].absolute().parent
     candidates = [folder, folder.parent] if folder.name == split else [folder]
     file = next((place / CLASS_NAMES for place in candidates if (place / CLASS_NAMES).is_file()), None)
     if file is None:

@@ -57,6 +57,8 @@ def _from_json(content: object) -> list[str]:
         content = {number: name for name, number in content.items()}
     if isinstance(content, dict):
         content = _in_order(content)
+    if not isinstance(content, list):
+        raise ValueError("it holds no list of names")
     names = [entry[0] if isinstance(entry, list) and entry else entry for entry in content]
     if not all(isinstance(name, str) for name in names):
         raise ValueError("it holds other things than names")

@@ -254,8 +254,8 @@ def _notices(data: DataSpec, split: str, root: Path, found: Listing) -> list[str
             f"{root} holds images beside its folders: the images in the folders are used as well, and all of them "
             "without classes"
         )
-    archive = root.with_name(f"{root.name}{splits.ARCHIVE}")
-    if root.is_dir() and archive.is_file():
+    archive = Path(data.path) / f"{split}{splits.ARCHIVE}"
+    if root == Path(data.path) / split and root.is_dir() and archive.is_file():
         notices.append(f"{archive} is not read, since there is {root}")
     return notices
 

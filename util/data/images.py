@@ -84,11 +84,11 @@ class Pixels(NamedTuple):
     def from_args(cls, args: dict, channels: int) -> "Pixels":
         """Return the channels, mean and std that a checkpoint was trained with, from its args.
 
-        The other fields keep their defaults. Unless both mean and std are set, both are default_mean_std's, or 0 and 1
-        where it has none.
+        The other fields keep their defaults. Unless both mean and std are set, for each channel, both are
+        default_mean_std's, or 0 and 1 where it has none.
         """
-        mean, std = args.get("mean"), args.get("std")
-        if not mean or not std:
+        mean, std = args.get("mean") or (), args.get("std") or ()
+        if not len(mean) == len(std) == channels:
             mean, std = cls.default_mean_std(channels) or ((0.0,) * channels, (1.0,) * channels)
         return cls(channels, tuple(mean), tuple(std))
 

@@ -63,7 +63,7 @@ class LeftOut:
             parts.append(f"{count_nouns(self.endings.total(), 'file')} of other kinds ({list_endings(self.endings)})")
         for names, what in (
             (self.beside, "image{} beside the class folders"),
-            (self.broken, "link{} that lead nowhere, or special files"),
+            (self.broken, "broken link{0} or special file{0}"),
             (self.repeated, "link{} to folders that are in the list already"),
             (self.no_end, "archive{} without an end mark, of which a part may be missing"),
             (sorted(self.apart), "folder{} of other splits or of runs"),
@@ -71,6 +71,14 @@ class LeftOut:
             if names:
                 parts.append(f"{len(names)} {what.format('s' * (len(names) > 1))} ({join_names(names, 3)})")
         return "; ".join(parts)
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path exists; False also for a name that no file can have, at which Path.exists() may raise."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def count_nouns(number: int, noun: str, plural: str = "s") -> str:

@@ -9,7 +9,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from util.data.pillow import check_size
 
-WIDTH, HEIGHT, BITS, COMPRESSION, STRIPS, SAMPLES, TILES, SAMPLE_FORMAT = 256, 257, 258, 259, 273, 277, 324, 339
+WIDTH, HEIGHT, BITS, STRIPS, SAMPLES, TILES, SAMPLE_FORMAT = 256, 257, 258, 273, 277, 324, 339
 KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}  # of SAMPLE_FORMAT
 REMEDY = "or store the image as .npy or as a TIFF with a page per channel"
 

@@ -91,13 +91,13 @@ def read_parquets(paths: list[Path]) -> PackedImages:
 
 def _check_one_split(paths: list[Path]) -> None:
     """Raise a UserError if files are of several splits, by their names or by their folders'."""
-    words = {word for split in SPLITS for word in (split, *OTHER_NAMES[split])}
+    split_of = {word: split for split in SPLITS for word in (split, *OTHER_NAMES[split])}
     first = {}
     for path in paths:
         for name in (path.name.lower(), path.absolute().parent.name.lower()):
-            word = re.match(r"[a-z]*", name)[0]
-            if word in words:
-                first.setdefault(word, str(path))
+            word = next((word for word in re.split("[^a-z]+", name) if word in split_of), None)
+            if word:
+                first.setdefault(split_of[word], str(path))
                 break
     if len(first) > 1:
         raise UserError(f"the files are of several splits ({', '.join(first.values())}): pack those of one at a time")

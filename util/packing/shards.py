@@ -20,7 +20,7 @@ from typing import NamedTuple
 from util.data.archive_forms import common_prefix
 from util.data.archive_index import clean_names, has_current_index, load_index
 from util.data.listing import join_names, read_folder
-from util.data.splits import ARCHIVE, SPLITS, is_image
+from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive
 from util.errors import UserError
 
@@ -165,7 +165,7 @@ def find_missing(shards: list[Shard], images: PackedImages, folder: Path) -> tup
     strange = [name for name, _ in folders]
     for name in files:
         if name not in by_name:
-            strange += [name] if name.lower().endswith(ARCHIVE) or is_image(name) else []
+            strange += [name] if name.lower().endswith((ARCHIVE, *OTHER_ARCHIVES)) or is_image(name) else []
         elif not _is_there(by_name[name], images):
             strange.append(name)
     if strange:

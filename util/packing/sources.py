@@ -20,16 +20,28 @@ DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, z
 
 
 def check_images(images: PackedImages, sources: list[Path]) -> PackedImages:
-    """Check that images belong to one split, add a notice if their classes get other numbers, and return them.
+    """Check that images belong to one split, add notices on what may be a surprise, and return them.
 
     Raises:
-        UserError: There are none, or their classes are the names of splits.
+        UserError: There are none, or their folders have the names of several splits.
     """
     where = join_names(map(str, sources), 3)
     if not images.names:
         raise UserError(f"no images in {where}. {'; '.join([*images.notices, ENDINGS])}")
+
+    # A single folder around everything, as a data set's name, may hold splits, or the true classes.
+    folders = set(images.classes)
+    if len(images.classes) == 1 and images.classes != [""]:
+        inner = {name.split("/")[1] if name.count("/") > 1 else "" for name in images.names}
+        folders |= inner
+        words = {word for split in SPLITS for word in (split, *OTHER_NAMES[split])}
+        if "" not in inner and not inner <= words:
+            images.notices.append(
+                f"all images lie in folders of {images.classes[0]}, which is taken as the only class: if these folders "
+                f"are the classes, unpack archives, and pack {images.classes[0]} by itself"
+            )
     groups = [{split, *OTHER_NAMES[split]} for split in SPLITS]
-    found = [group.intersection(images.classes) for group in groups]
+    found = [group & folders for group in groups]
     if all(found):
         raise UserError(
             f"{where} holds several splits ({join_names(sorted(set.union(*found)))}), not classes: unpack archives, "

@@ -149,9 +149,7 @@ def read_zips(paths: list[Path]) -> PackedImages:
         with readable(path):
             archives.append(zipfile.ZipFile(path))
         entries = enumerate(archives[-1].infolist())
-        tables.append(
-            [Member(os.fsencode(info.filename), number, info.file_size, _zip_kind(info)) for number, info in entries]
-        )
+        tables.append([Member(_zip_name(info), number, info.file_size, _zip_kind(info)) for number, info in entries])
     found = select_images(paths, tables)
 
     # Any member can be read at any time, so that the order may be that of folders.
@@ -170,6 +168,12 @@ def read_zips(paths: list[Path]) -> PackedImages:
 
     names, sizes = [found.names[number] for number in order], [found.sizes[number] for number in order]
     return PackedImages(names, sizes, found.classes, read, found.notices)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> bytes:
+    """Return a member's name. Older programs for Windows write its folders with backslashes, against zip's rules."""
+    name = info.filename if "/" in info.filename else info.filename.replace("\\", "/")
+    return os.fsencode(name)
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

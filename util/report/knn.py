@@ -14,7 +14,8 @@ def nearest(train: Tensor, features: Tensor, k: int, own: Tensor | None = None) 
         train: Features to choose from [N, D], of length 1.
         features: Features whose neighbours are wanted [M, D], of length 1.
         k: Number of neighbours; fewer are returned if there are not so many.
-        own: Numbers of the features in `train` [M], where they are not their own neighbours; None: they are not there.
+        own: Index in `train` of each feature [M], so that none counts as its own neighbour; None: the features are not
+            in `train`.
 
     Returns:
         Cosines and numbers in `train` [M, k], the nearest first.

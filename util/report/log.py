@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from util.checkpoint.files import effective_batch
-from util.checkpoint.output_dir import write_text_whole
+from util.checkpoint.output_dir import raise_write_errors, write_text_whole
 from util.data.datasets import TrainImages
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
@@ -24,7 +24,7 @@ class RunLog:
     """
 
     def __init__(self, output_dir: str, log_dir: str, epoch: int, done: float) -> None:
-        """Open the logs.
+        """Open the logs; all ranks must call.
 
         Args:
             output_dir: Folder of log.txt; "": none.
@@ -32,16 +32,21 @@ class RunLog:
             epoch: Epoch in which the run starts or resumes.
             done: Share of that epoch that is trained already.
         """
-        main = dist.rank() == 0
-        self.file = Path(output_dir) / "log.txt" if main and output_dir else None
-        self.boards: list[Board] = [TensorBoard(log_dir, epoch + done)] if main and log_dir else []
+        self.file: Path | None = None
+        self.boards: list[Board] = []
         self.n_parameters = 0
         self.flops_per_image = 0.0
         self.held: list[tuple[float, dict[str, float]]] = []
+        dist.run_on_rank0(lambda: self._open(output_dir, log_dir, epoch, done))
+
+    def _open(self, output_dir: str, log_dir: str, epoch: int, done: float) -> None:
+        self.file = Path(output_dir) / "log.txt" if output_dir else None
+        self.boards = [TensorBoard(log_dir, epoch + done)] if log_dir else []
 
         # TensorBoard drops later steps by purge_step; from log.txt the lines of this and later epochs are removed here.
         if self.file and self.file.exists():
-            kept = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
+            text = self.file.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if _epoch_of(line) < epoch]
             write_text_whole(self.file, "".join(f"{line}\n" for line in kept))
 
     def mirror_to_wandb(self, args: dict) -> None:
@@ -109,14 +114,19 @@ class RunLog:
     def epoch(self, values: dict[str, float]) -> None:
         """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush the boards.
 
-        A value that is not finite becomes null.
+        A value that is not finite becomes null, since JSON has no NaN and no infinity. All ranks must call.
+
+        Raises:
+            UserError: The line can't be written; on all ranks.
         """
-        if self.file:
-            with self.file.open("a", encoding="utf-8") as file:
-                # JSON has no NaN and no infinity.
-                finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        dist.run_on_rank0(lambda: self._append(json.dumps(finite, allow_nan=False)))
         self._to_boards("flush")
+
+    def _append(self, line: str) -> None:
+        if self.file:
+            with raise_write_errors(self.file), self.file.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
 
     def close(self) -> None:
         """Write the values that were held back, and close the boards."""

@@ -3,6 +3,8 @@
 Shapes: N images, C channels, H x W pixels, L patches of p*p*C values; pixels from 0 to 1.
 """
 
+import io
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,14 +131,16 @@ def save(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: The format has no pictures of this size, or the file can't be written.
     """
+    encoded = io.BytesIO()
     try:
-        with write_whole(path) as unfinished:
-            picture.save(unfinished)
-    except ValueError as error:  # of the format's coder
+        picture.save(encoded, Image.registered_extensions()[path.suffix.lower()])
+    except (ValueError, OSError, OverflowError, RuntimeError, struct.error) as error:  # of the format's coder
         width, height = picture.size
         raise UserError(
             f"{path} can't hold {width} x {height} pixels ({error}): draw fewer images, or a .png"
         ) from error
+    with write_whole(path) as unfinished:
+        unfinished.write_bytes(encoded.getvalue())
 
 
 def grid(rows: Tensor, titles: Sequence[str], caption: Sequence[str], side: int = 160) -> Image.Image:
