@@ -69,7 +69,7 @@ class Job:
 
     def __call__(self) -> None:
         """Run the script, and queue the job again if SLURM stopped it: its time is nearly up, or it is preempted."""
-        from util import errors  # submitit pickles this class without the imports of its module
+        from util import errors  # imported where the job runs
 
         main = importlib.import_module(f"main_{self.job}").main
 

@@ -6,7 +6,7 @@
 Every variant changes one aspect of demo.py's recipe (block50 also the mask ratio, the lengths also the warm-up), and is
 pre-trained, linearly probed and fine-tuned. At this scale only trends can be compared with the paper. Runs that were
 interrupted are resumed; runs whose logs are stored, as those of results/ are, are not repeated.
-`python scripts/results.py` makes tables and plots of the logs.
+Their figures are printed; `python scripts/results.py` makes tables and plots of the logs under results/.
 
 results/ablations/<variant>/seed<S>/{pretrain,probe,finetune,partial*}.jsonl      the runs' log.txt
 """

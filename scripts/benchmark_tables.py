@@ -192,7 +192,7 @@ def main() -> None:
     # Replace whatever stands between the two marks.
     begin, end = f"<!-- {args.folder.name} -->", f"<!-- end of {args.folder.name} -->"
     document = args.into.read_text()
-    if begin not in document or end not in document:
+    if begin not in document or end not in document.split(begin, 1)[1]:
         raise UserError(f'{args.into} has no lines "{begin}" and "{end}" to put the tables between')
     before, rest = document.split(begin, 1)
     after = rest.rsplit(end, 1)[1]

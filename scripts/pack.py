@@ -131,6 +131,12 @@ def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
         other_names = {word for words in splits.OTHER_NAMES.values() for word in words}
         if others & other_names or not _holds_class_folders(found[0][1]):
             return [("", splits.source_at(folder))]
+        name, source = found[0]
+        if classes := [other for other in sorted(others) if _holds_images(folder / other)]:
+            raise UserError(
+                f"{folder} holds {name} beside folders of images ({join_names(classes, 3)}): pack {source.root} by "
+                "itself, or rename it if it is one of the classes"
+            )
     if others:
         print(f"notice: not packed: {join_names(sorted(others), 3)} in {folder}", file=sys.stderr)
     return found
@@ -142,6 +148,11 @@ def _holds_class_folders(source: splits.Source) -> bool:
         return False
     folders, files = read_folder(str(source.root))
     return bool(folders) and not any(map(is_image, files))
+
+
+def _holds_images(path: Path) -> bool:
+    """Return whether a path is a folder that holds images directly."""
+    return path.is_dir() and any(map(is_image, read_folder(str(path))[1]))
 
 
 def _check_apart(source: Path, output: Path) -> None:

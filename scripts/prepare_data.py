@@ -211,6 +211,8 @@ def prepare(
         counts = count_images(new)
         if counts != expected:
             remedy = f"remove {source} to download it again" if downloaded else "is it complete?"
+            if per_class is not None:
+                remedy = f"has each class {per_class} images? Lower --per_class"
             raise UserError(
                 f"{source} holds {counts[0]} training and {counts[1]} validation images instead of {expected[0]} and "
                 f"{expected[1]}: {remedy}"

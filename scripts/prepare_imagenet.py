@@ -57,7 +57,7 @@ def read_labels(path: Path) -> list[str]:
     """Return the classes of validation images 1, 2, ... from any of the three kinds of files.
 
     Nothing is checked: any text file's lines come back as classes, which `prepare_val` checks. A broken archive or CSV
-    ends in a KeyError, TypeError or the like, of which `main` makes a message.
+    ends in an error of any kind, of which `open_labels` makes a message.
 
     Raises:
         UserError: The file is the development kit, and scipy is missing.
@@ -175,7 +175,8 @@ def check_labels(labels: list[str]) -> Counter:
 def class_of(name: str, labels: list[str]) -> str | None:
     """Return the class of a validation image by its file name, which holds its number; None for any other file."""
     match = NAME.match(name)
-    return labels[int(match[1]) - 1] if match else None
+    number = int(match[1]) if match else 0
+    return labels[number - 1] if 1 <= number <= len(labels) else None
 
 
 def _refuse_archives(folder: Path) -> None:

@@ -138,8 +138,11 @@ def test_no_console_ends_a_script(stream, predict):
 def test_closed_descriptors_are_not_given_to_the_next_file(closed, tmp_path):
     code = f"""if True:
         from util.console import tolerant_console
+        import os
         with tolerant_console(), open({str(tmp_path / "found")!r}, "w") as file:
             file.write(str(file.fileno()))
+            for descriptor in (1, 2):
+                assert os.get_inheritable(descriptor), descriptor
     """
     subprocess.run(["bash", "-c", f"exec '{sys.executable}' -c \"$0\" {closed}", code], cwd=ROOT, check=True)
     assert int((tmp_path / "found").read_text()) > 2

@@ -293,11 +293,12 @@ def test_names_of_classes_do_not_depend_on_the_current_folder(tmp_path, monkeypa
 
 
 def test_backslashes_in_a_zip_are_folders(tmp_path):
-    infos = [zipfile.ZipInfo(f"{name}/0.png") for name in ("cat", "dog")]
+    infos = [zipfile.ZipInfo(name) for name in ("bee/", "cat/0.png", "dog/0.png")]
     for info in infos:
         info.filename = info.filename.replace("/", "\\")
-    run(zipped(tmp_path / "x.zip", dict.fromkeys(infos, PNG)), "--output", tmp_path / "out")
-    assert listed(tmp_path / "out")[0] == ["cat", "dog"]
+    members = {info: b"" if info.filename.startswith("bee") else PNG for info in infos}
+    run(zipped(tmp_path / "x.zip", members), "--output", tmp_path / "out")
+    assert listed(tmp_path / "out")[0] == ["bee", "cat", "dog"]
 
 
 def test_a_third_split_is_named_and_not_packed(images, tmp_path, capsys):
@@ -786,6 +787,10 @@ SOURCES = {  # what is written and named, and the message
     ),
     "training and testing": (a_tree("training/a/1.png", "testing/a/1.png"), r"several splits \(testing, training\)"),
     "train and test": (a_tree("train/a/1.png", "test/a/1.png"), r"several splits \(test, train\)"),
+    "a split or a class": (
+        a_tree("train/steam/1.png", "car/1.png"),
+        r"holds train beside folders of images \(car\): pack .*in/train by itself, or rename it",
+    ),
     "split as a class": (a_tree("a/train/1.png", "a/train/2.png"), "all images lie in a/train/.*rename it"),
     "broken link": (lambda folder: tree(folder, {"in/a": None}) / "in", "no images in"),
     "text": (written("x.txt", b"text"), "x.txt is no archive that can be read"),

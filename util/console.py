@@ -58,8 +58,10 @@ def tolerant_console() -> Iterator[None]:
         try:
             os.fstat(descriptor)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # often gets the closed descriptor itself
-            if nowhere != descriptor:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere == descriptor:
+                os.set_inheritable(nowhere, True)  # for the programs that this one starts
+            else:
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
 

@@ -131,8 +131,8 @@ def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
 def _training_part(files: list[ImagePath], root: Path, val_fraction: float, val_seed: int) -> list[ImagePath]:
     """Return the files below a root that a training with --val_fraction does not hold out.
 
-    They lie in class folders or, where there are files in the root itself, form one class, as in pre-training. A root
-    that is a file is its only one.
+    They lie in class folders or, where there are files in the root itself, form one class, as in pre-training. If the
+    root is an image file, it is the only image, and stays.
     """
     names = [file.relative_to(root) for file in files]
     flat = any(len(name.parts) < 2 for name in names)

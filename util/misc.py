@@ -97,7 +97,7 @@ class Position:
 class Checkpoints:
     """The checkpoints of one run in output_dir: saved, pruned, and resumed from. Without output_dir nothing is written.
 
-    All ranks call its methods, and rank 0 writes.
+    All ranks call its methods, and rank 0 writes; `prepare` is for rank 0 alone.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Checkpoints:
         from this folder, the checkpoints, logs and reconstructions of the run before it are removed with --overwrite,
         from --log_dir too; without it, the old log.txt is renamed. The run then is a new one at Weights & Biases, too.
         """
-        if self.folder is None or dist.rank() != 0:
+        if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         unwanted, log = ["checkpoint-*.tmp"], self.folder / "log.txt"

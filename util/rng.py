@@ -17,7 +17,7 @@ def seed_all(*key: int) -> None:
 
 
 def get_rng_state() -> dict:
-    """Return the state of every stream, a GPU's only if it is in use, as plain types and tensors."""
+    """Return the state of every stream, CUDA's only if it is in use, MPS's where there is one, as plain types."""
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
     if torch.cuda.is_initialized():  # available, but unused: asking would take memory there
@@ -28,7 +28,7 @@ def get_rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put the streams back to where get_rng_state() found them; a GPU's only if it is in `state` and in use."""
+    """Put the streams back to where get_rng_state() found them; a GPU's only if it is in `state` and there."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(tuple(state["numpy"]))
     random.setstate(state["python"])

@@ -174,7 +174,7 @@ def _read(source: str, peek: bool) -> object:
         return _download(source)
     if weight_files := formats.weights_in(Path(source)):
         return _read_folder(Path(source), weight_files)
-    # A folder's config.json describes only the file that the folder's model consists of.
+    # A config.json describes a file of weights that lies beside it under one of the usual names.
     path = Path(source)
     if path.name in formats.WEIGHT_FILES and path.is_file() and (path.parent / "config.json").is_file():
         return _read_folder(path.parent, [path])

@@ -52,12 +52,16 @@ def unwritable(folder: str | Path) -> str:
 
 
 def unwritable_file(path: Path) -> str:
-    """Return the reason why a file cannot be written, or "" if it can, as far as its folder tells."""
+    """Return the reason why `write_whole` cannot write a file, or "" if it can, as far as the file's folder tells."""
     if path.is_dir():
         return "it is a folder"
-    # What is no regular file, such as /dev/stdout, is written to directly, whatever its folder permits.
-    is_device = path.exists() and not path.is_file()
-    return "" if is_device else unwritable(path.parent)
+    # What is no regular file, such as /dev/null, is written to directly, whatever its folder permits.
+    if path.exists() and not path.is_file():
+        return ""
+    try:
+        return unwritable(_follow_links(path).parent)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
 
 
 def lock_output_dir(folder: str) -> str:

@@ -66,9 +66,8 @@ def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: floa
             own_device = torch.device("cuda", launchers.gpu_index(torch.cuda.device_count()))
         torch.cuda.set_device(own_device)
         # The classifiers' patch embedding is a convolution. cudnn.benchmark chooses its algorithm by timing, and may
-        # choose another after a restart: take a fixed one. In fp32 it computes in fp32, as the matrix products do.
+        # choose another after a restart: take a fixed one.
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         _join_process_group(own_device, dist_url, timedelta(minutes=timeout_minutes))
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):

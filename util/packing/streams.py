@@ -178,7 +178,7 @@ def _zip_name(info: zipfile.ZipInfo) -> bytes:
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:
     """Return the kind of a zip archive's member: "file", "folder", or what else it is, for a message."""
-    if info.is_dir():
+    if info.is_dir() or _zip_name(info).endswith(b"/"):
         return "folder"
     if stat.S_ISLNK(info.external_attr >> 16):  # the mode that Unix programs store
         return "a link"

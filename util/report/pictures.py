@@ -133,7 +133,8 @@ def save(picture: Image.Image, path: Path) -> None:
     """
     encoded = io.BytesIO()
     try:
-        picture.save(encoded, Image.registered_extensions()[path.suffix.lower()])
+        encoded.name = path.name  # by which some coders choose among their forms
+        picture.save(encoded)
     except (ValueError, OSError, OverflowError, RuntimeError, struct.error) as error:  # of the format's coder
         width, height = picture.size
         raise UserError(
