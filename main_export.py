@@ -392,7 +392,7 @@ def training_facts(source: Source) -> dict[str, object]:
         "trained by": jobs.get(checkpoint.get("job")),
         "data": Path(flags["data_path"]).name if flags.get("data_path") else None,
         "images": flags.get("input_size"),
-        "mean, std of pixels": f"{flags['mean']}, {flags['std']}" if flags.get("mean") and flags.get("std") else None,
+        "mean, std of pixels": f"{flags['mean']}, {flags['std']}" if flags.get("mean") else None,
         "epochs": checkpoint["epoch"] + 1 if isinstance(checkpoint.get("epoch"), int) else None,
         "mask ratio": flags.get("mask_ratio"),
         "targets normalised": flags.get("norm_pix_loss"),

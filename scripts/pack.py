@@ -125,12 +125,11 @@ def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
             others &= set(source.apart)  # all other folders are listed with the images
     # A single folder named like a split is one if it holds class folders, and no other split lies beside it under
     # another name; else it is a class among others.
-    if not found:
+    other_names = set().union(*splits.OTHER_NAMES.values())
+    single = len(found) == 1 and bool(others)
+    if not found or (single and (others & other_names or not _holds_class_folders(found[0][1]))):
         return [("", splits.source_at(folder))]
-    if len(found) < len(SPLITS) and others:
-        other_names = {word for words in splits.OTHER_NAMES.values() for word in words}
-        if others & other_names or not _holds_class_folders(found[0][1]):
-            return [("", splits.source_at(folder))]
+    if single:
         name, source = found[0]
         if classes := [other for other in sorted(others) if _holds_images(folder / other)]:
             raise UserError(

@@ -1,6 +1,7 @@
 """Names in any bytes, and consoles of any encoding, closed, full or gone."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import main_finetune
 import main_predict
 import main_pretrain
 import main_reconstruct
-from util import console, masking
+from util import console, errors, masking
 
 LATIN = os.fsdecode(b"caf\xe9")  # ISO 8859-1 on the disk
 BROKEN = os.fsdecode(b"\xff\xfe bild\x80")  # no encoding at all
@@ -169,3 +170,16 @@ def test_text_that_a_stream_lacks_is_escaped_and_errors_are_swallowed(tmp_path):
     stream.flush()
     stream.flush_or_abandon()
     print("nowhere", file=console.TolerantStream(None))
+
+
+def test_an_error_that_all_ranks_raise_alike_is_printed_once_a_machine(monkeypatch, capsys):
+    def full_disk():
+        error = OSError(errno.ENOSPC, "No space left on device", "log.txt")
+        error.on_every_rank = True  # as dist.run_on_rank0 marks it
+        raise error
+
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            errors.run(full_disk)
+        assert end.value.code == 2 and capsys.readouterr().err.count("cannot write log.txt") == count

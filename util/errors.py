@@ -99,11 +99,13 @@ def _print_error(error: Exception) -> int:
 def _prints_on_this_rank(error: Exception) -> bool:
     """Return whether this rank prints the error.
 
-    Rank 0 prints Stopped, local rank 0 of each machine a UserError other than LocalError; each rank prints all others.
+    Rank 0 prints Stopped; local rank 0 of each machine prints what all ranks raise alike, a UserError other than
+    LocalError or an error of dist.run_on_rank0; each rank prints all others.
     """
     if isinstance(error, Stopped):
         return dist.rank() == 0
-    if isinstance(error, UserError) and not isinstance(error, LocalError):
+    alike = isinstance(error, UserError) and not isinstance(error, LocalError)
+    if alike or getattr(error, "on_every_rank", False):
         return os.environ.get("LOCAL_RANK", "0") == "0"  # may be raised before there is a process group
     return True
 

@@ -4,13 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from signal import Signals
 
 from torch import Tensor
 
 from util.amp import BadSteps
-from util.checkpoint.output_dir import raise_write_errors
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.distributed.signals import Requests
@@ -90,12 +88,7 @@ class Run:
         """
         args = checkpoints.args
         position = checkpoints.resume(source, args["start_epoch"], args["resume_override"], len(loader.dataset))
-
-        def prepare() -> None:
-            with raise_write_errors(Path(args["output_dir"])):
-                checkpoints.prepare(source)
-
-        dist.run_on_rank0(prepare)
+        dist.run_on_rank0(lambda: checkpoints.prepare(source))
         done = position.images / loader.sampler.images_per_epoch
         log = RunLog(args["output_dir"], args["log_dir"], position.epoch, done)
         log.mirror_to_wandb(args)

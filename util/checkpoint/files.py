@@ -312,10 +312,9 @@ def _preprocessing(args: dict) -> dict:
         values = args.get(name)
         if isinstance(values, (list, tuple)) and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in values):
             kept[name] = list(values)
-    kept = kept if len(kept) == 2 else {}  # one without the other says nothing
     if isinstance(args.get("crop_pct"), float) and 0 < args["crop_pct"] <= 1:
         kept["crop_pct"] = args["crop_pct"]
-    return kept
+    return formats.drop_lone(kept)
 
 
 def _read_folder(folder: Path, weight_files: list[Path]) -> dict:

@@ -457,10 +457,13 @@ def preprocessing(folder: Path, config: dict) -> dict:
 
     # timm states them in config.json.
     config = config.get("pretrained_cfg") or config
-    stated = {name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)}
-    if not {"mean", "std"} <= stated.keys():  # one without the other says nothing
-        stated = {name: value for name, value in stated.items() if name == "crop_pct"}
-    return stated
+    return drop_lone({name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)})
+
+
+def drop_lone(flags: dict) -> dict:
+    """Return flags of preprocessing without a mean that has no standard deviation, or the other way round."""
+    whole = {"mean", "std"} <= flags.keys()
+    return {name: value for name, value in flags.items() if whole or name not in ("mean", "std")}
 
 
 def weights_in(folder: Path) -> list[Path]:

@@ -30,17 +30,16 @@ def check_images(images: PackedImages, sources: list[Path]) -> PackedImages:
         raise UserError(f"no images in {where}. {'; '.join([*images.notices, ENDINGS])}")
 
     # A single folder around everything, as a data set's name, may hold splits, or the true classes.
+    groups = [{split, *OTHER_NAMES[split]} for split in SPLITS]
     folders = set(images.classes)
     if len(images.classes) == 1 and images.classes != [""]:
         inner = {name.split("/")[1] if name.count("/") > 1 else "" for name in images.names}
         folders |= inner
-        words = {word for split in SPLITS for word in (split, *OTHER_NAMES[split])}
-        if "" not in inner and not inner <= words:
+        if "" not in inner and not inner <= set.union(*groups):
             images.notices.append(
                 f"all images lie in folders of {images.classes[0]}, which is taken as the only class: if these folders "
                 f"are the classes, unpack archives, and pack {images.classes[0]} by itself"
             )
-    groups = [{split, *OTHER_NAMES[split]} for split in SPLITS]
     found = [group & folders for group in groups]
     if all(found):
         raise UserError(

@@ -45,8 +45,7 @@ class RunLog:
 
         # TensorBoard drops later steps by purge_step; from log.txt the lines of this and later epochs are removed here.
         if self.file and self.file.exists():
-            with raise_write_errors(self.file):
-                text = self.file.read_text(encoding="utf-8", errors="replace")
+            text = self.file.read_text(encoding="utf-8", errors="replace")
             kept = [line for line in text.splitlines() if _epoch_of(line) < epoch]
             write_text_whole(self.file, "".join(f"{line}\n" for line in kept))
 
