@@ -3,5 +3,5 @@
 . "$(dirname "$0")/common.sh"
 
 python main_linprobe.py "${classify[@]}" --output_dir "$out/attentive-seed$seed" --finetune "$encoder" \
-    --probe attentive --lr 3e-3 --crop_scale 0.6 1.0 --batch_size 250 --epochs 20 --warmup_epochs 2 "$@"
+    --probe attentive --lr 3e-3 "${frozen[@]}" "$@"
 keep attentive

@@ -10,3 +10,6 @@ encoder=${ENCODER:-weights/mae_vit_demo_patch4_cifar10/model.safetensors}
 train=(--crop_scale 0.6 1.0 --aa none --reprob 0 --smoothing 0.1 --drop_path 0 --batch_size 128 --warmup_epochs 5)
 all_labels=("${train[@]}" --epochs 30 --eval_freq 5)
 few_labels=("${train[@]}" --train_fraction 0.1 --epochs 100 --eval_freq 10)
+
+# The same of the probes, whose encoder is frozen.
+frozen=(--crop_scale 0.6 1.0 --batch_size 250 --epochs 20 --warmup_epochs 2 --eval_freq 5)

@@ -3,5 +3,5 @@
 . "$(dirname "$0")/common.sh"
 
 python main_linprobe.py "${classify[@]}" --output_dir "$out/probe_cls-seed$seed" --finetune "$encoder" --cls_token \
-    --blr 8 --crop_scale 0.6 1.0 --batch_size 250 --epochs 20 --warmup_epochs 2 "$@"
+    --blr 8 "${frozen[@]}" "$@"
 keep probe_cls
