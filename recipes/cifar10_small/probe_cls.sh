@@ -3,5 +3,5 @@
 . "$(dirname "$0")/common.sh"
 
 python main_linprobe.py "${classify[@]}" --output_dir "$out/probe_cls-seed$seed" --finetune "$encoder" --cls_token \
-    --blr 8 "${frozen[@]}" "$@"
+    --blr 30 "${frozen[@]}" "$@"
 keep probe_cls
