@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = misc.Checkpoints(
         args.output_dir, "finetune", model, optimizer, scaler, vars(args), classes, ema.module if ema else None
     )
-    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, eval_freq=args.eval_freq), lr)
+    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, eval_freq=args.eval_freq), [lr])
     if ema:
         dist.broadcast_from_rank0(ema.module.state_dict().values())  # as DDP does with the model
 

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume, or start afresh.
     checkpoints = misc.Checkpoints(args.output_dir, "linprobe", model, optimizer, scaler, vars(args), classes)
-    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, eval_freq=args.eval_freq), lrs[0])
+    run = Run.start(checkpoints, train_loader, source, options.run_settings(args, eval_freq=args.eval_freq), lrs)
 
     # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)

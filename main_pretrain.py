@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Resume, or start afresh.
     checkpoints = misc.Checkpoints(args.output_dir, "pretrain", model, optimizer, scaler, vars(args))
-    run = Run.start(checkpoints, loader, source, options.run_settings(args, eval_freq=args.monitor_freq), lr)
+    run = Run.start(checkpoints, loader, source, options.run_settings(args, eval_freq=args.monitor_freq), [lr])
 
     # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)

@@ -183,7 +183,10 @@ def test_the_encoder_goes_into_a_classifier_of_another_grid(checkpoint, capsys):
     assert torch.equal(vit.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
     assert torch.equal(vit.pos_embed[:, 0], model.pos_embed[:, 0]) and vit.pos_embed.shape == (1, 37, 16)
     out = capsys.readouterr().out
-    assert "positions resized from 4 x 4 to 6 x 6" in out and "new here: fc_norm.*, head.*;" in out
+    assert (
+        "positions resized from 4 x 4 to 6 x 6 patches, for images of 24 x 24 pixels" in out
+        and "new here: fc_norm.*, head.*;" in out
+    )
     assert "decoder_blocks.*, decoder_embed.*, decoder_norm.*, decoder_pos_embed, decoder_pred.*, mask_token" in out
 
 

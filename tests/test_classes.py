@@ -391,6 +391,16 @@ def test_of_several_heads_the_best_is_that_of_the_figure_that_counts():
         assert (stats["acc1_many"], stats["acc1_few"]) == (80, 60)
 
 
+@pytest.mark.parametrize(
+    ("answers", "targets", "said"),
+    [([1, 1, 1], [0, 1, 2], True), ([1, 1, 0], [0, 1, 2], False), ([1, 1, 1], [1, 1, 1], False)],
+)
+def test_a_model_that_knows_one_answer_only_is_noticed(answers, targets, said, capsys):
+    logits = nn.functional.one_hot(torch.tensor(answers), 3).float()
+    engine_finetune.evaluate(nn.Identity(), [(logits, torch.tensor(targets))], CPU, LossScaler("off", CPU))
+    assert ("every image was given the same class" in capsys.readouterr().out) == said
+
+
 def test_a_best_checkpoint_that_lies_in_another_folder_is_not_named_in_this_one(images, tmp_path, capsys):
     argv = [*SMALL, "--nb_classes", "10", "--data_path", str(images)]
     main_finetune.main([*argv, "--output_dir", str(tmp_path / "first")])

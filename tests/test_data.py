@@ -71,6 +71,18 @@ BAD_FOLDERS = [
 ]
 
 
+def classes_in_data_path(data):
+    shutil.rmtree(data / "val")
+    for folder in (data / "train").iterdir():
+        folder.rename(data / folder.name)
+    (data / "train").rmdir()
+
+
+BAD_FOLDERS.append(
+    ("pretrain", classes_in_data_path, r"it holds \w+, .*: if these are the classes, move them into .*data/train\)")
+)
+
+
 @pytest.mark.parametrize(("job", "spoil", "message"), BAD_FOLDERS)
 def test_bad_folders(job, spoil, message, data, tmp_path):
     spoil(data)

@@ -184,8 +184,9 @@ def test_a_run_that_goes_back_goes_on_from_there(images, undisturbed, tmp_path):
 def test_a_fresh_start_puts_an_old_log_aside_and_only_overwrite_removes_it(images, tmp_path):
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
     (tmp_path / "events.out.tfevents.1").write_text("kept")
-    finish(images, tmp_path, "--num_workers", 0, "--epochs", 2)
+    said = finish(images, tmp_path, "--num_workers", 0, "--epochs", 2)
     (aside,) = tmp_path.glob("log-*.txt")
+    assert f"the log of the run before is {aside} now" in said
     assert aside.read_text() == '{"epoch": 0}\n' and (tmp_path / "events.out.tfevents.1").exists()
     process = faults.start(
         "pretrain", job_argv(images, tmp_path, "--num_workers", 0, "--epochs", 2, "--overwrite"), tmp_path / "out"

@@ -445,6 +445,7 @@ def test_what_the_other_library_cannot_run_is_said(model, to, message, tmp_path)
     ("theirs", "message"),
     [
         ({"patch_size": 16}, r"patch size: 16 in the file, 8 here \(--patch_size\)"),
+        ({"patch_size": 16, "img_size": 64}, r"image size: 64 in the file, 32 here \(--input_size\)"),
         ({"in_chans": 5}, r"channels: 5 in the file, 3 here \(--in_chans\)"),
         ({"embed_dim": 64}, r"encoder width: 64 in the file, 48 here \(--model\)"),
         ({"depth": 2}, r"encoder blocks: 2 in the file, 3 here \(--model\)"),

@@ -72,7 +72,7 @@ class Run:
 
     @classmethod
     def start(
-        cls, checkpoints: Checkpoints, loader: DeviceLoader, source: str, settings: RunSettings, lr: float
+        cls, checkpoints: Checkpoints, loader: DeviceLoader, source: str, settings: RunSettings, lrs: list[float]
     ) -> "Run":
         """Resume from a checkpoint or start afresh; then prepare output_dir, open the logs, print what will be trained.
 
@@ -81,7 +81,7 @@ class Run:
             loader: Training images.
             source: Checkpoint to resume from; "": none.
             settings: Settings of the run.
-            lr: Learning rate after warm-up, for the summary.
+            lrs: Learning rate after warm-up, of each head of a sweep, for the summary.
 
         Raises:
             UserError: The checkpoint can't be read or does not fit.
@@ -92,7 +92,7 @@ class Run:
         done = position.images / loader.sampler.images_per_epoch
         log = RunLog(args["output_dir"], args["log_dir"], position.epoch, done)
         log.mirror_to_wandb(args)
-        log.summary(checkpoints, loader, lr)
+        log.summary(checkpoints, loader, lrs)
         return cls(loader, checkpoints, log, position, settings)
 
     @property
@@ -146,7 +146,10 @@ class Run:
                 self._end_epoch(stats, improved)
         self.log.close()
         epochs, images = max(0, self.settings.epochs - first_epoch), describe_images(self.loader.dataset)
-        dist.print_rank0(f"trained {epochs} epochs in {time.time() - start:.0f} s, on {images}")
+        if epochs:
+            dist.print_rank0(f"trained {epochs} epochs in {time.time() - start:.0f} s, on {images}")
+        else:
+            dist.print_rank0(f"nothing left to train: all {self.settings.epochs} epochs are done, on {images}")
         if self.position.best_epoch >= 0:
             file = self.checkpoints.epoch_file(self.position.best_epoch)
             self._print_best("", f", in {file}" if file else "")

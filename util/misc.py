@@ -166,7 +166,8 @@ class Checkpoints:
                 for file in Path(self.args.get("log_dir") or self.folder).glob(EVENTS):
                     file.unlink()
             elif log.exists():
-                log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
+                earlier = log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
+                dist.print_rank0(f"notice: the log of the run before is {earlier} now")
         for pattern in unwanted:
             for file in self.folder.glob(pattern):
                 file.unlink()

@@ -14,7 +14,7 @@ from util.lars import LARS
 
 
 def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) -> float:
-    """Return the learning rate, and print it with the effective batch size.
+    """Return the learning rate of a run.
 
     Args:
         lr: Learning rate as given; None: blr * effective batch size / 256 (linear scaling rule; paper, appendix A).
@@ -22,13 +22,7 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
         batch_size: Images per batch and rank.
         accum_iter: Batches per update.
     """
-    ranks = dist.world_size()
-    effective = batch_size * accum_iter * ranks
-    lr = blr * effective / 256 if lr is None else lr
-    dist.print_rank0(
-        f"effective batch size {effective} = {batch_size} x {accum_iter} x {ranks} ranks, learning rate {lr:.3g}"
-    )
-    return lr
+    return blr * batch_size * accum_iter * dist.world_size() / 256 if lr is None else lr
 
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:

@@ -213,6 +213,17 @@ def comparable(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _image_size_problems(config: dict, model: nn.Module) -> list[str]:
+    """Return the sizes of images, where a file's `model_config` has another than a model; at most one line.
+
+    Another size alone is no misfit, since positions are resized. Where the patches differ, it is likely meant to fit.
+    """
+    in_file, here = config.get("img_size"), model.config["img_size"]
+    if in_file is None or in_file == here:
+        return []
+    return [f"image size: {in_file} in the file, {here} here (--input_size)"]
+
+
 def refuse_misfits(
     source: str, checkpoint: dict, model: nn.Module, args: dict, missing: set[str], surplus: set[str]
 ) -> None:
@@ -249,6 +260,8 @@ def refuse_misfits(
         for name in in_file
         if name in in_model and in_file[name] != in_model[name]
     ]
+    if in_file.get("patch size") != in_model.get("patch size"):
+        problems += _image_size_problems(config, model)
     if "rows of positions" in in_file:
         rows = model_state["pos_embed"].shape[1]
         problems.append(f"rows of positions: {in_file['rows of positions']} in the file, {rows} here")

@@ -243,7 +243,8 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
         if patches == old[0] * old[1] and old != grid:
             state[name] = resize_pos_embed(state[name], old, grid)
             kind = "positions" if name == "pos_embed" else "the decoder's positions"
-            dist.print_rank0(f"{kind} resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]}")
+            here = "images of {} x {} pixels".format(*model.patch_embed.img_size)
+            dist.print_rank0(f"{kind} resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches, for {here}")
 
 
 def _modules(keys: set[str]) -> list[str]:

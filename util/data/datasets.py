@@ -242,7 +242,10 @@ def _notices(data: DataSpec, split: str, root: Path, found: Listing) -> list[str
     """Return what the user should know about a split that was listed."""
     if data.val_fraction and split == "val":
         # Notices about the folder itself are printed when the training split is opened.
-        notices = [f"{len(found):,} of the {len(found) + found.held_out:,} images in {root} are held out as val"]
+        counts = np.bincount(found.targets, minlength=len(found.classes))
+        of_each = f": {counts.min():,} to {counts.max():,} of each class" if len(counts) > 1 else ""
+        total = len(found) + found.held_out
+        notices = [f"{len(found):,} of the {total:,} images in {root} are held out as val{of_each}"]
         unread = [place for name in ("val", f"val{splits.ARCHIVE}") if (place := Path(data.path) / name).exists()]
         return notices + [f"{place} is not read, since --val_fraction is given" for place in unread]
 

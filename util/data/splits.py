@@ -196,7 +196,7 @@ def list_part(data: DataSpec, split: str, flat: bool = False) -> tuple[Source, L
         instead = ", or --val_fraction 0.1 holds out a tenth of the training images" if stored == "val" else ""
         raise UserError(
             f"no folder {Path(data.path) / stored}: --data_path must hold {stored}/<class>/<images>, or {stored}.tar"
-            f"{similar(data.path, stored)}{instead}"
+            f"{similar(data.path, stored) or _class_folders(data.path, stored)}{instead}"
         )
     # Whatever becomes of the working directory, loader processes find the archives.
     source = source._replace(archives=[archive.absolute() for archive in source.archives])
@@ -214,6 +214,16 @@ def list_part(data: DataSpec, split: str, flat: bool = False) -> tuple[Source, L
             )
         found = found.renumber(data.class_names)
     return source, found
+
+
+def _class_folders(data_path: str, split: str) -> str:
+    """Return a phrase on folders that may be those of classes, where a split is missing; "" if there are none."""
+    folders, _ = read_folder(data_path)
+    others = {name for names in OTHER_NAMES.values() for name in names} | set(SPLITS)
+    names = sorted(name for name, _ in folders if name.lower() not in others)
+    if not names:
+        return ""
+    return f" (it holds {join_names(names, 3)}: if these are the classes, move them into {Path(data_path) / split})"
 
 
 def similar(data_path: str, split: str) -> str:

@@ -61,7 +61,7 @@ class RunLog:
         if args.get("wandb"):
             dist.run_on_rank0(lambda: self.boards.append(WeightsAndBiases(args["wandb"], args["output_dir"], args)))
 
-    def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lr: float) -> None:
+    def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lrs: list[float]) -> None:
         """Print what is about to be trained; keep its numbers of trained parameters and of operations for the reports.
 
         Operations that can't be counted are 0, with a notice. Call it before `util.speed.prepare`.
@@ -69,7 +69,7 @@ class RunLog:
         Args:
             checkpoints: The run's checkpoints, which know its model, precision and flags.
             loader: Training images.
-            lr: Learning rate after warm-up.
+            lrs: Learning rate after warm-up, of each head of a sweep.
         """
         model, args = checkpoints.model, checkpoints.args
         self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -84,8 +84,10 @@ class RunLog:
             f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
             f"{self.n_parameters / 1e6:.2f} M of them trained{work}"
         )
-        precision, batch = checkpoints.scaler.amp, effective_batch(args)
-        dist.print_rank0(f"training  effective batch {batch}, learning rate {lr:.3g}, {loader.device}, amp {precision}")
+        parts = f"{args['batch_size']} x {args['accum_iter']} x {args['world_size']} ranks"
+        rates = f"learning rate{'s' if len(lrs) > 1 else ''} {', '.join(f'{lr:.3g}' for lr in lrs)}"
+        dist.print_rank0(f"training  effective batch {effective_batch(args)} = {parts}, {rates}")
+        dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:

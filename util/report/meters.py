@@ -215,7 +215,7 @@ class _Progress:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.3g}"
+    return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 
 def _clock(seconds: float) -> str:

@@ -81,6 +81,10 @@ class Scores:
             total = dist.sum_over_ranks(values.flatten().tolist(), values.device)
             setattr(self, name, torch.tensor(total, dtype=values.dtype, device=values.device).view(values.shape))
 
+    def is_constant(self, head: int) -> bool:
+        """Return whether a head gave all images, of several classes, the same answer."""
+        return int((self.predicted[head] > 0).sum()) == 1 < int((self.support > 0).sum())
+
     def figures(self) -> list[dict[str, float]]:
         """Return each head's figures, all but the loss in per cent.
 
