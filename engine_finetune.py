@@ -147,19 +147,18 @@ def evaluate(
     if settings.confusion:
         write_confusion(settings, scores.table[best], loader.dataset.classes)
 
-    if scores.is_constant(best):
-        dist.print_rank0("notice: every image was given the same class, so the accuracy is that class's share")
-    return _report(figures, best, settings.head_names)
+    remark = "; every image was given the same class" if scores.is_constant(best) else ""
+    return _report(figures, best, settings.head_names, remark)
 
 
-def _report(figures: list[dict[str, float]], best: int, head_names: list[str] | None) -> dict[str, float]:
-    """Print each head's figures, then the best head's; return what evaluate returns."""
+def _report(figures: list[dict[str, float]], best: int, head_names: list[str] | None, remark: str) -> dict[str, float]:
+    """Print each head's figures, then the best head's with a remark; return what evaluate returns."""
     stats = dict(figures[best])
     if head_names:
         for name, head in zip(head_names, figures, strict=True):
             dist.print_rank0(f"{name}: {_line(head)}")
             stats |= {f"{key}_{name}": value for key, value in head.items()}
-    dist.print_rank0(f"balanced accuracy {stats['balanced_acc']:.3f} macro F1 {stats['macro_f1']:.3f}")
+    dist.print_rank0(f"balanced accuracy {stats['balanced_acc']:.3f} macro F1 {stats['macro_f1']:.3f}{remark}")
     dist.print_rank0(f"* {_line(stats)}")  # other programs read this line: its form stays
     return stats
 

@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Join the other processes, and lock output_dir, so that no second run writes to it.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
-    checks.lock_output_dir(args)
+    checks.check_together(args)
 
     # Data and model. A run that is resumed has its encoder already.
     train_loader, val_loader = open_data(args, device)

@@ -19,16 +19,20 @@ import signal
 import sys
 from pathlib import Path
 
-import submitit
-
 import models_mae
 import models_vit
 from util import checks, errors
 from util.command_line import Parser
 from util.errors import UserError
 
+try:
+    import submitit
+except ImportError:  # said in main, so that --help works without it
+    submitit = None
+
 MODELS = {"pretrain": models_mae.MODELS, "finetune": models_vit.MODELS, "linprobe": models_vit.MODELS}
 SAVING_S = 120  # seconds before the end of its time at which a job is told to save
+SHORTEST_MINUTES = 5  # a shorter job would be told to save, and be queued again, before it has trained
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,7 +90,7 @@ class Job:
 
         errors.run(save_and_requeue)
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+    def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """Return the job that submitit queues again: the same script and flags, which then resume the run."""
         return submitit.helpers.DelayedSubmission(self)
 
@@ -121,7 +125,7 @@ def job_flags(args: argparse.Namespace) -> list[str]:
     return flags if evaluation else flags + ["--resume", "auto"]
 
 
-def executor(args: argparse.Namespace) -> submitit.AutoExecutor:
+def executor(args: argparse.Namespace) -> "submitit.AutoExecutor":
     """Create submitit's executor with the launcher's flags.
 
     Raises:
@@ -158,6 +162,11 @@ def _launcher_problems(args: argparse.Namespace) -> list[str]:
         if getattr(args, name) < 1
     ]
     problems += [f"--slurm {pair}: needs KEY=VALUE" for pair in args.slurm if "=" not in pair]
+    if args.executor == "slurm" and 1 <= args.timeout < SHORTEST_MINUTES:
+        problems.append(
+            f"--timeout {args.timeout} must be at least {SHORTEST_MINUTES}: {SAVING_S // 60} minutes before its end the "
+            "job saves and is queued again"
+        )
     if args.ngpus < 0:
         problems.append(f"--ngpus {args.ngpus} must be at least 0")
     if args.tasks is not None and args.tasks < 1:
@@ -181,6 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     With --executor local, wait for the job, and exit with code 1 if it failed; with debug, run it in this process.
     """
     args = get_args(argv)
+    if submitit is None:
+        raise UserError("main_submitit.py needs submitit: pip install submitit")
     flags = job_flags(args)
     submitter = executor(args)
 

@@ -1,8 +1,10 @@
 """Several ranks: they compute the same as one, and none waits for ever."""
 
 import os
+import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import faults
@@ -15,10 +17,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import engine_finetune
 import engine_pretrain
+import main_pretrain
 import models_mae
 import models_vit
-from util import loop, misc, optim
+from util import checks, loop, misc, optim
 from util.amp import LossScaler
+from util.checkpoint import output_dir
 from util.data import datasets, loaders, splits
 from util.data.images import Pixels
 from util.data.splits import DataSpec
@@ -277,6 +281,49 @@ def message_of_a_full_disk(folder):
 def test_a_log_that_cannot_be_written_is_every_ranks_error(tmp_path):
     messages = ranks.run(2, tmp_path / "out", message_of_a_full_disk, tmp_path)
     assert messages[0] == messages[1] and messages[0].startswith("cannot write /dev/full: No space left")
+
+
+def message_of_other_flags(folder, own_flags):
+    """Check the ranks' flags together; rank 1 has flags of its own."""
+    argv = ["--data_path", str(folder), "--output_dir", str(folder / "run"), "--batch_size", "8"]
+    args = main_pretrain.get_args(argv + (own_flags if dist.rank() else []))
+    try:
+        checks.check_together(args)
+    except UserError as error:
+        return str(error)
+
+
+def test_ranks_with_other_flags_are_refused_on_every_rank(tmp_path):
+    messages = ranks.run(2, tmp_path / "other", message_of_other_flags, tmp_path, ["--batch_size", "4"])
+    assert messages[0] == messages[1]
+    assert "rank 1 was started with --batch_size 4, rank 0 with --batch_size 8: start all" in messages[0]
+    own = ["--num_workers", "3", "--data_path", "elsewhere"]
+    assert ranks.run(2, tmp_path / "own", message_of_other_flags, tmp_path, own) == [None, None]
+
+
+def warning_of_another_folder(folder):
+    """Lock output_dir on rank 0, of which rank 1 sees another folder of the same path, as if it were not shared."""
+    said, dist.print_rank0 = [], lambda message: said.append(message)
+    if dist.rank():
+        os.chdir(folder / "elsewhere")
+        checks.output_dir.sees_mark = partial(output_dir.sees_mark, patience=0)
+    else:
+        os.chdir(folder)
+    checks.check_together(main_pretrain.get_args(["--data_path", str(folder), "--output_dir", "run"]))
+    dist.gather(None)
+    return said if dist.rank() == 0 else output_dir.lock_output_dir(str(folder / "run"))
+
+
+def test_an_output_dir_that_is_not_shared_is_warned_of(tmp_path):
+    # There an earlier run has left its lock file.
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "run" / output_dir.LOCK).write_text("process 1 on another machine")
+    said, holder = ranks.run(2, tmp_path / "out", warning_of_another_folder, tmp_path)
+    assert len(said) == 1 and "--output_dir run of rank 1 is another folder than rank 0's" in said[0]
+    assert holder.startswith("process ")  # rank 0 still has its lock
+    shutil.rmtree(tmp_path / "elsewhere" / "run")
+    (tmp_path / "elsewhere" / "run").symlink_to(tmp_path / "run")
+    assert ranks.run(2, tmp_path / "again", warning_of_another_folder, tmp_path)[0] == []
 
 
 def draw_random_numbers():

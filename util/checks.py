@@ -43,6 +43,19 @@ FLAGS_BY_RANGE = [
     (MASK_RATIO, "mask_ratio"),
 ]
 
+# Flags that may differ between the ranks, whose machines may have other devices, and files under other paths.
+OWN_FLAGS = {
+    "data_path",
+    "class_names",
+    "finetune",
+    "init",
+    "num_workers",
+    "pin_mem",
+    "device",
+    "world_size",
+    "local_rank",
+}
+
 
 def check(args: argparse.Namespace, models: dict) -> None:
     """Check all arguments before any data is read, and set torchrun's environment variables from the launcher's.
@@ -56,18 +69,49 @@ def check(args: argparse.Namespace, models: dict) -> None:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
 
-def lock_output_dir(args: argparse.Namespace) -> None:
-    """Reserve output_dir, if there is one, for this run until it ends; with --eval do nothing.
+def check_together(args: argparse.Namespace) -> None:
+    """Check what concerns all ranks: equal flags, and an output_dir, which is reserved for this run until it ends.
+
+    A rank that does not see the others' output_dir causes a warning. With --eval there is no output_dir.
 
     Raises:
-        UserError: Another run uses the folder; on all ranks.
+        UserError: The ranks were started with different flags, or another run uses the folder; on all ranks.
     """
-    if args.output_dir and not getattr(args, "eval", False):
-        holder = dist.run_on_rank0(lambda: output_dir.lock_output_dir(args.output_dir))
-        if holder:
+    _refuse_different_flags(args)
+    if not args.output_dir or getattr(args, "eval", False):
+        return
+    holder = dist.run_on_rank0(lambda: output_dir.lock_output_dir(args.output_dir))
+    if holder:
+        raise UserError(
+            f"--output_dir {args.output_dir} is in use by another run, {holder}; wait for it to end, or choose "
+            "another folder"
+        )
+
+    # A folder that only some machines see is an error at the latest when the run is resumed.
+    mark = dist.run_on_rank0(lambda: output_dir.lock_mark(args.output_dir))
+    sees = dist.gather(dist.rank() == 0 or output_dir.sees_mark(args.output_dir, mark))
+    blind = [rank for rank, sees_it in enumerate(sees) if not sees_it]
+    if blind:
+        dist.print_rank0(
+            f"warning: --output_dir {args.output_dir} of rank {blind[0]} is another folder than rank 0's. It must "
+            "be one that all machines share: without that, the run can't be resumed"
+        )
+
+
+def _refuse_different_flags(args: argparse.Namespace) -> None:
+    """Check that all ranks were started with the same flags, apart from those of OWN_FLAGS.
+
+    Raises:
+        UserError: They were not; on all ranks.
+    """
+    flags = {name: str(value) for name, value in vars(args).items() if name not in OWN_FLAGS}
+    first, *others = dist.gather(flags)
+    for rank, other in enumerate(others, 1):
+        names = [name for name in first if first[name] != other.get(name)]
+        if names:
+            theirs, ours = (" ".join(f"--{name} {flags.get(name)}" for name in names) for flags in (other, first))
             raise UserError(
-                f"--output_dir {args.output_dir} is in use by another run, {holder}; wait for it to end, or choose "
-                "another folder"
+                f"rank {rank} was started with {theirs}, rank 0 with {ours}: start all processes with the same flags"
             )
 
 

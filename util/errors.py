@@ -158,8 +158,10 @@ def _describe_runtime_error(text: str) -> tuple[str, int] | None:
         ), 1
     if dist.world_size() > 1 and PEERS.search(text):
         return (
-            f"error: rank {dist.rank()} lost another process, whose own message says why (look at the other nodes' "
-            f"output, too). Resume from the newest checkpoint with --resume auto. Seen here: {text.splitlines()[0]}"
+            f"error: rank {dist.rank()} lost another process, which ended, or did not answer in time (--dist_timeout); "
+            "if it had time for a message, that says why (look at the other nodes' output, too). Resume from the "
+            "newest checkpoint with --resume auto, which torchrun with --max-restarts does by itself. "
+            f"Seen here: {text.splitlines()[0]}"
         ), 1
     return None
 

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -95,8 +95,36 @@ def lock_output_dir(folder: str) -> str:
     # The descriptor stays open: closing it would release the lock.
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    with suppress(OSError):  # not every file system can
+        os.fsync(lock)  # other machines are to read it, too (`sees_mark`)
     _held[str(path)] = lock
     return ""
+
+
+def lock_mark(folder: str) -> str:
+    """Return what this process has written into the lock file of a folder that it locked; "" if it locked none."""
+    # Opening the file again and closing it would release the lock: read through the descriptor that is open.
+    descriptor = _held.get(str(Path(folder).absolute()))
+    return os.pread(descriptor, 200, 0).decode() if descriptor is not None else ""
+
+
+def sees_mark(folder: str, mark: str, patience: float = 60.0) -> bool:
+    """Return whether this process finds another's mark, made perhaps on another machine, in a folder's lock file.
+
+    Args:
+        folder: The folder that the other has locked. This process must not have locked it itself.
+        mark: The other's `lock_mark`; "": there is nothing to find.
+        patience: Seconds that a network file system may take to show a new file.
+    """
+    end = time.monotonic() + patience
+    while mark:
+        with suppress(OSError):
+            if (Path(folder) / LOCK).read_text(errors="replace") == mark:
+                break
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
 
 
 @contextmanager
