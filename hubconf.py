@@ -73,7 +73,7 @@ def _classifier(
     Args:
         name: Name of the model, which `_entry` fills in.
         weights: File, folder or address of a checkpoint; None: random values.
-        num_classes: Outputs of a new head; None: the head is the file's.
+        num_classes: Outputs of a new head; None, or the number of the file's head: the head is the file's.
         **arguments: For the constructor, of a model with random values or a new head (global_pool, drop_path_rate,
             img_size, ...). A new head's model takes what is not given from the file.
     """
@@ -81,7 +81,8 @@ def _classifier(
     if weights is None:
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
     source, checkpoint = _load(name.split("_")[1], weights)
-    if num_classes is None:
+    head = checkpoint["model"].get("head.weight")
+    if num_classes is None or (head is not None and len(head) == num_classes and not arguments):
         if not comparison.has_head(checkpoint["model"]):
             raise errors.UserError(f"{source} has no head: pass num_classes=N for a new one")
         _refuse_arguments(arguments, set())

@@ -341,14 +341,12 @@ def card(source: Source, args: argparse.Namespace) -> str:
         usage_example(args.to, source),
         "```",
         "",
-        "| | |",
-        "|---|---|",
     ]
 
     # Facts and figures of the training; a released file knows hardly any.
     facts = training_facts(source) | exported_figures(source.checkpoint, args.model_ema)
-    lines += [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
-    lines.append("")
+    rows = [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
+    lines += ["| | |", "|---|---|", *rows, ""] if rows else []
 
     # The flags to train such a model again.
     flags = source.flags.items()

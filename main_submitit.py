@@ -36,14 +36,18 @@ SHORTEST_MINUTES = 5  # a shorter job would be told to save, and be queued again
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the launcher's own flags, from argv or the command line; those of the job, after --, become `flags`."""
+    """Parse the launcher's own flags, from argv or the command line; those of the job become `flags`.
+
+    The job's flags are all that come after --, and those before it that are not the launcher's.
+    """
     argv = sys.argv[1:] if argv is None else argv
     launcher_flags, flags = argv, []
     if "--" in argv:
         separator = argv.index("--")
         launcher_flags, flags = argv[:separator], argv[separator + 1 :]
 
-    parser = Parser("Submit a job through submitit: main_submitit.py JOB ... -- FLAGS OF THE JOB")
+    usage = "Submit a job through submitit: main_submitit.py JOB ... -- FLAGS OF THE JOB"
+    parser = Parser(usage, allow_abbrev=False)
     add = parser.add_argument
     add("job", choices=list(MODELS), help="script to run: main_JOB.py")
     add("--job_dir", required=True, metavar="DIR", help="folder for the logs and the job's output; seen by all nodes")
@@ -57,8 +61,10 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help=slurm_help)
     executor_help = "where to run; local: processes on this machine, waited for; debug: in this process"
     add("--executor", default="slurm", choices=("slurm", "local", "debug"), help=executor_help)
-    args = parser.parse_args(launcher_flags)
-    args.flags = flags
+    add("--use_volta32", action="store_true", help="the same as --slurm constraint=volta32gb")
+    add("--comment", default="", help="comment on the job, for SLURM")
+    args, others = parser.parse_known_args(launcher_flags)
+    args.flags = others + flags
     return args
 
 
@@ -149,7 +155,12 @@ def executor(args: argparse.Namespace) -> "submitit.AutoExecutor":
         slurm_partition=args.partition,
         slurm_signal_delay_s=SAVING_S,
         slurm_srun_args=[f"--cpus-per-task={args.cpus}"],  # srun of Slurm 22.05 to 23.02 takes none from sbatch
-        slurm_additional_parameters={"requeue": True, **dict(pair.split("=", 1) for pair in args.slurm)},
+        slurm_additional_parameters={
+            "requeue": True,
+            **({"constraint": "volta32gb"} if args.use_volta32 else {}),
+            **({"comment": args.comment} if args.comment else {}),
+            **dict(pair.split("=", 1) for pair in args.slurm),
+        },
     )
     return result
 
@@ -164,8 +175,8 @@ def _launcher_problems(args: argparse.Namespace) -> list[str]:
     problems += [f"--slurm {pair}: needs KEY=VALUE" for pair in args.slurm if "=" not in pair]
     if args.executor == "slurm" and 1 <= args.timeout < SHORTEST_MINUTES:
         problems.append(
-            f"--timeout {args.timeout} must be at least {SHORTEST_MINUTES}: {SAVING_S // 60} minutes before its end the "
-            "job saves and is queued again"
+            f"--timeout {args.timeout} must be at least {SHORTEST_MINUTES}: {SAVING_S // 60} minutes before its end "
+            "the job saves and is queued again"
         )
     if args.ngpus < 0:
         problems.append(f"--ngpus {args.ngpus} must be at least 0")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import models_vit
 from models_vit import SIZES
-from util.checkpoint import weights
+from util.checkpoint import comparison, weights
 from util.checkpoint.files import checkpoint_args
 from util.errors import UserError
 from util.masking import num_visible
@@ -254,13 +254,14 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
     if "decoder_pred.weight" not in state or "mask_token" not in state:
         raise UserError(
             f"{source} has no decoder, so it cannot reconstruct images: use a checkpoint of main_pretrain.py, or a "
-            "released file with decoder (mae_visualize_vit_large.pth; mae_pretrain_*.pth hold the encoder only)"
+            "released file with decoder (mae_visualize_*.pth, or mae_pretrain_*_full.pth with --norm_pix_loss)"
         )
 
     # Only this code stores `model_config`. The reference's checkpoints hold flags (`args`), whose norm_pix_loss leaves
     # no trace in the weights; released files hold neither, and the weights' shapes have to do.
     config = checkpoint.get("model_config") or _config_from_shapes(state, source)
     if "model_config" not in checkpoint:
+        comparison.warn_of_unknown_targets(source, checkpoint, norm_pix_loss)
         config["norm_pix_loss"] = bool(checkpoint_args(checkpoint).get("norm_pix_loss", norm_pix_loss))
 
     model = from_config(config)

@@ -284,6 +284,8 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         UserError, match=r"pass it as --finetune\n  kind: autoencoder \(main_pretrain.py\) in the file, classifier"
     ):
         weights.load_for_eval(path, classifier(), args, [])
+    with pytest.raises(UserError, match=r"it holds no classifier: train one first with main_finetune.py or"):
+        weights.load_for_eval(path, classifier(), {**args, "eval": True}, [])
     with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a, c, d; only in --data_path: b"):
         weights.load_for_eval(file, classifier(), args, ["b"])
     fresh = classifier()
@@ -361,6 +363,16 @@ def test_flags_that_differ_are_listed_and_another_schedule_is_refused(checkpoint
     assert "differ from the checkpoint's: --seed 0 -> 1" in capsys.readouterr().out
 
 
+def test_another_number_of_processes_is_told_the_batch_that_makes_up_for_it(checkpoint, monkeypatch):
+    path, _ = checkpoint
+    monkeypatch.setattr(misc.dist, "world_size", lambda: 2)
+    remedy = r"effective batch 2 -> 4.*made with \(it had 1 processes, here are 2: --batch_size 1\), or"
+    with pytest.raises(UserError, match=remedy):
+        resume(path, autoencoder())
+    with pytest.raises(UserError, match=r"made with, or"):  # no batch size makes up for that
+        resume(path, autoencoder(), accum_iter=3)
+
+
 class Hostile:
     """Object that creates a file when it is unpickled in the ordinary way."""
 
@@ -410,12 +422,26 @@ def test_a_download_that_was_cut_off_is_not_kept(name, tmp_path, server):
     assert misc.load_checkpoint(f"{server}/{name}")["model"]["weight"].sum() == 1000
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 half a zip file"])
-def test_files_that_are_no_checkpoints_say_so(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a whole PyTorch checkpoint: .*or download the file again"),
+        (b"\n <html>not found</html>", "a web page, no checkpoint"),
+        (b"{'a': 1}", "not a checkpoint of plain types"),
+        (b"PK\x03\x04 half a zip file", "not a (whole PyTorch )?checkpoint"),
+    ],
+)
+def test_files_that_are_no_checkpoints_say_so(tmp_path, content, message):
     file = tmp_path / "file.pth"
     file.write_bytes(content)
-    with pytest.raises(UserError, match="file.pth is not a (whole PyTorch )?checkpoint"):
+    with pytest.raises(UserError, match=f"file.pth is {message}"):
         misc.load_checkpoint(str(file))
+
+
+def test_a_folder_of_another_kind_is_told_what_it_lacks(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+    with pytest.raises(UserError, match="is a folder without weights that can be read here.*ONNX"):
+        misc.load_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": {"a": 1}}, torch.zeros(2)])

@@ -103,6 +103,15 @@ def test_flags_that_do_not_fit_the_folders(job, more, message, images, tmp_path)
         MAINS[job](job_argv(job, images, tmp_path, *more))
 
 
+def test_many_images_that_do_not_fill_a_batch_are_noticed(images, tmp_path, capsys):
+    for batch_size, left_out in (("50", "leaves out 30 of the 80 images"), ("39", "")):
+        argv = job_argv("linprobe", images, tmp_path, "--batch_size", batch_size, "--epochs", "1", "--overwrite")
+        MAINS["linprobe"](argv)
+        said = capsys.readouterr().out
+        assert left_out in said and ("leaves out" in said) == bool(left_out)
+    assert " updates per epoch, learning rate " in said and " parameters, 1,290 of them trained" in said
+
+
 def test_classes_that_differ_from_the_checkpoints(data, tmp_path):
     """Resuming and evaluation are refused, since the head would name the wrong classes."""
     MAINS["finetune"](job_argv("finetune", data, tmp_path / "out"))

@@ -417,7 +417,7 @@ def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):
         "effective batch | 16",
     ):
         assert f"| {line} |" in text
-    assert "license: cc-by-4.0" in text and "timm.create_model" in text
+    assert "license: cc-by-4.0" in text and "timm.create_model" in text and "| | |" in text
     assert "/somewhere" not in text
 
 

@@ -76,6 +76,8 @@ def test_a_classifier_has_the_files_head_or_a_new_one(autoencoder, tmp_path):
     with torch.no_grad():
         assert torch.equal(load("vit_demo_patch4", weights=file).eval()(imgs), trained(imgs))
 
+        assert torch.equal(load("vit_demo_patch4", weights=file, num_classes=3).eval()(imgs), trained(imgs))
+
     # A new head keeps the pooling that the file tells.
     assert load("vit_demo_patch4", weights=file, num_classes=5).config["global_pool"] is True
     by_token = saved(tmp_path / "token.pth", models_vit.vit_demo_patch4(**GREY, num_classes=3, global_pool=False))

@@ -153,6 +153,18 @@ def test_another_loss_of_the_decoder_is_noticed(source, tmp_path, capsys):
     assert "was made with --norm_pix_loss at its default, here it is True" in capsys.readouterr().out
 
 
+def test_a_file_that_does_not_tell_its_targets_is_noticed(source, tmp_path, capsys):
+    torch.save({"model": source.state_dict()}, tmp_path / "file.pth")
+    for norm_pix_loss, noticed in ((False, True), (True, False)):
+        weights.load_initial(str(tmp_path / "file.pth"), autoencoder(), {"norm_pix_loss": norm_pix_loss})
+        assert ("does not say whether its targets were normalised" in capsys.readouterr().out) == noticed
+        models_mae.from_checkpoint(load_checkpoint(str(tmp_path / "file.pth")), "file.pth", norm_pix_loss)
+        assert ("does not say whether its targets were normalised" in capsys.readouterr().out) == noticed
+    torch.save({"model": source.state_dict(), "model_config": source.config}, tmp_path / "file.pth")
+    models_mae.from_checkpoint(load_checkpoint(str(tmp_path / "file.pth")), "file.pth")
+    assert "does not say" not in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def initialised(images, source, tmp_path_factory):
     """File to start from, and the folder of a run that started from it and was not interrupted."""

@@ -55,6 +55,11 @@ def test_a_batch_script_without_srun_is_one_process(no_launcher):
         no_launcher.setenv(name, SRUN[name])
     no_launcher.setenv("SLURM_NTASKS", "8")
     assert launchers.set_torchrun_env() == [] and "WORLD_SIZE" not in os.environ
+    assert launchers.notices() == [
+        "SLURM gave this job 8 tasks, and this process is alone: put srun before python to start them all"
+    ]
+    no_launcher.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert launchers.notices() == []
 
 
 def test_submitits_own_processes_within_srun_are_a_group(no_launcher):
@@ -200,6 +205,25 @@ def test_without_slurm_the_message_names_the_other_executors(images, tmp_path, m
     assert "--executor local" in submit_refused(images, tmp_path / "job", executor="slurm")
 
 
+def test_the_jobs_flags_need_no_separator():
+    """The published commands have the flags of launcher and job side by side."""
+    own = ["pretrain", "--job_dir", "JOB", "--nodes", "8", "--use_volta32"]
+    flags = ["--batch_size", "64", "--model", "mae_vit_large_patch16", "--norm_pix_loss", "--data_path", "DIR"]
+    mixed = main_submitit.get_args([*own[:3], *flags, *own[3:]])
+    assert mixed.flags == flags and mixed.job == "pretrain" and mixed.nodes == 8 and mixed.use_volta32
+    assert main_submitit.get_args([*own, "--", *flags]) == mixed
+
+
+def test_a_job_that_would_only_save_and_queue_is_refused(images, tmp_path, submit_refused, refusal):
+    argv = [arg if arg != "60" else "4" for arg in submission(images, tmp_path / "job", executor="slurm")]
+    assert "--timeout 4 must be at least 5" in refusal(lambda: main_submitit.main(argv))
+
+
+def test_without_submitit_its_name_is_told(images, tmp_path, monkeypatch, submit_refused):
+    monkeypatch.setattr(main_submitit, "submitit", None)
+    assert "main_submitit.py needs submitit: pip install submitit" in submit_refused(images, tmp_path / "job")
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """Function that takes what SLURM's commands do, as a line of shell, and puts such commands into the path."""
@@ -223,8 +247,9 @@ def test_the_batch_script_gives_the_cores_to_srun_too(images, tmp_path, slurm, n
     no_launcher.setenv("PYTHONPATH", "")  # the launcher extends it
     slurm("echo Submitted batch job 7")
     job, *flags = submission(images, tmp_path / "job", executor="slurm")
-    main_submitit.main([job, "--cpus", "3", *flags])
+    main_submitit.main([job, "--cpus", "3", "--use_volta32", "--comment", "a run", *flags])
     script = tmp_path / "job" / "submitit" / "7_submission.sh"
     lines = script.read_text().splitlines()
-    assert "#SBATCH --cpus-per-task=3" in lines
+    assert {"#SBATCH --cpus-per-task=3", "#SBATCH --constraint=volta32gb"} <= set(lines)
+    assert any(line.startswith("#SBATCH --comment=") and "a run" in line for line in lines)
     assert any(line.startswith("srun ") and " --cpus-per-task=3 " in line for line in lines)

@@ -67,6 +67,8 @@ def check(args: argparse.Namespace, models: dict) -> None:
     problems += flag_problems(args, models) + _environment_problems(args)
     if problems:
         raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+    for notice in launchers.notices():
+        dist.print_rank0(f"notice: {notice}")
 
 
 def check_together(args: argparse.Namespace) -> None:

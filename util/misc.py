@@ -376,11 +376,23 @@ class Checkpoints:
         if changes and not override:
             raise UserError(
                 f"the schedule differs from that of {source}: {', '.join(changes)}. Pass the flags that it was made "
-                "with, or --resume_override to resume with the new ones"
+                f"with{_same_batch(stored_args, self.args)}, or --resume_override to resume with the new ones"
             )
         if differing:
             dist.print_rank0(f"flags that differ from the checkpoint's: {', '.join(differing)}")
         return before.get("effective batch") != now.get("effective batch")
+
+
+def _same_batch(stored: dict, args: dict) -> str:
+    """Return a phrase with the batch size that makes up for another number of processes than a checkpoint's, or ""."""
+    batch = effective_batch(stored)
+    if batch is None or effective_batch(args) in (None, batch) or stored["world_size"] == args["world_size"]:
+        return ""
+    ranks = args["world_size"]
+    per_rank, rest = divmod(batch, ranks * args["accum_iter"])
+    if rest:
+        return ""
+    return f" (it had {stored['world_size']} processes, here are {ranks}: --batch_size {per_rank})"
 
 
 def _schedule(args: dict) -> dict[str, object]:

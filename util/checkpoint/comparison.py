@@ -224,6 +224,30 @@ def _image_size_problems(config: dict, model: nn.Module) -> list[str]:
     return [f"image size: {in_file} in the file, {here} here (--input_size)"]
 
 
+def _other_kind(model_state: dict, evaluation: bool) -> str:
+    """Return what to do with an autoencoder where a classifier is needed, or with the opposite."""
+    if evaluation:
+        return "it holds no classifier: train one first with main_finetune.py or main_linprobe.py"
+    flag = "--init" if "decoder_pred.weight" in model_state else "--finetune"
+    return f"to start from its encoder, pass it as {flag}"
+
+
+def warn_of_unknown_targets(source: str, checkpoint: dict, norm_pix_loss: bool) -> None:
+    """Print a notice where an autoencoder counts as one of plain targets only because nobody says what it is.
+
+    Args:
+        source: Name of the checkpoint.
+        checkpoint: Its contents.
+        norm_pix_loss: The user's flag.
+    """
+    known = "norm_pix_loss" in {**checkpoint_args(checkpoint), **(checkpoint.get("model_config") or {})}
+    if not known and not norm_pix_loss:
+        dist.print_rank0(
+            f"notice: {source} does not say whether its targets were normalised, and counts as trained on plain "
+            "pixels; pass --norm_pix_loss with mae_pretrain_*_full.pth"
+        )
+
+
 def refuse_misfits(
     source: str, checkpoint: dict, model: nn.Module, args: dict, missing: set[str], surplus: set[str]
 ) -> None:
@@ -271,8 +295,7 @@ def refuse_misfits(
 
     remedy = _remedy(state, model_state, missing, surplus)
     if "kind" in in_file and in_file["kind"] != in_model["kind"]:
-        flag = "--init" if "decoder_pred.weight" in model_state else "--finetune"
-        remedy = f"to start from its encoder, pass it as {flag}"
+        remedy = _other_kind(model_state, bool(args.get("eval")))
     raise UserError("\n  ".join([f"{source} does not fit: {remedy}", *problems]))
 
 

@@ -29,6 +29,8 @@ from util.errors import UserError
 
 FOLDER_BIT = 0x10  # in a zip entry's external attributes
 CHUNK = 1 << 24  # bytes
+# What to do about a damaged file, for messages.
+REMEDY = "Take an earlier checkpoint (--resume auto takes the newest that is whole), or download the file again"
 
 
 def is_url(source: str) -> bool:
@@ -192,13 +194,15 @@ def _raise_read_errors(source: str) -> Iterator[None]:
         raise UserError(
             f"cannot download {source}: {error}. Check the address and the network, or pass a file"
         ) from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"{source} is a folder without weights that can be read here, such as model.safetensors (ONNX can't be)"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}. Check the path") from error
     except Exception as error:  # damaged files raise errors of any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source} is not a whole PyTorch checkpoint: {reason}. Take an earlier checkpoint, or --resume auto"
-        ) from error
+        raise UserError(f"{source} is not a whole PyTorch checkpoint: {reason}. {REMEDY}") from error
 
 
 def _refusal(path: Path, name: str) -> str:
@@ -366,7 +370,7 @@ def _load_pickled(path: Path, peek: bool) -> object:
         UserError: The file is damaged, or holds what could run code.
     """
     if not peek and (problem := find_damage(path)):
-        raise UserError(f"{problem}. Take an earlier checkpoint, or --resume auto")
+        raise UserError(f"{problem}. {REMEDY}")
     try:
         # torch maps files by their names in UTF-8: any other is read whole.
         return torch.load(path, "cpu", weights_only=True, mmap=True if peek and is_utf8(path) else None)
@@ -374,9 +378,13 @@ def _load_pickled(path: Path, peek: bool) -> object:
         forbidden = re.search(r"GLOBAL (\S+)", str(error))
         if forbidden:
             raise UserError(_refusal(path, forbidden[1])) from error
+        with path.open("rb") as file:
+            begins = file.read(200).lstrip()[:1]
+        if begins == b"<":
+            raise UserError(f"{path} is a web page, no checkpoint: download the file that the page is about") from error
         raise UserError(
-            f"{path} is not a checkpoint of plain types and tensors, and nothing in it was run: check that it was "
-            "saved by torch.save and downloaded whole"
+            f"{path} is not a checkpoint of plain types and tensors: check that it was saved by torch.save and "
+            "downloaded whole"
         ) from error
 
 

@@ -174,6 +174,8 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     comparison.refuse_misfits(source, compared, model, args, missing, surplus)
 
     # A decoder that was trained with another --norm_pix_loss predicts other targets: print a notice.
+    if has_decoder:
+        comparison.warn_of_unknown_targets(source, checkpoint, args.get("norm_pix_loss", False))
     flags = ("mean", "std", "norm_pix_loss") if has_decoder else ("mean", "std")
     comparison.compare_flags(source, checkpoint, args, flags)
 

@@ -89,6 +89,15 @@ def set_torchrun_env(dist_on_itp: bool = False, dist_url: str = "env://") -> lis
     return [] if env["MASTER_ADDR"] else [NO_HOST]
 
 
+def notices() -> list[str]:
+    """Return what the user should know about how this process was started; call it after `set_torchrun_env`."""
+    env = os.environ
+    tasks = env.get("SLURM_NTASKS", "1")
+    if tasks in ("", "1") or "SLURM_STEP_NUM_TASKS" in env or "RANK" in env:
+        return []
+    return [f"SLURM gave this job {tasks} tasks, and this process is alone: put srun before python to start them all"]
+
+
 def _copy_variables(names: dict[str, str]) -> None:
     os.environ.update({torchrun_name: os.environ[name] for torchrun_name, name in names.items()})
 

@@ -81,12 +81,20 @@ class RunLog:
         total = sum(p.numel() for p in model.parameters())
         dist.print_rank0(f"data      {describe_images(loader.dataset)}")
         dist.print_rank0(
-            f"model     {args['model']}, {total / 1e6:.2f} M parameters, "
-            f"{self.n_parameters / 1e6:.2f} M of them trained{work}"
+            f"model     {args['model']}, {_count(total)} parameters, {_count(self.n_parameters)} of them trained{work}"
         )
         parts = f"{args['batch_size']} x {args['accum_iter']} x {args['world_size']} ranks"
         rates = f"learning rate{'s' if len(lrs) > 1 else ''} {', '.join(f'{lr:.3g}' for lr in lrs)}"
-        dist.print_rank0(f"training  effective batch {effective_batch(args)} = {parts}, {rates}")
+        updates = math.ceil(len(loader) / args["accum_iter"])
+        dist.print_rank0(
+            f"training  effective batch {effective_batch(args)} = {parts}, {updates:,} updates per epoch, {rates}"
+        )
+        images, used = len(loader.dataset), len(loader) * checkpoints.images_per_step
+        if images - used > images / 10:
+            dist.print_rank0(
+                f"notice: each epoch leaves out {images - used} of the {images} images, others every time, because "
+                "they don't fill a batch"
+            )
         dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
@@ -150,6 +158,10 @@ def describe_images(dataset: TrainImages) -> str:
     held_out = dataset.images.listing.held_out
     beside = f"; {held_out:,} more are held out for validation" if held_out else ""
     return f"{len(dataset):,} images in {dataset.images.root}{beside}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M" if parameters >= 1e5 else f"{parameters:,}"
 
 
 def _epoch_of(line: str) -> float:
