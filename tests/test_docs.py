@@ -22,6 +22,7 @@ names = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path
 OTHERS = {
     *("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--rdzv_conf"),
     *("--max-restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--requeue"),
+    *("--open-mode", "--index-url"),
     *("--ipc", "--shm-size", "--logdir", "--help", "--sample", "--modules"),
 }
 SCRIPTS = [
@@ -135,6 +136,7 @@ def workplace(images, tmp_path, monkeypatch):
     garments.main()
     (tmp_path / "DIR").symlink_to(images)
     (tmp_path / "PHOTOS").symlink_to(images / "val")
+    (tmp_path / "weights").symlink_to(ROOT / "weights")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

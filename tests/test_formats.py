@@ -461,7 +461,7 @@ def test_an_encoder_that_does_not_fit_is_told_with_both_sides(theirs, message, t
 
 def test_files_that_are_no_vision_transformer_are_told(tmp_path):
     save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.safetensors")
-    with pytest.raises(UserError, match="names that are known here: the reference's, timm's, Hugging Face's"):
+    with pytest.raises(UserError, match="names that are known here: facebookresearch/mae's, timm's, Hugging Face's"):
         weights.load_pretrained(str(tmp_path / "resnet.safetensors"), classifier("small"))
     (tmp_path / "broken.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(UserError, match="broken.safetensors is not a whole"):

@@ -309,7 +309,7 @@ def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]
         surplus: Names that the model has no place for.
     """
     if "patch_embed.proj.weight" not in state:
-        return "it holds no Vision Transformer in names that are known here: the reference's, timm's, Hugging Face's"
+        return "it holds no Vision Transformer in names that are known here: facebookresearch/mae's, timm's, Hugging Face's"
     if "cls_token" in missing:
         return NO_CLASS_TOKEN
 

@@ -204,7 +204,7 @@ def describe(checkpoint: dict) -> str:
         "head": any(name.startswith("head.") for name in state),
     }
     parts = [name for name, present in presence.items() if present]
-    origin = "in the names of timm and the reference"
+    origin = "in the names of timm and facebookresearch/mae"
     if "job" in checkpoint:
         origin = f"of main_{checkpoint['job']}.py"
     origin = checkpoint.get("format") or origin
