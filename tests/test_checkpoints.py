@@ -284,7 +284,7 @@ def test_wrong_kinds_of_checkpoint_say_what_they_are_good_for(checkpoint, tmp_pa
         UserError, match=r"pass it as --finetune\n  kind: autoencoder \(main_pretrain.py\) in the file, classifier"
     ):
         weights.load_for_eval(path, classifier(), args, [])
-    with pytest.raises(UserError, match=r"it holds no classifier: train one first with main_finetune.py or"):
+    with pytest.raises(UserError, match="it holds no classifier: train one first, with --finetune in main_finetune.py"):
         weights.load_for_eval(path, classifier(), {**args, "eval": True}, [])
     with pytest.raises(UserError, match="other classes.*only in .*checkpoint-7.pth: a, c, d; only in --data_path: b"):
         weights.load_for_eval(file, classifier(), args, ["b"])

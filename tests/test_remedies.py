@@ -154,7 +154,7 @@ def test_the_flag_that_a_misfit_names(flags, named, run, tmp_path):
 def test_a_checkpoint_of_another_kind(run, tmp_path):
     run("pretrain", "--output_dir", tmp_path / "out")
     checkpoint = tmp_path / "out" / "checkpoint-0.pth"
-    with pytest.raises(UserError, match="pass it as --finetune"):
+    with pytest.raises(UserError, match="train one first, with --finetune in main_finetune.py"):
         run("finetune", "--eval", "--resume", checkpoint)
     run("finetune", "--finetune", checkpoint)
 

@@ -227,7 +227,7 @@ def _image_size_problems(config: dict, model: nn.Module) -> list[str]:
 def _other_kind(model_state: dict, evaluation: bool) -> str:
     """Return what to do with an autoencoder where a classifier is needed, or with the opposite."""
     if evaluation:
-        return "it holds no classifier: train one first with main_finetune.py or main_linprobe.py"
+        return "it holds no classifier: train one first, with --finetune in main_finetune.py or main_linprobe.py"
     flag = "--init" if "decoder_pred.weight" in model_state else "--finetune"
     return f"to start from its encoder, pass it as {flag}"
 
@@ -309,7 +309,10 @@ def _remedy(state: dict, model_state: dict, missing: set[str], surplus: set[str]
         surplus: Names that the model has no place for.
     """
     if "patch_embed.proj.weight" not in state:
-        return "it holds no Vision Transformer in names that are known here: facebookresearch/mae's, timm's, Hugging Face's"
+        return (
+            "it holds no Vision Transformer in names that are known here: facebookresearch/mae's, timm's, "
+            "Hugging Face's"
+        )
     if "cls_token" in missing:
         return NO_CLASS_TOKEN
 
