@@ -89,14 +89,14 @@ class RunLog:
         dist.print_rank0(
             f"training  effective batch {effective_batch(args)} = {parts}, {updates:,} updates per epoch, {rates}"
         )
+        dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
+        dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
         images, used = len(loader.dataset), len(loader) * checkpoints.images_per_step
         if images - used > images / 10:
             dist.print_rank0(
                 f"notice: each epoch leaves out {images - used} of the {images} images, others every time, because "
                 "they don't fill a batch"
             )
-        dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
-        dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Write values, by their tags, to the boards at a fractional epoch."""
