@@ -37,7 +37,7 @@ from util.distributed import dist
 from util.loop import Run, Stats
 from util.lr_sched import CosineSchedule
 from util.report.scores import Evaluation
-from util.updater import Updater
+from util.updater import Updater, updates_per_epoch
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     checks.check(args, models_vit.MODELS)
 
-    # Join the other processes, and lock output_dir, so that no second run writes to it.
+    # Join the other processes, which need the same flags, and lock output_dir, so that no second run writes to it.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
     checks.check_together(args)
 
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
     class_weights = train_loader.class_weights() if args.class_weights == "balanced" else None
     mixup_fn, criterion = build_mixup_and_loss(args, class_weights)
-    updates = args.epochs * -(-len(train_loader) // args.accum_iter)
+    updates = args.epochs * updates_per_epoch(len(train_loader), args.accum_iter)
     ema = build_ema(model, args.model_ema_decay, updates) if args.model_ema else None
 
     # Resume, or start afresh.

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     checks.check(args, models_vit.MODELS)
 
-    # Join the other processes, and lock output_dir, so that no second run writes to it.
+    # Join the other processes, which need the same flags, and lock output_dir, so that no second run writes to it.
     device = dist.init(args.device, args.seed, args.dist_url, args.dist_timeout)
     checks.check_together(args)
 

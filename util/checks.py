@@ -82,20 +82,19 @@ def check_together(args: argparse.Namespace) -> None:
     _refuse_different_flags(args)
     if not args.output_dir or getattr(args, "eval", False):
         return
-    holder = dist.run_on_rank0(lambda: output_dir.lock_output_dir(args.output_dir))
+    folder = args.output_dir
+    holder, mark = dist.run_on_rank0(lambda: (output_dir.lock_output_dir(folder), output_dir.lock_mark(folder)))
     if holder:
         raise UserError(
-            f"--output_dir {args.output_dir} is in use by another run, {holder}; wait for it to end, or choose "
-            "another folder"
+            f"--output_dir {folder} is in use by another run, {holder}; wait for it to end, or choose another folder"
         )
 
     # A folder that only some machines see is an error at the latest when the run is resumed.
-    mark = dist.run_on_rank0(lambda: output_dir.lock_mark(args.output_dir))
-    sees = dist.gather(dist.rank() == 0 or output_dir.sees_mark(args.output_dir, mark))
+    sees = dist.gather(dist.rank() == 0 or output_dir.sees_mark(folder, mark))
     blind = [rank for rank, sees_it in enumerate(sees) if not sees_it]
     if blind:
         dist.print_rank0(
-            f"warning: --output_dir {args.output_dir} of rank {blind[0]} is another folder than rank 0's. It must "
+            f"warning: --output_dir {folder} of rank {blind[0]} is another folder than rank 0's. It must "
             "be one that all machines share: without that, the run can't be resumed"
         )
 
@@ -111,7 +110,7 @@ def _refuse_different_flags(args: argparse.Namespace) -> None:
     for rank, other in enumerate(others, 1):
         names = [name for name in first if first[name] != other.get(name)]
         if names:
-            theirs, ours = (" ".join(f"--{name} {flags.get(name)}" for name in names) for flags in (other, first))
+            theirs, ours = (" ".join(f"--{name} {ranks.get(name)}" for name in names) for ranks in (other, first))
             raise UserError(
                 f"rank {rank} was started with {theirs}, rank 0 with {ours}: start all processes with the same flags"
             )

@@ -96,6 +96,12 @@ def _print_error(error: Exception) -> int:
     return code
 
 
+def is_on_every_rank(error: Exception) -> bool:
+    """Return whether all ranks raise this error alike: a UserError but a LocalError, or one of dist.run_on_rank0."""
+    alike = isinstance(error, UserError) and not isinstance(error, LocalError)
+    return alike or getattr(error, "on_every_rank", False)
+
+
 def _prints_on_this_rank(error: Exception) -> bool:
     """Return whether this rank prints the error.
 
@@ -104,8 +110,7 @@ def _prints_on_this_rank(error: Exception) -> bool:
     """
     if isinstance(error, Stopped):
         return dist.rank() == 0
-    alike = isinstance(error, UserError) and not isinstance(error, LocalError)
-    if alike or getattr(error, "on_every_rank", False):
+    if is_on_every_rank(error):
         return os.environ.get("LOCAL_RANK", "0") == "0"  # may be raised before there is a process group
     return True
 

@@ -12,7 +12,7 @@ from util.amp import BadSteps
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.distributed.signals import Requests
-from util.errors import LocalError, Stopped, UserError
+from util.errors import Stopped, UserError, is_on_every_rank
 from util.misc import Checkpoints, Position
 from util.report.log import RunLog, describe_images
 from util.report.meters import Meters
@@ -170,9 +170,7 @@ class Run:
         except (Stopped, FloatingPointError):
             raise
         except Exception as error:
-            alike = isinstance(error, UserError) and not isinstance(error, LocalError)
-            on_every_rank = alike or getattr(error, "on_every_rank", dist.world_size() == 1)
-            if self.unsaved and on_every_rank:
+            if self.unsaved and (dist.world_size() == 1 or is_on_every_rank(error)):
                 try:
                     self._save_last_update()
                 except Exception as second:  # such as a full disk, which may be the first error, too

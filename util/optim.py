@@ -22,7 +22,8 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
         batch_size: Images per batch and rank.
         accum_iter: Batches per update.
     """
-    return blr * batch_size * accum_iter * dist.world_size() / 256 if lr is None else lr
+    effective_batch = batch_size * accum_iter * dist.world_size()
+    return blr * effective_batch / 256 if lr is None else lr
 
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:

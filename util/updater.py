@@ -1,5 +1,6 @@
 """How losses become updates: learning rate, mixed precision, gradient accumulation, clipping, skipping, EMA."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -30,6 +31,11 @@ def split_into_groups(step: int, steps: int, accum_iter: int) -> MicroStep:
     start = step - step % accum_iter
     size = min(accum_iter, steps - start)
     return MicroStep(size, first=step == start, last=step == start + size - 1)
+
+
+def updates_per_epoch(steps: int, accum_iter: int) -> int:
+    """Return the number of updates that an epoch of `steps` batches makes, its last group of them included."""
+    return math.ceil(steps / accum_iter)
 
 
 class Updater:

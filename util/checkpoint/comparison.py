@@ -184,6 +184,11 @@ def match_classes(source: str, names: list[str] | None, folders: list[str], coun
     return [numbers[name] for name in folders]
 
 
+def _stored_values(checkpoint: dict) -> dict:
+    """Return what a checkpoint tells about its model and its flags, by the flags' names."""
+    return (checkpoint.get("model_config") or {}) | checkpoint_args(checkpoint)
+
+
 def compare_flags(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
     """Print a notice for each of these flags that differs from what the checkpoint was made with.
 
@@ -193,7 +198,7 @@ def compare_flags(source: str, checkpoint: dict, args: dict, names: tuple[str, .
         args: The run's flags.
         names: Names of the flags to compare; those that either side does not have are skipped.
     """
-    stored_args = (checkpoint.get("model_config") or {}) | checkpoint_args(checkpoint)
+    stored_args = _stored_values(checkpoint)
     for name in names:
         if name not in stored_args or name not in args:
             continue
@@ -225,7 +230,7 @@ def _image_size_problems(config: dict, model: nn.Module) -> list[str]:
 
 
 def _other_kind(model_state: dict, evaluation: bool) -> str:
-    """Return what to do with an autoencoder where a classifier is needed, or with the opposite."""
+    """Return what to do with an autoencoder where a classifier is needed, or the other way round."""
     if evaluation:
         return "it holds no classifier: train one first, with --finetune in main_finetune.py or main_linprobe.py"
     flag = "--init" if "decoder_pred.weight" in model_state else "--finetune"
@@ -240,8 +245,7 @@ def warn_of_unknown_targets(source: str, checkpoint: dict, norm_pix_loss: bool) 
         checkpoint: Its contents.
         norm_pix_loss: The user's flag.
     """
-    known = "norm_pix_loss" in {**checkpoint_args(checkpoint), **(checkpoint.get("model_config") or {})}
-    if not known and not norm_pix_loss:
+    if "norm_pix_loss" not in _stored_values(checkpoint) and not norm_pix_loss:
         dist.print_rank0(
             f"notice: {source} does not say whether its targets were normalised, and counts as trained on plain "
             "pixels; pass --norm_pix_loss with mae_pretrain_*_full.pth"

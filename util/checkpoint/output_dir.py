@@ -117,14 +117,19 @@ def sees_mark(folder: str, mark: str, patience: float = 60.0) -> bool:
         patience: Seconds that a network file system may take to show a new file.
     """
     end = time.monotonic() + patience
-    while mark:
-        with suppress(OSError):
-            if (Path(folder) / LOCK).read_text(errors="replace") == mark:
-                break
+    while mark and _read_lock(folder) != mark:
         if time.monotonic() > end:
             return False
         time.sleep(0.5)
     return True
+
+
+def _read_lock(folder: str) -> str:
+    """Return the text of a folder's lock file; "" if it can't be read."""
+    try:
+        return (Path(folder) / LOCK).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 @contextmanager

@@ -173,11 +173,11 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     missing, surplus = set(model_state) - set(state) - new, set(state) - set(model_state)
     comparison.refuse_misfits(source, compared, model, args, missing, surplus)
 
-    # A decoder that was trained with another --norm_pix_loss predicts other targets: print a notice.
+    # A decoder that was trained with another --norm_pix_loss predicts other targets, and a file may not tell: notices.
+    comparison.compare_flags(source, checkpoint, args, ("mean", "std"))
     if has_decoder:
+        comparison.compare_flags(source, checkpoint, args, ("norm_pix_loss",))
         comparison.warn_of_unknown_targets(source, checkpoint, args.get("norm_pix_loss", False))
-    flags = ("mean", "std", "norm_pix_loss") if has_decoder else ("mean", "std")
-    comparison.compare_flags(source, checkpoint, args, flags)
 
     model.load_state_dict(state, strict=False)
     unused = (set(checkpoint["model"]) - set(state) - new) | set(checkpoint["left_out"])

@@ -225,7 +225,7 @@ def open_split(
     source, found = dist.run_on_rank0(lambda: splits.list_part(data, split, flat))
     dataset = kind(source.root, found, transform, pixels)
     _check_not_empty(dataset, named=bool(data.class_names))
-    for notice in _notices(data, split, source.root, found):
+    for notice in _notices(data, split, dataset):
         dist.print_rank0(f"notice: {notice}")
 
     # Decode one image: if its channels do not fit, neither will those of the others.
@@ -238,11 +238,12 @@ def open_split(
     return dataset
 
 
-def _notices(data: DataSpec, split: str, root: Path, found: Listing) -> list[str]:
+def _notices(data: DataSpec, split: str, dataset: Images) -> list[str]:
     """Return what the user should know about a split that was listed."""
+    root, found = Path(dataset.root), dataset.listing
     if data.val_fraction and split == "val":
         # Notices about the folder itself are printed when the training split is opened.
-        counts = np.bincount(found.targets, minlength=len(found.classes))
+        counts = dataset.counts()
         of_each = f": {counts.min():,} to {counts.max():,} of each class" if len(counts) > 1 else ""
         total = len(found) + found.held_out
         notices = [f"{len(found):,} of the {total:,} images in {root} are held out as val{of_each}"]

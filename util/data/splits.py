@@ -26,6 +26,7 @@ ENDINGS = (
     f"Image files end in .jpg, .png, .tif, .webp, .npy or one of {len(EXTENSIONS) - 5} other endings"  # for messages
 )
 SPLITS = tuple(OTHER_NAMES)
+NAMES = {split: {split, *OTHER_NAMES[split]} for split in SPLITS}  # all names of each split
 ARCHIVE = ".tar"
 # Endings of archives that can't be read in place.
 OTHER_ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst", ".zip")
@@ -89,7 +90,7 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
 
     # In data_path itself, the folder or archive of another split does not count.
     folders, files = read_folder(data_path)
-    other = {name for key in OTHER_NAMES if key != split for name in (key, *OTHER_NAMES[key])}
+    other = set().union(*(names for key, names in NAMES.items() if key != split))
     archives = [Path(data_path) / name for name in files if name.lower().endswith(ARCHIVE)]
     archives = [archive for archive in archives if archive.stem.lower() not in other]
     images = list(filter(is_image, files))
@@ -219,8 +220,7 @@ def list_part(data: DataSpec, split: str, flat: bool = False) -> tuple[Source, L
 def _class_folders(data_path: str, split: str) -> str:
     """Return a phrase on folders that may be those of classes, where a split is missing; "" if there are none."""
     folders, _ = read_folder(data_path)
-    others = {name for names in OTHER_NAMES.values() for name in names} | set(SPLITS)
-    names = sorted(name for name, _ in folders if name.lower() not in others)
+    names = sorted(name for name, _ in folders if name.lower() not in set().union(*NAMES.values()))
     if not names:
         return ""
     return f" (it holds {join_names(names, 3)}: if these are the classes, move them into {Path(data_path) / split})"
@@ -229,7 +229,7 @@ def _class_folders(data_path: str, split: str) -> str:
 def similar(data_path: str, split: str) -> str:
     """Return a phrase on the folders and archives that may be meant where a split is missing; "" if there are none."""
     folders, files = read_folder(data_path)
-    meant = (split, *OTHER_NAMES[split])
+    meant = NAMES[split]
     names = [name for name, _ in folders if name.lower() in meant]
     names += [name for name in files if name.lower() in [f"{other}{ARCHIVE}" for other in meant]]
     if not names:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from util.data import pillow
 from util.data.listing import count_nouns, join_names
-from util.data.splits import OTHER_NAMES, SPLITS, is_image
+from util.data.splits import NAMES, is_image
 from util.errors import UserError
 from util.packing.shards import PackedImages
 from util.packing.sources import readable
@@ -91,7 +91,7 @@ def read_parquets(paths: list[Path]) -> PackedImages:
 
 def _check_one_split(paths: list[Path]) -> None:
     """Raise a UserError if files are of several splits, by their names or by their folders'."""
-    split_of = {word: split for split in SPLITS for word in (split, *OTHER_NAMES[split])}
+    split_of = {word: split for split, words in NAMES.items() for word in words}
     first = {}
     for path in paths:
         for name in (path.name.lower(), path.absolute().parent.name.lower()):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from util.data.archive_forms import common_prefix, list_members
 from util.data.listing import Listing, join_names
-from util.data.splits import ENDINGS, OTHER_NAMES, SPLITS, is_image
+from util.data.splits import ENDINGS, NAMES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.shards import PackedImages
 
@@ -30,7 +30,7 @@ def check_images(images: PackedImages, sources: list[Path]) -> PackedImages:
         raise UserError(f"no images in {where}. {'; '.join([*images.notices, ENDINGS])}")
 
     # A single folder around everything, as a data set's name, may hold splits, or the true classes.
-    groups = [{split, *OTHER_NAMES[split]} for split in SPLITS]
+    groups = list(NAMES.values())
     folders = set(images.classes)
     if len(images.classes) == 1 and images.classes != [""]:
         inner = {name.split("/")[1] if name.count("/") > 1 else "" for name in images.names}

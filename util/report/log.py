@@ -14,6 +14,7 @@ from util.distributed import dist
 from util.misc import Checkpoints
 from util.report.boards import Board, TensorBoard, WeightsAndBiases
 from util.report.flops import count_flops
+from util.updater import updates_per_epoch
 
 
 class RunLog:
@@ -85,13 +86,13 @@ class RunLog:
         )
         parts = f"{args['batch_size']} x {args['accum_iter']} x {args['world_size']} ranks"
         rates = f"learning rate{'s' if len(lrs) > 1 else ''} {', '.join(f'{lr:.3g}' for lr in lrs)}"
-        updates = math.ceil(len(loader) / args["accum_iter"])
+        updates = updates_per_epoch(len(loader), args["accum_iter"])
         dist.print_rank0(
             f"training  effective batch {effective_batch(args)} = {parts}, {updates:,} updates per epoch, {rates}"
         )
         dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
-        images, used = len(loader.dataset), len(loader) * checkpoints.images_per_step
+        images, used = len(loader.dataset), loader.sampler.images_per_epoch
         if images - used > images / 10:
             dist.print_rank0(
                 f"notice: each epoch leaves out {images - used} of the {images} images, others every time, because "
