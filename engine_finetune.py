@@ -123,8 +123,28 @@ def evaluate(
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
     dist.broadcast_from_rank0(model.buffers())  # a probe's BatchNorm statistics
     settings = settings or Evaluation()
-    heads, scores = len(settings.head_names or [""]), None
+    scores = _count(model, loader, device, scaler, settings, poll)
 
+    # Only reading the counts waits for the device.
+    figures = scores.figures()
+    best = max(range(len(figures)), key=lambda head: figures[head][settings.best_by])
+    if settings.confusion:
+        write_confusion(settings, scores.table[best], loader.dataset.classes)
+
+    remark = "; every image was given the same class" if scores.is_constant(best) else ""
+    return _report(figures, best, settings.head_names, remark)
+
+
+def _count(
+    model: nn.Module,
+    loader: Sized,
+    device: torch.device,
+    scaler: LossScaler,
+    settings: Evaluation,
+    poll: Callable[[], None] | None,
+) -> Scores:
+    """Count the model's answers on every image, those of all ranks together if the settings say so, as in evaluate."""
+    scores = None
     for batch in lockstep(loader):
         if poll:
             poll()
@@ -134,21 +154,15 @@ def evaluate(
         with scaler.autocast():
             logits = model(imgs).float()
         logits = logits if settings.head_names else logits[:, None]  # [N, heads, classes]
-        scores = scores or Scores(heads, logits.shape[2], device, confusion=bool(settings.confusion))
+        scores = scores or settings.new_scores(logits.shape[2], device)
         scores.update(logits, targets)
 
-    # Only reading the counts waits for the device. Where images are few, a rank may have had none, and have no scores.
+    # Where images are few, a rank may have had none: its counts are zeros.
     if settings.distributed:
         classes = max(dist.gather(len(scores.support) if scores else 0))
-        scores = scores or Scores(heads, classes, device, confusion=bool(settings.confusion))
+        scores = scores or settings.new_scores(classes, device)
         scores.add_up()
-    figures = scores.figures()
-    best = max(range(heads), key=lambda head: figures[head][settings.best_by])
-    if settings.confusion:
-        write_confusion(settings, scores.table[best], loader.dataset.classes)
-
-    remark = "; every image was given the same class" if scores.is_constant(best) else ""
-    return _report(figures, best, settings.head_names, remark)
+    return scores
 
 
 def _report(figures: list[dict[str, float]], best: int, head_names: list[str] | None, remark: str) -> dict[str, float]:

@@ -219,8 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     lr = optim.actual_lr(args.lr, args.blr, args.batch_size, args.accum_iter)
     optimizer = optim.finetune_optimizer(model, lr, args.weight_decay, args.layer_decay, args.shard)
     schedule = CosineSchedule(lr, args.min_lr, args.warmup_epochs, args.epochs)
-    class_weights = train_loader.class_weights() if args.class_weights == "balanced" else None
-    mixup_fn, criterion = build_mixup_and_loss(args, class_weights)
+    mixup_fn, criterion = build_mixup_and_loss(args, train_loader.class_weights(args.class_weights))
     updates = args.epochs * updates_per_epoch(len(train_loader), args.accum_iter)
     ema = build_ema(model, args.model_ema_decay, updates) if args.model_ema else None
 

@@ -111,8 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Optimizer and loss.
-    class_weights = train_loader.class_weights() if args.class_weights == "balanced" else None
-    criterion = partial(head_losses, class_weights=class_weights)
+    criterion = partial(head_losses, class_weights=train_loader.class_weights(args.class_weights))
     lrs = [optim.actual_lr(args.lr, blr, args.batch_size, args.accum_iter) for blr in rates]
     optimizer = optim.probe_optimizer(model, lrs, args.weight_decay)
     schedule = CosineSchedule(lrs[0], args.min_lr, args.warmup_epochs, args.epochs)

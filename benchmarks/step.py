@@ -396,8 +396,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> dict:
 
     # Time them and, for the fraction of peak, matrix products, by turns.
     rows = {row: Row(row, argv, settings.get(row, {})) for row in names}
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    products = {name: matmul_step(dtype, device) for name, dtype in dtypes.items()}
+    products = {"bf16": matmul_step(torch.bfloat16, device), "fp32": matmul_step(torch.float32, device)}
     timers = {name: row.step for name, row in rows.items()}
     timers |= {name: partial(seconds, step, device) for name, (step, _) in products.items()}
     times = take_turns(timers, args.steps)

@@ -304,9 +304,9 @@ def test_balanced_weights_are_scikit_learns(tmp_path):
     loader = loaders.train_loader(data, Crop(28, (1.0, 1.0)), Pixels(), loading)
     targets = loader.dataset.images.targets
     expected = utils.compute_class_weight("balanced", classes=np.arange(3), y=targets)
-    assert loader.class_weights().tolist() == pytest.approx(expected.tolist())
+    assert loader.class_weights("balanced").tolist() == pytest.approx(expected.tolist())
     part = loaders.train_loader(data, Crop(28, (1.0, 1.0)), Pixels(), loading, fraction=0.5)
-    assert part.class_weights().tolist() == pytest.approx([25 / 60, 25 / 12, 25 / 3])
+    assert part.class_weights("balanced").tolist() == pytest.approx([25 / 60, 25 / 12, 25 / 3])
 
 
 def test_weights_weigh_every_loss(tmp_path):

@@ -157,8 +157,17 @@ class TrainLoader(DeviceLoader):
         if self.problem:
             yield from [last] * left
 
-    def class_weights(self) -> Tensor:
-        """Return balanced weights of the classes [C]: images / (C * images of the class), 1 where all have as many."""
+    def class_weights(self, kind: str) -> Tensor | None:
+        """Return the classes' weights in the loss.
+
+        Args:
+            kind: "balanced" or "none".
+
+        Returns:
+            Of the balanced kind [C], images / (C * images of the class), which is 1 where all have as many; else None.
+        """
+        if kind == "none":
+            return None
         counts = torch.from_numpy(self.dataset.counts()).float()
         return (counts.sum() / (len(counts) * counts)).to(self.device)
 

@@ -25,6 +25,10 @@ class Evaluation:
     confusion: str = ""
     best_by: str = "acc1"
 
+    def new_scores(self, classes: int, device: torch.device) -> "Scores":
+        """Return zero counts for the model's heads and so many classes, on the device of the logits."""
+        return Scores(len(self.head_names or [""]), classes, device, confusion=bool(self.confusion))
+
 
 class Scores:
     """Counts of what a classifier, or each of its heads, gets right, on the device until they are read.
