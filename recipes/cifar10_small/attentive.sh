@@ -3,5 +3,5 @@
 . "$(dirname "$0")/common.sh"
 
 python main_linprobe.py "${classify[@]}" --output_dir "$out/attentive-seed$seed" --finetune "$encoder" \
-    --probe attentive --lr 3e-3 "${frozen[@]}" "$@"
+    --probe attentive --lr 3e-2 "${frozen[@]}" "$@"
 keep attentive
