@@ -34,6 +34,7 @@ import models_mae
 import models_vit
 from util import errors, inference
 from util.checkpoint import comparison, formats
+from util.checkpoint.classes import class_names
 from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load_checkpoint
 from util.checkpoint.output_dir import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.command_line import Parser
@@ -113,7 +114,7 @@ class Source:
         classes = None
         if has_head:
             numbered = [f"LABEL_{number}" for number in range(config["num_classes"])]
-            classes = comparison.class_names(path, checkpoint, config["num_classes"], names) or numbered
+            classes = class_names(path, checkpoint, config["num_classes"], names) or numbered
         elif names:
             raise UserError(f"{path} has no head, so there are no classes to name: omit --class_names")
 

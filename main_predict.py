@@ -16,7 +16,7 @@ import torch
 
 import models_vit
 from util import errors, inference
-from util.checkpoint import comparison
+from util.checkpoint.classes import class_names
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
 from util.command_line import Parser
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load_checkpoint(args.resume)
     model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
     given = read_class_names(args.class_names) if args.class_names else None
-    classes = comparison.class_names(args.resume, checkpoint, model.config["num_classes"], given)
+    classes = class_names(args.resume, checkpoint, model.config["num_classes"], given)
     if classes is None:
         raise UserError(f"{args.resume} holds no class names: pass --class_names FILE, with one name per line")
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)

@@ -1,10 +1,31 @@
-"""Helper of the tests that packs folders of images into archives of every form that training reads."""
+"""Helpers of the tests: they pack folders of images into archives of every form that training reads, and list them."""
 
 import io
 import random
 import shutil
 import tarfile
 from pathlib import Path
+
+from PIL import Image
+
+from util.data import splits
+
+
+def png(value: int = 9, size: int = 8, form: str = "png") -> bytes:
+    """Return the file of a square grey picture."""
+    buffer = io.BytesIO()
+    Image.new("L", (size, size), value).save(buffer, form)
+    return buffer.getvalue()
+
+
+PNG = png()
+
+
+def listed(source: splits.Source, split: str, flat: bool = False) -> tuple[list[str], list[tuple[str, int, bytes]]]:
+    """Return the classes of a split, and (name, class, content) of each of its images, in order."""
+    found = splits.list_split(source, split, flat)
+    contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
+    return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:

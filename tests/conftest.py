@@ -75,6 +75,23 @@ def undisturbed(images, tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def packed(images, tmp_path_factory) -> Path:
+    """Folder of several shards, as scripts/pack.py makes them of the training images."""
+    from packs import SMALL, run
+
+    folder = tmp_path_factory.mktemp("packed") / "train"
+    run(images / "train", "--output", folder, "--shard_size", SMALL)
+    return folder
+
+
+@pytest.fixture
+def arrow():
+    """Module pyarrow; without it the test is skipped."""
+    pytest.importorskip("pyarrow.parquet")
+    return sys.modules["pyarrow"]
+
+
 @pytest.fixture
 def script():
     """Function that runs Python in the repository, as a process of its own.

@@ -15,7 +15,7 @@ import archives
 import faults
 import numpy as np
 import pytest
-from PIL import Image
+from archives import PNG, png
 from runs import assert_same_end, finish, job_argv
 
 import main_pretrain
@@ -29,22 +29,11 @@ from util.errors import LocalError, UserError
 
 def listed(data, split="train", flat=False):
     """Return the classes of a split, and (name, class, content) of each of its images, in order."""
-    found = splits.list_split(splits.find_split(str(data), split, flat), split, flat)
-    contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
-    return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
+    return archives.listed(splits.find_split(str(data), split, flat), split, flat)
 
 
 def opened(data, split="train", kind=datasets.Images, **more):
     return datasets.open_split(kind, DataSpec(str(data)), split, None, Pixels(), **more)
-
-
-def png(value=9, size=8):
-    buffer = io.BytesIO()
-    Image.new("L", (size, size), value).save(buffer, "png")
-    return buffer.getvalue()
-
-
-PNG = png()
 
 
 # The same split, whatever its form.

@@ -7,8 +7,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from archives import add
+from packs import listed
 
-from util.data import splits
 from util.data.archive_index import has_current_index
 from util.errors import UserError
 
@@ -18,12 +19,6 @@ import prepare_imagenet
 LABELS = ["n00000002", "n00000001", "n00000003"] * 2
 
 
-def add_file(tar, name, data):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
 @pytest.fixture
 def archives(tmp_path, monkeypatch):
     """Small stand-ins for ImageNet's files, with three classes of two images."""
@@ -31,7 +26,7 @@ def archives(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_imagenet, "PER_CLASS", 2)
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         for number in range(1, 7):
-            add_file(tar, f"ILSVRC2012_val_{number:08d}.JPEG", b"%d" % number * number)
+            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", b"%d" % number * number)
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name in sorted(set(LABELS)):
             inner = io.BytesIO()
@@ -39,9 +34,9 @@ def archives(tmp_path, monkeypatch):
                 folder = tarfile.TarInfo(name)
                 folder.type = tarfile.DIRTYPE
                 part.addfile(folder)
-                add_file(part, f"{name}_1.JPEG", name.encode())
-                add_file(part, "notes.txt", b"no image")
-            add_file(tar, f"{name}.tar", inner.getvalue())
+                add(part, f"{name}_1.JPEG", name.encode())
+                add(part, "notes.txt", b"no image")
+            add(tar, f"{name}.tar", inner.getvalue())
     (tmp_path / "labels.txt").write_text("\n".join(LABELS))
     rows = [f"ILSVRC2012_val_{n:08d},{label} 1 2 3 4" for n, label in reversed(list(enumerate(LABELS, 1)))]
     (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\n" + "\n".join(rows))
@@ -72,8 +67,8 @@ def test_the_development_kits_classes_are_read(archives):
     meta = io.BytesIO()
     scipy_io.savemat(meta, {"synsets": synsets})
     with tarfile.open(archives / "devkit.tar.gz", "w:gz") as tar:
-        add_file(tar, "kit/data/meta.mat", meta.getvalue())
-        add_file(tar, "kit/data/ILSVRC2012_validation_ground_truth.txt", b"2\n1\n3\n2\n1\n3\n")
+        add(tar, "kit/data/meta.mat", meta.getvalue())
+        add(tar, "kit/data/ILSVRC2012_validation_ground_truth.txt", b"2\n1\n3\n2\n1\n3\n")
     assert prepare_imagenet.read_labels(archives / "devkit.tar.gz") == LABELS
 
 
@@ -128,13 +123,6 @@ def test_what_is_not_whole_is_refused(archives, spoil):
 # Packed: the same images in shards.
 
 
-def listed(folder):
-    """Return the classes of a split in a folder or in its archives, and (name, class, content) of each image."""
-    found = splits.list_split(splits.source_at(folder), folder.name)
-    contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
-    return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
-
-
 def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/shard-*")}
 
@@ -158,8 +146,8 @@ def test_packed_lists_what_the_folders_list(val, archives, small_shards, capsys)
     prepare(archives, "labels.txt", "val.tar", "--train", archives / "train.tar")
     prepare_packed(archives, val=val)
     for split, count in (("train", 3), ("val", 6)):
-        assert listed(archives / "packed" / split) == listed(archives / "out" / split)
-        assert len(listed(archives / "out" / split)[1]) == count
+        assert listed(archives / "packed" / split, split) == listed(archives / "out" / split, split)
+        assert len(listed(archives / "out" / split, split)[1]) == count
     shards = sorted((archives / "packed/val").glob("*.tar"))
     assert [path.name for path in shards] == ["shard-00000.tar", "shard-00001.tar"]
     assert all(has_current_index(path) for path in shards)
@@ -209,18 +197,18 @@ def damaged_inside(path):
     """Damage the header of the second image in the last class's archive, which tarfile takes for the archive's end."""
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w") as part:
-        add_file(part, "n00000003_1.JPEG", b"1")
-        add_file(part, "n00000003_2.JPEG", b"2")
+        add(part, "n00000003_1.JPEG", b"1")
+        add(part, "n00000003_2.JPEG", b"2")
     data = bytearray(inner.getvalue())
     data[1024] ^= 1
     with tarfile.open(path, "w") as tar:
         for name in sorted(set(LABELS)):
-            add_file(tar, f"{name}.tar", bytes(data))
+            add(tar, f"{name}.tar", bytes(data))
 
 
 def with_a_stranger(path):
     with tarfile.open(path, "a") as tar:
-        add_file(tar, "images.tar", b"")
+        add(tar, "images.tar", b"")
 
 
 def cut_off(path):
@@ -230,7 +218,7 @@ def cut_off(path):
 def of_two_classes(path):
     with tarfile.open(path, "w") as tar:
         for name in sorted(set(LABELS))[:2]:
-            add_file(tar, f"{name}.tar", bytes(10240))
+            add(tar, f"{name}.tar", bytes(10240))
 
 
 SPOILT = {  # file, what happens to it, the message, and whether it is one of the unpacked way as well

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from util.checkpoint import comparison
+from util.checkpoint import classes, comparison
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.formats import add_class_position, describe, file_grid
 from util.distributed import dist
@@ -26,7 +26,7 @@ def load_model(
     Raises:
         UserError: A weight is missing, surplus or of another shape, or the classes differ.
     """
-    comparison.refuse_other_classes(source, checkpoint.get("class_to_idx"), class_to_idx)
+    classes.refuse_other_classes(source, checkpoint.get("class_to_idx"), class_to_idx)
     checkpoint["model"] = add_class_position(checkpoint, source, model.patch_embed.num_patches)
     state, model_state = checkpoint["model"], model.state_dict()
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
@@ -80,8 +80,8 @@ def load_for_eval(
         )
     checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
     load_model(source, checkpoint, model, args)
-    names = comparison.class_names(source, checkpoint, model.config["num_classes"], class_names)
-    numbers = comparison.match_classes(source, names, folders, model.config["num_classes"])
+    names = classes.class_names(source, checkpoint, model.config["num_classes"], class_names)
+    numbers = classes.match_classes(source, names, folders, model.config["num_classes"])
     comparison.compare_flags(source, checkpoint, args, ("mean", "std", "crop_pct", "exif", "val_fraction", "val_seed"))
     dist.print_rank0(f"weights from {source}")
     return numbers
