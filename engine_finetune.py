@@ -48,7 +48,7 @@ def train_one_epoch(
         Stopped, FloatingPointError, UserError: As Run.after_update and Run.report do, on every rank.
     """
     model.train()
-    meters = run.start_meters("loss") if run else Meters(updater.device)
+    meters = run.start_meters("loss", updater) if run else Meters(updater.device)
 
     # Every print_freq steps the iterator prints a line, and calls run.report.
     for step, (imgs, targets) in meters.log_every(loader, print_freq, epoch):

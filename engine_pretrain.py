@@ -42,7 +42,7 @@ def train_one_epoch(
     """
     model.train()
     grid = dist.unwrap(model).patch_embed.grid_size if mask_sampling != "random" else None
-    meters = run.start_meters("train_loss") if run else Meters(updater.device)
+    meters = run.start_meters("train_loss", updater) if run else Meters(updater.device)
 
     # Every print_freq steps the iterator prints a line, and calls run.report.
     for step, (imgs, _) in meters.log_every(loader, print_freq, epoch):

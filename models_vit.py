@@ -210,14 +210,16 @@ def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransfor
 
     Args:
         model: The classifier.
-        checkpoint: Holds the accuracies of the last evaluation (`stats`). Without an evaluation the first head is kept.
+        checkpoint: Holds the accuracies of the last evaluation (in `position`; earlier versions had those of the last
+            epoch only, in `stats`). Without an evaluation the first head is kept.
 
     Returns:
         The same model.
     """
     if model.config.get("probe_heads", 1) <= 1:
         return model
-    stats, flags = checkpoint.get("stats") or {}, checkpoint_args(checkpoint)
+    stats = (checkpoint.get("position") or {}).get("tested") or checkpoint.get("stats") or {}
+    flags = checkpoint_args(checkpoint)
     rates = flags.get("blr") or [0.0]
     accuracies = [stats.get(f"test_{flags.get('best_by', 'acc1')}_{head_name(blr)}", -1.0) for blr in rates]
     best = accuracies.index(max(accuracies))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A SLURM cluster of this machine alone, with two CPUs, in a folder of its own; as root, from Debian's packages
+# A SLURM cluster of this machine alone, with two CPUs and a partition whose jobs preempt the others, in a folder of its own; as root, from Debian's packages
 # slurmctld, slurmd, slurm-client and munge.
 #     tests/slurm.sh start DIR     then: export SLURM_CONF=DIR/slurm.conf
 #     tests/slurm.sh stop DIR
@@ -43,7 +43,10 @@ ReturnToService=2
 MpiDefault=none
 SwitchType=switch/none
 NodeName=$host NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 CONF
 echo "CgroupAutomount=no" > "$dir/cgroup.conf"
 export SLURM_CONF=$dir/slurm.conf

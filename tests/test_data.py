@@ -112,6 +112,18 @@ def test_many_images_that_do_not_fill_a_batch_are_noticed(images, tmp_path, caps
     assert " updates per epoch, learning rate " in said and " parameters, 1,290 of them trained" in said
 
 
+def test_more_accumulation_than_an_epoch_has_batches_is_noticed(images, tmp_path, capsys):
+    for accum_iter, noticed in ((64, True), (5, False)):
+        argv = job_argv("linprobe", images, tmp_path, "--accum_iter", accum_iter, "--overwrite", "--eval_freq", "9")
+        MAINS["linprobe"](argv)
+        said = capsys.readouterr().out
+        notice = (
+            "an epoch has 5 batches, fewer than --accum_iter 64: its one update is of 80 images, at a rate that is "
+        )
+        assert ("fewer than --accum_iter" in said) == noticed
+        assert (f"{notice}meant for 1024; pass --accum_iter 5" in said) == noticed
+
+
 def test_classes_that_differ_from_the_checkpoints(data, tmp_path):
     """Resuming and evaluation are refused, since the head would name the wrong classes."""
     MAINS["finetune"](job_argv("finetune", data, tmp_path / "out"))

@@ -1,5 +1,6 @@
 """Interruptions: whatever stops a run, it resumes where it was and ends with the same bits."""
 
+import importlib
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import torch
 from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait_for
 
 import main_linprobe
+import main_pretrain
 from util.data.loaders import EpochSampler
 from util.distributed import signals
 
@@ -103,14 +105,57 @@ def test_an_error_leaves_a_probes_statistics_at_its_last_update(images, tmp_path
     assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_loses_its_images_stops_all_after_saving(rank, images, tmp_path):
-    argv = job_argv(images, tmp_path, "--num_workers", 0, "--save_freq", 100, "--monitor_freq", 0, "--accum_iter", 1)
-    processes = faults.start_ranks("pretrain", argv, tmp_path / "out", ("lose_images", rank, 60))
-    assert [faults.exit_code(process) for process in processes] == [2, 2]
-    said = (tmp_path / "out-0").read_text()
-    assert "100 images in a row cannot be read" in said and "Traceback" not in said
-    assert state(tmp_path)["epoch"] == 0 and state(tmp_path)["position"]["images"] > 0
+def on_two_ranks(images, folder, *more, fault=(), job="pretrain"):
+    """Run a job on two ranks, five updates an epoch in pre-training; return their exit codes."""
+    argv = job_argv(images, folder, "--num_workers", 0, "--save_freq", 100, "--accum_iter", 1, *more, job=job)
+    folder.mkdir(exist_ok=True)
+    processes = faults.start_ranks(job, argv, folder / "out", fault)
+    return [faults.exit_code(process) for process in processes]
+
+
+@pytest.fixture(scope="module")
+def two_undisturbed_ranks(images, tmp_path_factory):
+    """Folder of a run on two ranks, to compare with."""
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    assert on_two_ranks(images, folder, "--monitor_freq", 0) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rank", "loaded", "done"),  # what the rank loads, of 40 images an epoch; images of both ranks in the second epoch
+    [(0, 60, 32), (1, 60, 32), (1, 40, 0), (1, 75, 64)],  # within the epoch, at its first batch, at its last
+)
+def test_a_rank_that_loses_its_images_stops_all_after_saving(
+    rank, loaded, done, images, two_undisturbed_ranks, tmp_path
+):
+    flags = ["--monitor_freq", 0]
+    assert on_two_ranks(images, tmp_path / "run", *flags, fault=("lose_images", rank, loaded)) == [2, 2]
+    said = (tmp_path / "run" / "out-0").read_text()
+    assert "100 images in a row cannot be read" in said and "Traceback" not in said and "not finite" not in said
+    assert (state(tmp_path / "run")["epoch"], state(tmp_path / "run")["position"]["images"]) == (0, done)
+
+    # Updates without that rank's images have left no trace.
+    assert on_two_ranks(images, tmp_path / "run", *flags, "--resume", "auto") == [0, 0]
+    assert_same_end(tmp_path / "run", two_undisturbed_ranks)
+
+
+def test_an_update_that_is_half_made_is_not_saved(images, tmp_path, monkeypatch, capsys):
+    """An error between two parameter groups, as a loader process's death may raise it at any moment."""
+    module = importlib.import_module("torch.optim.adam")
+    calls, adam = [0], module.adam
+
+    def failing(*args, **kwargs):
+        adam(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == 5:  # the first group of the third update
+            raise RuntimeError("a fault of the test")
+
+    monkeypatch.setattr(module, "adam", failing)
+    argv = job_argv(images, tmp_path, "--num_workers", 0, "--monitor_freq", 0)
+    with pytest.raises(RuntimeError, match="a fault of the test"):
+        main_pretrain.main(list(map(str, argv)))
+    assert "an update was only half made, and is not saved" in capsys.readouterr().out
+    assert calls[0] == 5 and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_hangup_is_ignored_under_nohup(images, tmp_path):

@@ -216,7 +216,7 @@ def test_a_run_that_goes_on_does_not_need_the_file_that_it_began_with(tmp_path):
         assert "--data_path x" in str(caught.value) and "gone.pth" not in str(caught.value)
 
 
-def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
+def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path, monkeypatch):
     """A run that does not resume a folder's checkpoints is refused in it, and no file is changed."""
     (tmp_path / "run").mkdir()
     for name in ("run/checkpoint-3.pth", "elsewhere.pth"):
@@ -231,6 +231,13 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path):
     words = [*common, "--finetune", str(tmp_path / "run" / "checkpoint-3.pth"), "--overwrite"]
     with pytest.raises(UserError, match="--overwrite would remove --finetune"):
         checks.check(main_finetune.get_args(words), models_vit.MODELS)
+    # A restart by the launcher would remove what the run itself has saved.
+    for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
+        with pytest.raises(UserError, match="--overwrite would remove this run's own checkpoints"):
+            checks.check(main_pretrain.get_args([*common, "--overwrite"]), models_mae.MODELS)
+        checks.check(main_pretrain.get_args([*common, "--overwrite", "--resume", "auto"]), models_mae.MODELS)
+        monkeypatch.setenv(name, "0")
     # A log without checkpoints belongs to another run, too.
     (tmp_path / "run" / "checkpoint-3.pth").rename(tmp_path / "run" / "log.txt")
     with pytest.raises(UserError, match="holds another run .log.txt."):

@@ -214,6 +214,13 @@ def test_overwrite_removes_the_events_in_log_dir_too(images, tmp_path):
     assert len(list((tmp_path / "b").glob("events.out.tfevents.*"))) == 1
 
 
+def test_overwrite_leaves_other_runs_events_in_a_common_log_dir(images, tmp_path):
+    for run, more in (("a", []), ("b", []), ("a", ["--overwrite"])):
+        argv = job_argv(images, tmp_path / run, "--log_dir", tmp_path / "logs", *SHORT)
+        main_pretrain.main([str(word) for word in [*argv, *more]])
+    assert len(list((tmp_path / "logs").glob("events.out.tfevents.*"))) == 2
+
+
 def test_log_txt_stays_json_when_figures_are_not_finite(images, tmp_path):
     more = [*SHORT, "--lr", "1e30", "--max_bad_steps", 10**6, "--monitor_freq", 1, "--epochs", 2]
     main_pretrain.main([str(word) for word in job_argv(images, tmp_path, *more)])

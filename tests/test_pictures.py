@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import job_argv, log, state
 
 import main_features
+import main_linprobe
 import main_predict
 import main_pretrain
 import main_reconstruct
@@ -279,6 +281,18 @@ def test_of_a_sweeps_heads_the_best_one_speaks():
     stats = {"test_acc1_blr0.1": 40.0, "test_acc1_blr0.5": 50.0, "test_acc1_blr2": 45.0}
     models_vit.keep_best_head(model, {"args": {"blr": [0.1, 0.5, 2.0]}, "stats": stats})
     assert torch.equal(model(imgs), logits[:, 1]) and model.config["probe_heads"] == 1
+
+
+def test_the_best_head_of_a_sweep_is_known_after_epochs_without_evaluation(images, tmp_path, capsys):
+    argv = job_argv(images, tmp_path, "--num_workers", 0, "--epochs", 4, "--eval_freq", 2, job="linprobe")
+    main_linprobe.main([str(word) for word in [*argv, "--blr", 1e-6, 1]])
+    checkpoint = state(tmp_path, "2")
+    evaluated = {name: value for name, value in log(tmp_path)[1].items() if name.startswith("test_")}
+    assert "test_acc1" not in checkpoint["stats"] and checkpoint["position"]["tested"] == evaluated
+    capsys.readouterr()
+    models_vit.from_checkpoint(checkpoint, "checkpoint-2.pth")
+    best = max(("1e-06", "1"), key=lambda blr: evaluated[f"test_acc1_blr{blr}"])
+    assert f"keeping the head of --blr {best} (the best one" in capsys.readouterr().out
 
 
 def test_predictions_bear_the_checkpoints_names(images, tmp_path):

@@ -20,7 +20,7 @@ import engine_pretrain
 import main_pretrain
 import models_mae
 import models_vit
-from util import checks, loop, misc, optim
+from util import amp, checks, loop, misc, optim
 from util.amp import LossScaler
 from util.checkpoint import output_dir
 from util.data import datasets, loaders, splits
@@ -297,8 +297,24 @@ def test_ranks_with_other_flags_are_refused_on_every_rank(tmp_path):
     messages = ranks.run(2, tmp_path / "other", message_of_other_flags, tmp_path, ["--batch_size", "4"])
     assert messages[0] == messages[1]
     assert "rank 1 was started with --batch_size 4, rank 0 with --batch_size 8: start all" in messages[0]
-    own = ["--num_workers", "3", "--data_path", "elsewhere"]
-    assert ranks.run(2, tmp_path / "own", message_of_other_flags, tmp_path, own) == [None, None]
+    assert ranks.run(2, tmp_path / "own", message_of_other_flags, tmp_path, ["--num_workers", "3"]) == [None, None]
+
+
+@pytest.mark.parametrize("flag", ["--data_path", "--init"])
+def test_ranks_with_other_files_are_refused(flag, tmp_path):
+    said = ranks.run(2, tmp_path / "other", message_of_other_flags, tmp_path, [flag, "elsewhere"])
+    assert f"rank 1 was started with {flag} elsewhere" in said[0]
+
+
+def precision_of_ranks(supported):
+    """Return the precision that a rank chooses whose GPU computes in bf16 or does not."""
+    torch.cuda.is_bf16_supported = lambda including_emulation: supported[dist.rank()]
+    return amp.choose("auto", torch.device("cuda"))
+
+
+def test_all_ranks_train_in_the_same_precision(tmp_path):
+    assert ranks.run(2, tmp_path / "mixed", precision_of_ranks, [True, False]) == ["fp16", "fp16"]
+    assert ranks.run(2, tmp_path / "alike", precision_of_ranks, [True, True]) == ["bf16", "bf16"]
 
 
 def warning_of_another_folder(folder):

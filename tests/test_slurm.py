@@ -103,14 +103,19 @@ def test_slurm_pretrains_probes_and_evaluates(launcher, cluster, images, undistu
     assert said.splitlines().count(line) == 1
 
 
-def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(cluster, images, undisturbed, tmp_path):
-    """`scontrol requeue` does the same as preemption: SIGTERM, and the job is queued again."""
+@pytest.mark.parametrize("grace", [False, True])
+def test_a_preempted_job_goes_on_and_ends_with_the_same_bits(grace, cluster, images, undisturbed, tmp_path):
+    """`scontrol requeue` does the same as preemption without a grace period: SIGTERM, and the job is queued again."""
     job = submit(cluster, "pretrain", tmp_path, *job_argv(images, tmp_path, *PAIR, "--epochs", 40))
     wait_for(tmp_path / "log.txt", '"epoch": 2')
-    run(cluster, "scontrol", "requeue", job)
+    if grace:
+        run(cluster, "sbatch", "--partition", "urgent", "--cpus-per-task", 2, "--output", "/dev/null", "--wrap", "true")
+    else:
+        run(cluster, "scontrol", "requeue", job)
     wait(cluster, job, tmp_path)
     said = output(tmp_path)
     assert "stopped by SIGTERM" in said and "resuming from" in said
+    assert ("this job is preempted: waiting for SLURM" in said) == grace
     assert_same_end(tmp_path, undisturbed)
 
 

@@ -16,12 +16,12 @@ def choose(amp: str, device: torch.device) -> str:
     """Resolve --amp to "bf16", "fp16" or "off".
 
     "auto" is bf16 where the hardware computes it fast, fp16 on older CUDA cards, and off elsewhere. All ranks must
-    call: on a CPU rank 0 measures for all.
+    call, and get the same answer: on a CPU rank 0 measures for all, and one older CUDA card makes it fp16 for all.
     """
     if amp != "auto":
         return amp
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if all(dist.gather(torch.cuda.is_bf16_supported(including_emulation=False))) else "fp16"
     return "bf16" if device.type == "cpu" and dist.run_on_rank0(bf16_is_faster_on_cpu) else "off"
 
 

@@ -43,18 +43,8 @@ FLAGS_BY_RANGE = [
     (MASK_RATIO, "mask_ratio"),
 ]
 
-# Flags that may differ between the ranks, whose machines may have other devices, and files under other paths.
-OWN_FLAGS = {
-    "data_path",
-    "class_names",
-    "finetune",
-    "init",
-    "num_workers",
-    "pin_mem",
-    "device",
-    "world_size",
-    "local_rank",
-}
+# Flags that may differ between the ranks, whose machines may differ.
+OWN_FLAGS = {"num_workers", "pin_mem", "device", "world_size", "local_rank"}
 
 
 def check(args: argparse.Namespace, models: dict) -> None:
@@ -360,6 +350,13 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
         is_checkpoint = fnmatch(source.resolve().name, "checkpoint-*.pth")
         if args.overwrite and is_checkpoint and is_inside(str(source), args.output_dir):
             problems.append(f"--overwrite would remove --{name} {source} itself: choose another --output_dir")
+
+    # Would it remove the run's own checkpoints at a restart?
+    if args.overwrite and args.resume != "auto" and launchers.restarts():
+        problems.append(
+            "--overwrite would remove this run's own checkpoints whenever torchrun (--max-restarts) or SLURM "
+            "(--requeue) starts it again: choose another --output_dir, and pass --resume auto"
+        )
 
     # Does output_dir hold a run that a fresh start would spoil?
     if not args.output_dir or args.overwrite or args.resume == "auto" or is_inside(args.resume, args.output_dir):

@@ -9,15 +9,17 @@
 import errno
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
 
 import torch
 import torch.distributed
 
 from util.console import tolerant_console
-from util.distributed import dist
+from util.distributed import dist, launchers
 
 # System errors that mean: a file could not be written; or could not be written or read.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -60,7 +62,8 @@ class Stopped(Exception):
 def run(main: Callable[[], object]) -> None:
     """Run a script's main function, and end the process with the message and exit code that fit how it went.
 
-    After a success or a stop by signal, the process group is destroyed.
+    After a success or a stop by signal, the process group is destroyed. A run that saved because SLURM preempts it does
+    not end, but waits for SLURM to end it: a job that ends by itself in its grace period is not queued again.
 
     Args:
         main: The script; its result is ignored.
@@ -77,12 +80,22 @@ def run(main: Callable[[], object]) -> None:
             code = 130
         except Exception as error:
             code = _print_error(error)
+            if getattr(error, "signum", 0) == SIGTERM and dist.run_on_rank0(launchers.is_preempted):
+                _wait_to_be_killed()
     # After a failure the other ranks may be gone, and leaving the group in good order would wait for them.
     if torch.distributed.is_initialized() and code in (0, 130, 143):
         torch.distributed.destroy_process_group()
     if code:
         dist.exit_if_connecting(code)
         sys.exit(code)
+
+
+def _wait_to_be_killed() -> None:
+    """Wait until SLURM kills this process, whatever it asks for before."""
+    dist.print_rank0("this job is preempted: waiting for SLURM to end it and to queue it again")
+    signal.signal(SIGTERM, signal.SIG_IGN)
+    while True:
+        time.sleep(60)
 
 
 def _print_error(error: Exception) -> int:

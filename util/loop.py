@@ -1,6 +1,7 @@
 """The loop over epochs that the three jobs share, and what goes on around an epoch's steps."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from util.misc import Checkpoints, Position
 from util.report.log import RunLog, describe_images
 from util.report.meters import Meters
 from util.rng import get_rng_state, set_rng_state
+from util.updater import Updater
 
 Stats = dict[str, float]
 Evaluate = Callable[[int, Callable[[], None]], Stats]  # takes the epoch, and a function that it calls once per batch
@@ -45,6 +47,23 @@ class RunSettings:
     best_by: str = "acc1"
 
 
+@dataclass(frozen=True)
+class Mark:
+    """The point after an update, or at the start of an epoch: what belongs to it besides weights and optimiser.
+
+    Attributes:
+        images: Images of the epoch that are used already, over all ranks.
+        rng: This rank's random streams.
+        buffers: The model's buffers (a probe's BatchNorm statistics).
+        sums: Snapshot of the epoch's meters.
+    """
+
+    images: int
+    rng: dict
+    buffers: list[Tensor]
+    sums: tuple
+
+
 class Run:
     """A run of a job: `start` resumes or begins it, `fit` loops over its epochs, and the engines report to it.
 
@@ -66,8 +85,10 @@ class Run:
         self.known_bad = 0  # unreadable images reported so far, summed over the ranks
         self.meters: Meters | None = None  # of the epoch under way, while it is trained
         self.unsaved = False  # whether updates were made since the last checkpoint
-        self.rng: dict = {}  # this rank's random streams after the last update
-        self.buffers: list[Tensor] = []  # the model's buffers (a probe's BatchNorm statistics) after the last update
+        self.updater: Updater | None = None  # makes the updates, once training has begun
+        self.updates = 0  # how many of them are made, and noted here
+        # The last points of the epoch under way. Two updates may turn out to be void (see TrainLoader): keep a third.
+        self.marks: deque[Mark] = deque(maxlen=3)
         self.speed: Stats = {}  # data_wait and tflops of the last epoch's training
 
     @classmethod
@@ -161,9 +182,10 @@ class Run:
     def _saved_on_error(self) -> Iterator[None]:
         """Return a context that saves the updates made before an error, and then raises the error again.
 
-        Two kinds of errors are not preceded by saving: a FloatingPointError, after which the run is to resume from an
-        earlier checkpoint; and, with several ranks, an error that may concern one rank alone, since all ranks must take
-        part in saving.
+        Three kinds of errors are not preceded by saving: a FloatingPointError, after which the run is to resume from an
+        earlier checkpoint; with several ranks, an error that may concern one rank alone, since all ranks must take part
+        in saving; and an error amid an update, such as a lack of memory or the death of a loader process, which Python
+        reports between any two instructions: some weights may be updated, and others not.
         """
         try:
             yield
@@ -179,12 +201,19 @@ class Run:
 
     def _save_last_update(self) -> None:
         """Save the state after the last update, without the batches already accumulated for the next one."""
+        if self.updater and self.updater.begun != self.updates:
+            newest = self.checkpoints.newest or "none was written yet"
+            dist.print_rank0(f"warning: an update was only half made, and is not saved; newest checkpoint: {newest}")
+            return
+        rng = None
         if self.meters is not None:
-            self.meters.rewind()
+            mark = self.marks[-1]
+            rng, self.position.images = mark.rng, mark.images
+            self.meters.restore(mark.sums)
             self._store_totals()
-            for buffer, after_update in zip(self.checkpoints.model.buffers(), self.buffers, strict=True):
+            for buffer, after_update in zip(self.checkpoints.model.buffers(), mark.buffers, strict=True):
                 buffer.copy_(after_update)
-        self._save(whole_epoch=False, rng=self.rng if self.meters is not None else None)
+        self._save(whole_epoch=False, rng=rng)
         if self.checkpoints.folder:
             dist.print_rank0(f"saved {self.checkpoints.newest} before the error that follows")
 
@@ -218,17 +247,20 @@ class Run:
         speed = {name: float(f"{value:.4g}") for name, value in self.speed.items()}
         log.epoch({**stats, "epoch": position.epoch, "n_parameters": log.n_parameters, **speed})
         position.stats = {name: float(value) for name, value in stats.items()}
+        tested = {name: value for name, value in position.stats.items() if name.startswith("test_")}
+        position.tested = tested or position.tested
         if self._is_last(position.epoch) or improved or (position.epoch + 1) % self.settings.save_freq == 0:
             self._save(whole_epoch=True)
         position.restart_epoch()
 
     # Within an epoch: called by the engines.
 
-    def start_meters(self, loss_tag: str) -> Meters:
+    def start_meters(self, loss_tag: str, updater: Updater) -> Meters:
         """Open the meters of an epoch, from its beginning or from where it was left.
 
         Args:
             loss_tag: TensorBoard's name for the loss.
+            updater: Makes the epoch's updates.
         """
 
         def on_report(step: int, steps: int, means: Stats, not_finite: list[int], speed: Stats) -> None:
@@ -247,7 +279,14 @@ class Run:
             epochs=self.settings.epochs,
             on_report=on_report,
         )
+        self.updater, self.updates = updater, updater.begun
+        self.marks.clear()
+        self._mark()
         return self.meters
+
+    def _mark(self) -> None:
+        buffers = [buffer.clone() for buffer in self.checkpoints.model.buffers()]
+        self.marks.append(Mark(self.position.images, get_rng_state(), buffers, self.meters.snapshot()))
 
     def after_update(self, step: int, skipped: Tensor) -> None:
         """Note whether the update that ends at batch `step` was skipped, and save if it is time to.
@@ -258,11 +297,10 @@ class Run:
         """
         self.bad_steps.update(skipped, step)
         self.position.images, self.unsaved = (step + 1) * self.checkpoints.images_per_step, True
-        self.rng = get_rng_state()
-        self.buffers = [buffer.clone() for buffer in self.checkpoints.model.buffers()]
-        self.meters.mark()
+        self._mark()
+        self.updates = self.updater.begun
         signum, due, failed = self.requests.poll(bool(self.loader.problem))
-        if failed:
+        if failed or signum or due:  # a rank's problem may be newer than the ranks' exchange, and what is saved void
             self._raise_loading_problem()
         if signum or due:
             self._store_totals()
@@ -273,9 +311,16 @@ class Run:
         self.position.totals = self.meters.totals_so_far()
 
     def _raise_loading_problem(self) -> None:
-        """Raise a UserError on all ranks if one of them can't load any more images; all must call."""
-        if problems := list(filter(None, dist.gather(self.loader.problem))):
-            raise UserError(problems[0])
+        """Raise a UserError on all ranks if one of them can't load any more images; all must call.
+
+        What is saved before the run ends is the state before the first update that lacks such images.
+        """
+        problems = [(text, batch) for text, batch in dist.gather((self.loader.problem, self.loader.lost)) if text]
+        if problems:
+            images = min(batch for _, batch in problems) * self.checkpoints.images_per_step
+            while self.marks[-1].images > images:
+                self.marks.pop()
+            raise UserError(problems[0][0])
 
     def end_of_training(self) -> None:
         """Store the sums and the speed that the meters measured in an epoch, after its last batch.
@@ -303,6 +348,7 @@ class Run:
         """
         epoch, (count, first, tripped) = self.position.epoch, self.bad_steps.read()
         if count or tripped:
+            self._raise_loading_problem()  # whose void updates are skipped
             ranks = [str(rank) for rank, values in enumerate(not_finite) if values]
             who = f"the loss was not finite on rank {', '.join(ranks)}" if ranks else "every rank's loss was finite"
             what = f"{count} updates up to step {step} of epoch {epoch}, from step {first} on, had gradients that "

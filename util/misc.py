@@ -12,7 +12,8 @@ A checkpoint holds plain types and tensors only, so that torch.load opens it wit
     class_to_idx  classifiers only
     model_ema     the EMA of the weights, with --model_ema
     position      of the epoch under way: images used, images in the training set, sums behind the averages; the best
-                  accuracy and its epoch; how often the run went back to an earlier checkpoint
+                  accuracy and its epoch; test_* of the last evaluation; how often the run went back to an earlier
+                  checkpoint
     stats         train_* and test_* of log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
     job, saved    "pretrain", "finetune" or "linprobe"; the time in seconds since 1970, for information
@@ -39,7 +40,7 @@ from util.checkpoint.files import (
     write,
 )
 from util.checkpoint.formats import describe
-from util.checkpoint.output_dir import remove_unfinished
+from util.checkpoint.output_dir import events_suffix, remove_unfinished
 from util.checkpoint.weights import load_model
 from util.distributed import dist
 from util.errors import UserError
@@ -73,6 +74,7 @@ class Position:
         totals: Sums and counts of this epoch's averages so far, by name.
         best: Best accuracy so far, in per cent; -1: none.
         best_epoch: The epoch of the best accuracy; -1: none.
+        tested: test_* of the last evaluation, by whichever epoch.
         branch: Number that grows each time the run goes back to an earlier checkpoint; --resume auto takes a checkpoint
             of the highest branch first.
         rng: States of the random streams by rank, as a checkpoint held them; empty in a new run.
@@ -85,6 +87,7 @@ class Position:
     totals: dict[str, list[float]] = field(default_factory=dict)
     best: float = -1.0
     best_epoch: int = -1
+    tested: dict[str, float] = field(default_factory=dict)
     branch: int = 0
     rng: list[dict] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
@@ -163,8 +166,9 @@ class Checkpoints:
             unwanted.append(WANDB_ID)
             if self.args.get("overwrite"):
                 unwanted += ["checkpoint-*.pth", "log.txt", EVENTS, "reconstructions/epoch-*.png"]
-                for file in Path(self.args.get("log_dir") or self.folder).glob(EVENTS):
-                    file.unlink()
+                if log_dir := self.args.get("log_dir"):
+                    for file in Path(log_dir).glob(EVENTS + events_suffix(str(self.folder), log_dir)):
+                        file.unlink()
             elif log.exists():
                 earlier = log.rename(self.folder / f"log-{int(log.stat().st_mtime)}.txt")
                 dist.print_rank0(f"notice: the log of the run before is {earlier} now")

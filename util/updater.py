@@ -75,6 +75,7 @@ class Updater:
         self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
         self.accum_iter, self.clip_grad, self.ema = accum_iter, clip_grad, ema
         self.lr = 0.0
+        self.begun = 0  # updates that were begun, the one under way included
         self.part = MicroStep(1, first=True, last=True)
         self.device = next(model.parameters()).device
         self._buffers = list(model.buffers())
@@ -107,6 +108,7 @@ class Updater:
         if not self.part.last:
             return None
 
+        self.begun += 1
         skipped = self.scaler.step(self.optimizer, self.model.parameters(), self.clip_grad)
         for buffer, before in zip(self._buffers, self._buffers_before, strict=True):
             buffer.copy_(torch.where(skipped, before, buffer))

@@ -7,6 +7,7 @@ import shutil
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -215,3 +216,12 @@ def write_text_whole(path: Path, text: str) -> None:
     """Write a small text file, so that after a crash it holds either its old text or the new one, whole."""
     with write_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def events_suffix(output_dir: str, log_dir: str) -> str:
+    """Return how the names of a run's TensorBoard files end in log_dir, which several runs may share.
+
+    It is empty where log_dir is output_dir, which belongs to one run.
+    """
+    folder, logs = Path(output_dir).absolute(), Path(log_dir).absolute()
+    return "" if folder == logs else f".{zlib.crc32(os.fsencode(folder)):08x}"

@@ -1,6 +1,7 @@
 """Loaders over the splits: the order of the images, each rank's share of them, and batches on the device."""
 
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class DeviceLoader:
         """
         self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
         self.problem = ""  # why this rank can't load any more training images; "": it can
+        self.lost = 0  # the first batch of the epoch that it could not load
         self.device, self.normalise = device, Normalise(pixels, device)
 
     def __len__(self) -> int:
@@ -140,22 +142,25 @@ class TrainLoader(DeviceLoader):
     """Loader of training batches that yields the same number on every rank, even if a rank can't load its images.
 
     A rank that can't load any more must not simply stop, since the others would wait for it. It stores the message in
-    `problem` and repeats its last batch until all ranks stop together. Before the first batch, or with a single
-    process, it raises the error instead.
+    `problem`, the batch in `lost`, and yields void batches, of NaN, until all ranks stop together: with them, updates
+    are skipped on every rank. Before the process's first batch, or with a single process, it raises the error instead.
     """
 
+    last: tuple[Tensor, Tensor] | None = None
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        last, left = None, len(self) - self.sampler.first_step
+        left = len(self) - self.sampler.first_step
         try:
             for batch in super().__iter__():
-                last, left = batch, left - 1
+                self.last, left = batch, left - 1
                 yield batch
         except LocalError as error:
-            if last is None or dist.world_size() == 1:
+            if self.last is None or dist.world_size() == 1:
                 raise
-            self.problem = str(error)
+            self.problem, self.lost = str(error), len(self) - left
         if self.problem:
-            yield from [last] * left
+            imgs, targets = self.last
+            yield from [(torch.full_like(imgs, math.nan), targets)] * left
 
     def class_weights(self, kind: str) -> Tensor | None:
         """Return the classes' weights in the loss.

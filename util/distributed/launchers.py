@@ -98,6 +98,24 @@ def notices() -> list[str]:
     return [f"SLURM gave this job {tasks} tasks, and this process is alone: put srun before python to start them all"]
 
 
+def is_preempted() -> bool:
+    """Return whether SLURM preempts this job, and queues it again if it still runs when its grace period is over."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    try:
+        words = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return "Requeue=1" in words and any(re.match(r"PreemptTime=\d", word) for word in words)
+
+
+def restarts() -> bool:
+    """Return whether the launcher may start, or has started, the same command again: torchrun, or SLURM's requeue."""
+    env = os.environ
+    return any(int(env.get(name) or 0) for name in ("TORCHELASTIC_MAX_RESTARTS", "SLURM_RESTART_COUNT"))
+
+
 def _copy_variables(names: dict[str, str]) -> None:
     os.environ.update({torchrun_name: os.environ[name] for torchrun_name, name in names.items()})
 

@@ -36,14 +36,15 @@ class TensorBoard:
 
     name = "TensorBoard events"
 
-    def __init__(self, folder: str, start: float) -> None:
+    def __init__(self, folder: str, start: float, suffix: str) -> None:
         """Open the folder, which is made if needed.
 
         Args:
             folder: Where the events are written.
             start: Fractional epoch at which the run starts or resumes: TensorBoard hides events logged from there on.
+            suffix: End of the file's name.
         """
-        self.writer = SummaryWriter(_in_utf8(folder), purge_step=int(start * 1000))
+        self.writer = SummaryWriter(_in_utf8(folder), purge_step=int(start * 1000), filename_suffix=suffix)
 
     def scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Write values, by their tags, at a fractional epoch."""

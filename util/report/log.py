@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from util.checkpoint.files import effective_batch
-from util.checkpoint.output_dir import raise_write_errors, write_text_whole
+from util.checkpoint.output_dir import events_suffix, raise_write_errors, write_text_whole
 from util.data.datasets import TrainImages
 from util.data.loaders import DeviceLoader
 from util.distributed import dist
@@ -42,7 +42,7 @@ class RunLog:
 
     def _open(self, output_dir: str, log_dir: str, epoch: int, done: float) -> None:
         self.file = Path(output_dir) / "log.txt" if output_dir else None
-        self.boards = [TensorBoard(log_dir, epoch + done)] if log_dir else []
+        self.boards = [TensorBoard(log_dir, epoch + done, events_suffix(output_dir, log_dir))] if log_dir else []
 
         # TensorBoard drops later steps by purge_step; from log.txt the lines of this and later epochs are removed here.
         if self.file and self.file.exists():
@@ -92,6 +92,12 @@ class RunLog:
         )
         dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
+        if args["accum_iter"] > len(loader):
+            dist.print_rank0(
+                f"notice: an epoch has {len(loader)} batches, fewer than --accum_iter {args['accum_iter']}: its one "
+                f"update is of {len(loader) * checkpoints.images_per_step} images, at a rate that is meant for "
+                f"{effective_batch(args)}; pass --accum_iter {len(loader)}"
+            )
         images, used = len(loader.dataset), loader.sampler.images_per_epoch
         if images - used > images / 10:
             dist.print_rank0(

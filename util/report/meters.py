@@ -49,7 +49,6 @@ class Meters:
         self._window: dict[str, tuple[Tensor | float, Tensor | int]] = {}
         self.totals = {name: list(pair) for name, pair in (totals or {}).items()}
         self._not_finite = 0.0
-        self.mark()
         self.waited = self.elapsed = 0.0  # seconds of this process: waiting for the loader, in all
         self.steps_done = 0  # by this process
 
@@ -100,14 +99,14 @@ class Meters:
         self._window, self.totals, self._not_finite = window, totals, not_finite
         return result
 
-    def mark(self) -> None:
-        """Remember the sums of this moment for `rewind`, without waiting for the device."""
+    def snapshot(self) -> tuple:
+        """Return the sums of this moment, for `restore`, without waiting for the device."""
         totals = {name: list(pair) for name, pair in self.totals.items()}
-        self._marked = dict(self._window), totals, self._not_finite
+        return dict(self._window), totals, self._not_finite
 
-    def rewind(self) -> None:
-        """Go back to the sums that were marked last."""
-        self._window, self.totals, self._not_finite = self._marked
+    def restore(self, snapshot: tuple) -> None:
+        """Go back to the sums of a snapshot."""
+        self._window, self.totals, self._not_finite = snapshot
 
     def averages(self) -> dict[str, float]:
         """Return the means over everything that was reported so far; NaN where no value was finite."""
