@@ -81,8 +81,8 @@ def _classifier(
     if weights is None:
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
     source, checkpoint = _load(name.split("_")[1], weights)
-    head = checkpoint["model"].get("head.weight")
-    if num_classes is None or (head is not None and len(head) == num_classes and not arguments):
+    is_its_own = num_classes == comparison.count_classes(checkpoint["model"]) and not arguments
+    if num_classes is None or is_its_own:
         if not comparison.has_head(checkpoint["model"]):
             raise errors.UserError(f"{source} has no head: pass num_classes=N for a new one")
         _refuse_arguments(arguments, set())

@@ -257,6 +257,8 @@ EXPORTED = (
     *("model.safetensors", "encoder.safetensors", "model.onnx", "model.onnx.data"),
     *("config.json", "preprocessor_config.json"),
 )
+# By these words of its README.md an earlier export is recognised, which may be replaced.
+CREDIT = "Masked autoencoding: He et al., *Masked Autoencoders Are"
 EXPORTERS = {"timm": to_timm, "hf": to_hf, "encoder": to_encoder, "onnx": to_onnx}
 
 
@@ -274,12 +276,24 @@ def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "mode
     shutil.copymode(folder / "config.json", folder / name)  # safetensors lets the owner alone read its files
 
 
-def would_replace(source: str, folder: Path) -> bool:
-    """Return whether an export to a folder would replace or remove the checkpoint that is exported."""
-    if is_url(source):
-        return False
+def refuse_to_replace(source: str, folder: Path) -> None:
+    """Check that an export to a folder replaces no more than an earlier export, which its README.md tells.
+
+    Raises:
+        UserError: It would replace or remove the checkpoint that is exported, or another program's files.
+    """
     path = Path(source).resolve()
-    return path == folder.resolve() or (path.parent == folder.resolve() and path.name in EXPORTED)
+    if not is_url(source) and (path == folder.resolve() or (path.parent == folder.resolve() and path.name in EXPORTED)):
+        raise UserError(f"--output {folder} would replace --resume {source} itself: choose another folder")
+    readme = folder / "README.md"
+    if readme.is_file() and CREDIT in readme.read_text(encoding="utf-8", errors="replace"):
+        return
+    there = [name for name in (*EXPORTED, readme.name) if (folder / name).exists()]
+    if there:
+        raise UserError(
+            f"--output {folder} holds {there[0]}, which is not of an earlier export and would be replaced: choose "
+            "another folder"
+        )
 
 
 @contextmanager
@@ -336,7 +350,7 @@ def card(source: Source, args: argparse.Namespace) -> str:
         "",
         f"# {model_name}",
         "",
-        "Masked autoencoding: He et al., *Masked Autoencoders Are Scalable Vision Learners*, arXiv 2111.06377.",
+        f"{CREDIT} Scalable Vision Learners*, arXiv 2111.06377.",
         "",
         "```python",
         usage_example(args.to, source),
@@ -422,8 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     if problem := unwritable(args.output):
         raise UserError(f"--output {args.output} can't be written to: {problem}")
-    if would_replace(args.resume, args.output):
-        raise UserError(f"--output {args.output} would replace --resume {args.resume} itself: choose another folder")
+    refuse_to_replace(args.resume, args.output)
 
     # Load everything and check what can be checked before a file is written.
     names = read_class_names(args.class_names) if args.class_names else None

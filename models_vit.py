@@ -232,9 +232,18 @@ def keep_best_head(model: VisionTransformer, checkpoint: dict) -> VisionTransfor
 
 
 def from_config(config: dict) -> VisionTransformer:
-    """Build the classifier that a checkpoint's `model_config` describes (without its weights)."""
+    """Build the classifier that a checkpoint's `model_config` describes (without its weights).
+
+    Raises:
+        UserError: It has arguments that this version does not know.
+    """
     arguments = {name: value for name, value in config.items() if name not in ("model", "probe", "probe_heads")}
-    model = VisionTransformer(**arguments)
+    try:
+        model = VisionTransformer(**arguments)
+    except TypeError as error:
+        raise UserError(
+            f"the checkpoint's model_config can't be built here: {error}. Use the version that has saved it"
+        ) from error
     if "probe" not in config:
         return model
     return make_linear_probe(model, config.get("probe_heads", 1), config["probe"] == "attentive")
@@ -312,8 +321,9 @@ def config_of(state: dict[str, Tensor], source: str) -> dict:
                 "patch_size": patch_size,
                 "in_chans": channels,
                 "mlp_ratio": 4.0,
-                "num_classes": len(state.get("head.weight", ())),
+                "num_classes": comparison.count_classes(state),
                 "global_pool": "fc_norm.weight" in state,
+                **({"probe": "linear"} if "head.1.weight" in state else {}),
             }
     raise UserError(
         f"{source} holds no model_config, and no model of models_vit.py is {dim} wide and {depth} blocks deep: use a "

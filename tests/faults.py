@@ -138,12 +138,17 @@ def fail(kind: str, first: int) -> None:
     models_mae.MaskedAutoencoderViT.forward = failing
 
 
-def lose_images(rank: int, first: int) -> None:
-    """Let no image be readable any more on one rank, after its first `first` images; without loader processes."""
+def lose_images(rank: int, first: int, stopped_at: int = 0) -> None:
+    """Let no image be readable any more on one rank, after its first `first` images; without loader processes.
+
+    The rank gets SIGTERM at its image `stopped_at`; 0: never.
+    """
     calls, get = [0], datasets.Images.__getitem__
 
     def losing(self, index):
         calls[0] += 1
+        if calls[0] == stopped_at and int(os.environ.get("RANK", 0)) == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
         if calls[0] > first and int(os.environ.get("RANK", 0)) == rank:
             raise BadImage(f"image {index}: a fault of the test")
         return get(self, index)

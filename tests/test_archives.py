@@ -19,6 +19,7 @@ from archives import PNG, png
 from runs import assert_same_end, finish, job_argv
 
 import main_pretrain
+from util import inference
 from util.data import archive_index, datasets, splits, tar
 from util.data import archives as reading
 from util.data.images import BadImage, Pixels
@@ -254,6 +255,23 @@ def test_an_archive_without_end_mark_is_read_with_a_notice(tmp_path, capsys):
         assert len(opened(tmp_path)) == 1
         assert "1 archive without an end mark, of which a part may be missing" in capsys.readouterr().out
         (tmp_path / "train.tar.index").unlink(missing_ok=True)
+
+
+def test_scripts_say_that_an_archive_has_no_end_mark(tmp_path, capsys):
+    (tmp_path / "some.tar").write_bytes(raw("a/1.png", PNG))
+    assert len(inference.find([tmp_path / "some.tar"])) == 1
+    assert "1 archive without an end mark, of which a part may be missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [97, 98, 99, 130])
+def test_long_names_that_a_header_shortens_are_read(length, tmp_path):
+    """As libarchive writes them: the header has the beginning of the name and a zero, the pax header the whole name."""
+    name = f"a/{'x' * (length - 4)}.png"
+    shortened = name if length < 98 else name[:96]
+    header = raw("PaxHeader/x", f"{len(name) + 10} path={name}\n".encode(), b"x")
+    (tmp_path / "train.tar").write_bytes(header + raw(shortened, PNG) + bytes(1024))
+    classes, found = listed(tmp_path)
+    assert classes == ["a"] and found[0][2] == PNG and found[0][0] == name
 
 
 def test_a_folder_is_read_rather_than_the_archive_beside_it(images, tmp_path, capsys):

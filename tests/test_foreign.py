@@ -250,8 +250,45 @@ def test_nothing_that_could_run_code_is_loaded(function, encoder, tmp_path):
 @pytest.mark.parametrize("content", [1, Custom()])
 def test_arrays_of_objects_are_refused(content, encoder, tmp_path):
     torch.save({"model": encoder, "x": np.array([content], dtype=object)}, tmp_path / "file.pth")
-    with pytest.raises(UserError, match="file.pth is (refused|not a checkpoint)"):
+    with pytest.raises(UserError, match=r"file.pth is refused: it holds numpy.dtype\('O8'\), and"):
         load_checkpoint(str(tmp_path / "file.pth"))
+
+
+class Record:
+    """Type of an array's elements whose state declares their eight bytes to be a Python object."""
+
+    def __init__(self, code, *state):
+        self.parts = np.dtype, (code, False, True), *state
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_an_array_that_declares_its_bytes_to_be_an_object_is_refused(encoder, tmp_path):
+    """With numpy's own types, torch.load would follow the address that the file chose."""
+    kind = Record("V8", (4, "|", None, ("f0",), {"f0": (Record("O8"), 0)}, 8, 1, 0))
+    rebuild, arguments = np.zeros(1).__reduce__()[:2]
+    forged = Marked(rebuild, *arguments)
+    forged.parts = *forged.parts, (1, (1,), kind, False, b"A" * 8)
+    torch.save({"model": encoder, "x": forged}, tmp_path / "file.pth", pickle_protocol=2)
+    with pytest.raises(UserError, match=r"file.pth is refused: it holds numpy.dtype\('V8'\), and"):
+        load_checkpoint(str(tmp_path / "file.pth"))
+
+
+def test_arrays_of_numbers_texts_and_dates_are_loaded(encoder, tmp_path):
+    arrays = {
+        "numbers": np.arange(6, dtype=">i4").reshape(2, 3),
+        "turned": np.asfortranarray(np.eye(2, 3)),
+        "texts": np.array(["cat", "dog"]),
+        "days": np.array(["2024-01-01", "NaT"], "M8[D]"),
+        "a time": np.timedelta64(15, "m"),
+        "a truth": np.bool_(True),
+    }
+    torch.save({"model": encoder, "args": arrays, "job": "pretrain"}, tmp_path / "file.pth")
+    loaded = load_checkpoint(str(tmp_path / "file.pth"))["args"]
+    for name, array in arrays.items():
+        assert np.array_equal(loaded[name], array, equal_nan=array.dtype.kind in "mM"), name
+        assert loaded[name].dtype == array.dtype.newbyteorder("="), name
 
 
 @pytest.mark.parametrize(
@@ -376,6 +413,45 @@ def test_rows_of_a_grid_that_the_file_describes_are_not_guessed(side, tmp_path, 
     assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
     assert "has no position of its own" not in (said := capsys.readouterr().out)
     assert f"positions resized from 6 x 8 to {side // 4} x {side // 4}" in said
+
+
+def test_a_square_grid_with_a_class_token_is_not_taken_for_the_models_patches(tmp_path, capsys):
+    """7 x 7 patches and the class token have as many rows as the model has patches, 5 x 10."""
+    sizes = {**SIZES, "num_classes": 0, "global_pool": False}
+    source = models_vit.VisionTransformer(**sizes | {"img_size": 28})
+    torch.nn.init.normal_(source.pos_embed)
+    torch.save(source.state_dict(), tmp_path / "file.pth")
+    model = models_vit.VisionTransformer(**sizes | {"img_size": (20, 40)})
+    weights.load_pretrained(str(tmp_path / "file.pth"), model)
+    assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
+    assert "positions resized from 7 x 7 to 5 x 10" in capsys.readouterr().out
+
+
+def test_a_probe_without_model_config_is_built_from_its_shapes(tmp_path):
+    """Such are the reference's: BatchNorm and a linear layer as head, and flags as a Namespace."""
+    probe = models_vit.make_linear_probe(
+        models_vit.vit_demo_patch4(img_size=8, num_classes=3, global_pool=False)
+    ).eval()
+    torch.nn.init.normal_(probe.head[1].weight)
+    file = str(tmp_path / "file.pth")
+    torch.save({"model": probe.state_dict(), "args": argparse.Namespace(blr=0.1), "epoch": 1}, file)
+    imgs = torch.randn(2, 3, 8, 8)
+    assert torch.equal(models_vit.from_checkpoint(load_checkpoint(file), file).eval()(imgs), probe(imgs))
+
+
+def test_a_model_config_of_a_later_version_is_a_message(tmp_path):
+    model = models_vit.vit_demo_patch4(img_size=8, num_classes=3)
+    checkpoint = {"model": model.state_dict(), "model_config": {**model.config, "later": 1}, "job": "finetune"}
+    with pytest.raises(UserError, match="'later'. Use the version that has saved it"):
+        models_vit.from_checkpoint(checkpoint, "file.pth")
+
+
+def test_moco_v3s_small_model_is_refused_after_probing_too(tmp_path):
+    model = models_vit.VisionTransformer(**SIZES, num_classes=2)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match="seems to be MoCo v3's ViT-S"):
+        load_checkpoint(str(tmp_path / "file.pth"))
 
 
 def test_two_rows_before_the_patches_are_named(encoder, tmp_path):

@@ -395,6 +395,16 @@ def test_an_export_does_not_remove_what_it_was_made_of(source, tmp_path, refusal
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md"])
+def test_an_export_does_not_replace_what_is_not_an_export(name, tmp_path, refusal):
+    source = save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("of another program")
+    argv = ["--resume", str(source), "--to", "encoder", "--output", str(tmp_path / "out")]
+    assert f"holds {name}, which is not of an earlier export" in refusal(lambda: main_export.main(argv))
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["of another program"]
+
+
 def test_weights_do_not_take_the_config_of_others_for_their_own(tmp_path):
     folder = export(save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain"), "encoder", tmp_path / "out")
     save_file(autoencoder("small").state_dict(), folder / "mine.safetensors")

@@ -78,6 +78,13 @@ def test_a_classifier_has_the_files_head_or_a_new_one(autoencoder, tmp_path):
 
         assert torch.equal(load("vit_demo_patch4", weights=file, num_classes=3).eval()(imgs), trained(imgs))
 
+    # So does a probe, whose head has another name.
+    probe = models_vit.make_linear_probe(models_vit.vit_demo_patch4(**GREY, num_classes=3)).eval()
+    torch.nn.init.normal_(probe.head[1].weight)
+    with torch.no_grad():
+        again = load("vit_demo_patch4", weights=saved(tmp_path / "probe.pth", probe), num_classes=3).eval()
+        assert torch.equal(again(imgs), probe(imgs))
+
     # A new head keeps the pooling that the file tells.
     assert load("vit_demo_patch4", weights=file, num_classes=5).config["global_pool"] is True
     by_token = saved(tmp_path / "token.pth", models_vit.vit_demo_patch4(**GREY, num_classes=3, global_pool=False))

@@ -123,13 +123,17 @@ def two_undisturbed_ranks(images, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("rank", "loaded", "done"),  # what the rank loads, of 40 images an epoch; images of both ranks in the second epoch
-    [(0, 60, 32), (1, 60, 32), (1, 40, 0), (1, 75, 64)],  # within the epoch, at its first batch, at its last
+    [
+        *((0, [60], 32), (1, [60], 32)),  # within the epoch
+        *((1, [40], 0), (1, [75], 64)),  # at its first batch, and at its last
+        (1, [60, 52], 32),  # with SIGTERM in the batch before: all ranks are to save just then
+    ],
 )
 def test_a_rank_that_loses_its_images_stops_all_after_saving(
     rank, loaded, done, images, two_undisturbed_ranks, tmp_path
 ):
     flags = ["--monitor_freq", 0]
-    assert on_two_ranks(images, tmp_path / "run", *flags, fault=("lose_images", rank, loaded)) == [2, 2]
+    assert on_two_ranks(images, tmp_path / "run", *flags, fault=("lose_images", rank, *loaded)) == [2, 2]
     said = (tmp_path / "run" / "out-0").read_text()
     assert "100 images in a row cannot be read" in said and "Traceback" not in said and "not finite" not in said
     assert (state(tmp_path / "run")["epoch"], state(tmp_path / "run")["position"]["images"]) == (0, done)

@@ -196,6 +196,14 @@ def test_infrared_beside_rgb_is_not_lost():
     assert np.array_equal(decode("a.tif", data, Pixels(3)), array[..., :3])
 
 
+def test_without_tifffile_infrared_is_not_replaced_by_an_opaque_channel(monkeypatch):
+    data = tiff_of(noise(9, 11, 4), photometric="rgb", extrasamples=["unspecified"])
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(WrongChannels, match="pip install tifffile"):
+        decode("a.tif", data, Pixels(4))
+    assert decode("a.tif", data, Pixels(3)).shape == (9, 11, 3)
+
+
 def test_another_number_of_channels_than_a_tiff_has_is_said():
     data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
     with pytest.raises(WrongChannels, match=r"a.tif: --in_chans 4, but this array is \[9, 11, 13\]"):

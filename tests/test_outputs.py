@@ -65,6 +65,16 @@ SCRIPTS = [(main_predict, "p.csv"), (main_features, "f.npz"), (main_reconstruct,
 
 
 @pytest.mark.parametrize(("script", "name"), SCRIPTS)
+def test_an_input_is_not_replaced(script, name, trained, images, tmp_path, refusal):
+    picture = Path(shutil.copy(next(images.rglob("*.png")), tmp_path / "picture.png"))
+    for file in (picture, Path(arguments(script, trained, picture, "x")[1])):
+        before = file.read_bytes()
+        said = refusal(lambda file=file: script.main(arguments(script, trained, picture, file)))
+        assert f"{file} is one of the inputs, and would be replaced" in said
+        assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(("script", "name"), SCRIPTS)
 def test_bad_images_are_named_and_the_others_are_done(script, name, trained, mixed, tmp_path, capsys):
     argv = arguments(script, trained, mixed, tmp_path / name)
     with pytest.raises(SystemExit) as end:

@@ -462,6 +462,14 @@ def test_another_column_of_classes_and_another_of_texts(arrow, tmp_path):
     assert names_in(tmp_path / "out") == ["a/0.png"]
 
 
+@pytest.mark.parametrize("stored", ["null", '{"info": null}', '{"info": {"features": null}}', "[]"])
+def test_metadata_without_features_do_not_matter(stored, arrow, tmp_path):
+    rows = table([(PNG, "0.png")], [0]).replace_schema_metadata({"huggingface": stored})
+    arrow.parquet.write_table(rows, tmp_path / "0.parquet")
+    run(tmp_path / "0.parquet", "--output", tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["class_0/0.png"]
+
+
 def test_rows_without_an_image_are_left_out_and_counted(arrow, tmp_path, capsys):
     rows = [None, (PNG, None), (b"no image", None), (None, None)]
     run(write_parquet(tmp_path / "0.parquet", rows, [0] * 4, ["a"]), "--output", tmp_path / "out")

@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
         args: The flags of `add_flags` and the script's --output; --separate and --pictures if the script has them.
 
     Raises:
-        UserError: Flags are invalid, or the output can't be written; names all problems at once.
+        UserError: Flags are invalid, or the output can't be written or is an input; names all problems at once.
     """
     problems = checks.device_problems(args.device) + checks.range_problems(args)
 
@@ -75,6 +75,10 @@ def check(args: argparse.Namespace) -> None:
             continue
         if reason := unwritable(path) if separate else unwritable_file(path):
             problems.append(f"--{name} {path} can't be written to: {reason}")
+        images = getattr(args, "images", None) or [getattr(args, "data_path", "")]
+        inputs = [args.resume, getattr(args, "class_names", ""), *images]
+        if Path(path).resolve() in [Path(file).resolve() for file in inputs if file]:
+            problems.append(f"--{name} {path} is one of the inputs, and would be replaced: choose another name")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -121,6 +125,7 @@ def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
     if path.is_file() or splits.holds_archives(path):
         members = splits.list_split(splits.source_at(path), path.absolute().stem, flat=True)
         left_out.endings += members.left_out.endings
+        left_out.no_end += members.left_out.no_end
         return [member for member, _ in members]
     files = []
     for folder, names in listing.walk(str(path), left_out):

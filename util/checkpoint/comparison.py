@@ -61,7 +61,12 @@ def is_no_encoder(name: str) -> bool:
 
 def has_head(state: dict[str, torch.Tensor]) -> bool:
     """Return whether the weights include a classification head; those of self-supervised methods are none."""
-    return any(name in state for name in HEADS)
+    return count_classes(state) > 0
+
+
+def count_classes(state: dict[str, torch.Tensor]) -> int:
+    """Return the number of classes of the weights' classification head; 0: they have none."""
+    return next((len(state[name]) for name in HEADS if name in state), 0)
 
 
 def refuse_foreign_parts(source: str, surplus: set[str]) -> None:

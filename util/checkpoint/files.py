@@ -242,10 +242,12 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
     if found and ema and content.get("model_ema") is not None and "job" in content:
         return content | {"model": found.state}, found.outside
     if found:
-        # Another program's: of the rest only the preprocessing means the same here.
-        _refuse_mocos_small_model(source, content, found.prefix)
+        # Another program's: of the rest only the preprocessing means the same here, and a folder's config.json.
+        _refuse_mocos_small_model(source, content)
         dist.print_rank0(f"notice: weights of {source}: {found.steps}")
-        return {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
+        described = ("model_config", "class_to_idx", "from_folder") if content.get("from_folder") else ()
+        kept = {name: content[name] for name in described if name in content}
+        return kept | {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
 
     if ema:
         raise UserError(f"{source} holds no EMA of the weights: leave out --model_ema")
@@ -259,16 +261,12 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
     )
 
 
-def _refuse_mocos_small_model(source: str, content: object, prefix: str) -> None:
+def _refuse_mocos_small_model(source: str, content: object) -> None:
     """Raise a UserError for MoCo v3's ViT-S, which has another number of heads, where the shapes don't show it.
 
-    Args:
-        source: Name of the file.
-        content: What was read from it.
-        prefix: What the names of its weights have in front.
+    Its pre-training and its linear probing both store this name of the model; timm's is vit_small_patch16_224.
     """
-    is_small = isinstance(content, dict) and content.get("arch") == "vit_small"
-    if is_small and re.search(r"(base|momentum)_encoder\.", prefix):
+    if isinstance(content, dict) and content.get("arch") == "vit_small":
         raise UserError(
             f"{source} seems to be MoCo v3's ViT-S, which has 12 attention heads instead of the usual 6. The shapes of "
             "its weights do not show it: with 6 it would compute something else. Use a ViT-B, or another ViT-S"

@@ -188,7 +188,8 @@ def add_class_position(checkpoint: dict, source: str, patches: int = 0) -> dict[
         with_class, without_class = rows == 1 + grid[0] * grid[1], rows == grid[0] * grid[1]
     else:
         with_class = rows == 1 + patches or (decoder is not None and decoder.shape[1:2] == positions.shape[1:2])
-        without_class = rows == patches or (rows > 1 and round(rows**0.5) ** 2 == rows)
+        is_square = rows > 1 and round((rows - 1) ** 0.5) ** 2 == rows - 1
+        without_class = not is_square and (rows == patches or (rows > 1 and round(rows**0.5) ** 2 == rows))
     if with_class or not without_class:
         return state
     dist.print_rank0(f"notice: the class token of {source} has no position of its own, and gets one of zeros")

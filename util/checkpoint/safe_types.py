@@ -7,6 +7,8 @@ import argparse
 import collections
 import datetime
 import pathlib
+import pickle
+import re
 
 import numpy as np
 from packaging.version import Version
@@ -16,12 +18,51 @@ _PATHS = (pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath, pat
 _DATES = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)
 # Also the factories of defaultdicts. Not bytes and range, by which a short file could ask for any amount of memory.
 _BUILTINS = (dict, list, set, frozenset, int, float, bool, str, slice)
-# Types of arrays; not ObjectDType, whose elements may be anything.
-_DTYPES = [
-    kind for name, kind in vars(np.dtypes).items() if name.endswith("DType") and name not in ("ObjectDType", "DType")
-]
-_SCALAR = np.float64(0).__reduce__()[0]  # the functions that rebuild numpy's scalars and arrays
-_ARRAY = np.zeros(1).__reduce__()[0]
+# The types of an array's elements that are plain numbers, texts and dates; not objects, nor records that hold some.
+_PLAIN_DTYPE = re.compile(r"[biufc]\d+|[SU]\d+|[mM]8")
+
+
+class _Dtype:
+    """The type of an array's elements, in place of numpy.dtype, which takes a file's word for what it is.
+
+    numpy.dtype's __setstate__ lets a file declare numbers of its own to be Python objects, at addresses of its choice.
+    """
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not _PLAIN_DTYPE.fullmatch(code):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r})")  # as torch names what it refuses
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Set the unit of dates and the byte order; the rest of the state is ignored."""
+        if self.dtype.kind in "mM":
+            _, (unit, count, *_) = state[8]
+            unit = unit.decode() if isinstance(unit, bytes) else unit
+            self.dtype = np.dtype(f"{self.dtype.kind}8[{int(count)}{unit}]")
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array of plain numbers, texts or dates, in place of numpy.ndarray."""
+
+    def __new__(cls, *_: object) -> "_Array":
+        return super().__new__(cls, (0,), np.uint8)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Set shape, type and content."""
+        _, shape, kind, is_fortran, content = state
+        super().__setstate__((1, shape, kind.dtype, bool(is_fortran), content))
+
+
+def _scalar(kind: _Dtype, content: bytes) -> np.generic:
+    """Return a scalar of numpy's."""
+    return np.frombuffer(content, kind.dtype, count=1)[0] if kind.dtype.itemsize else kind.dtype.type()
+
+
+def _new_array(*_: object) -> _Array:
+    """Return an empty array, whose __setstate__ comes next."""
+    return _Array()
 
 
 def _dictionary(*_: object) -> dict:
@@ -38,9 +79,8 @@ SAFE_TYPES = [
     *((kind, f"pathlib._local.{kind.__name__}") for kind in _PATHS),  # Python 3.13
     TorchVersion,
     Version,
-    np.ndarray,
-    np.dtype,
-    *_DTYPES,
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1 and 2
-    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (_Dtype, "numpy.dtype"),
+    (_Array, "numpy.ndarray"),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1 and 2
+    *((_new_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]

@@ -201,8 +201,11 @@ def _decode_with_pillow(data: bytes, pixels: Pixels) -> np.ndarray:
                 return stack_pages(img, pixels.channels)
             # If pixels have further samples, such as infrared beside RGB, Pillow keeps only the first ones.
             if bands < pixels.channels == tiff.samples(data):
-                with suppress(WrongChannels):
+                try:
                     return _decode_with_tifffile(data, pixels)
+                except WrongChannels as error:
+                    if isinstance(error.__cause__, tiff.PackageMissing):
+                        raise  # else the image would be another one where the package is there
         img.load()
         return to_channels(pillow.turn_upright(img) if pixels.exif else img, pixels.channels, tiff_pages)
 

@@ -20,6 +20,7 @@ FIELDS = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")  # of a header: name,
 KINDS = {b"0": "file", b"\0": "file", b"7": "file", b"1": "link", b"2": "link", b"5": "folder", b"S": "sparse file"}
 KINDS |= dict.fromkeys((b"3", b"4", b"6"), "special file")
 NEXT_HEADER, NEXT_NAME = (b"x", b"X"), b"L"  # about the member that follows: a pax header, GNU's form of a long name
+SHORTENED = 98  # file names of so many bytes may be cut off in the header, with the whole name in a pax header
 LONGEST = 1 << 20  # no honest name or pax header has more bytes
 PIECE = 4 << 20  # bytes that are read at a time, and more than the zeros that any program writes at the end
 
@@ -189,7 +190,8 @@ def parse(header: bytes) -> tuple[bytes, int, bytes]:
 def header_fits(header: bytes, name: bytes, size: int) -> bool:
     """Return whether a header is that of a file with this name, without its folders, and size.
 
-    Names that fill their field, and may be cut off there, or that are not of ASCII alone, are not compared.
+    Names that are not of ASCII alone, or so long that they may be cut off there (libarchive's end before the field's
+    end), are not compared.
     """
     try:
         stated_name, stated_size, _ = parse(header)
@@ -197,8 +199,9 @@ def header_fits(header: bytes, name: bytes, size: int) -> bool:
         return False
     if stated_size != size:
         return False
-    comparable = b"\0" in header[:100] and name.isascii()
-    return not comparable or stated_name.rpartition(b"/")[2] == name.rpartition(b"/")[2]
+    stated, listed = stated_name.rpartition(b"/")[2], name.rpartition(b"/")[2]
+    comparable = b"\0" in header[:100] and name.isascii() and len(listed) < SHORTENED
+    return not comparable or stated == listed
 
 
 def _number(field: bytes) -> int:

@@ -125,9 +125,10 @@ def _columns(path: Path) -> Columns:
     """
     with readable(path), _open_parquet(path) as file:
         schema = file.schema_arrow
-        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = stored.get("info", {}).get("features", {})
-    features = {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    for key in ("info", "features"):
+        features = features.get(key) if isinstance(features, dict) else None
+    features = {name: feature for name, feature in (features or {}).items() if isinstance(feature, dict)}
 
     # A column's name decides, else its type does.
     images = [entry.name for entry in schema if _field_names(entry.type) >= {"bytes", "path"}]
