@@ -239,7 +239,7 @@ def plot_dataset(folder: Path) -> None:
     Args:
         folder: Folder of the dataset's logs.
     """
-    figure, (trained, frozen, pretraining) = plt.subplots(1, 3, figsize=(14, 3.8))
+    figure, (trained, frozen, pretraining) = plt.subplots(1, 3, figsize=(14, 4.4))
     trained.set_title("all layers trained")
     frozen.set_title("encoder frozen")
     pretraining.set_title("during pre-training")
@@ -251,7 +251,7 @@ def plot_dataset(folder: Path) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8)
+            panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     figure.suptitle(f"{folder.name}, first seed")
     figure.tight_layout()
     figure.savefig(PICTURES / f"{folder.name}.png", dpi=110)
