@@ -14,6 +14,7 @@ import timm
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import save_file
 
 import main_export
 import main_features
@@ -444,6 +445,17 @@ def test_a_model_config_of_a_later_version_is_a_message(tmp_path):
     checkpoint = {"model": model.state_dict(), "model_config": {**model.config, "later": 1}, "job": "finetune"}
     with pytest.raises(UserError, match="'later'. Use the version that has saved it"):
         models_vit.from_checkpoint(checkpoint, "file.pth")
+
+
+def test_a_folders_config_counts_for_weights_with_a_prefix_too(tmp_path):
+    """As transformers saves a model of the user's that holds a ViTModel."""
+    sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 512}
+    config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    model = transformers.ViTModel(config, add_pooling_layer=False)
+    config.save_pretrained(tmp_path)
+    save_file({f"backbone.{name}": value for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    encoder = models_vit.from_checkpoint(load_checkpoint(str(tmp_path)), str(tmp_path), trunk_only=True)
+    assert encoder.config["num_heads"] == 8 and encoder.config["img_size"] == 8
 
 
 def test_moco_v3s_small_model_is_refused_after_probing_too(tmp_path):
