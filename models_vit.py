@@ -268,9 +268,14 @@ def from_checkpoint(checkpoint: dict, source: str, trunk_only: bool = False) -> 
             f"{source} has no head, so it cannot predict classes: train one first with main_finetune.py or "
             "main_linprobe.py"
         )
+    if not trunk_only:
+        comparison.refuse_other_pooling(source, checkpoint)
     if not config:
         state = add_class_position(checkpoint, source)
-        config = config_of(state, source)
+        described = checkpoint.get("described") or {}
+        config = config_of(state, source) | {
+            name: described[name] for name in ("img_size", "num_heads") if name in described
+        }
     if "cls_token" not in state:
         raise UserError(f"{source} does not fit: {comparison.NO_CLASS_TOKEN}")
 

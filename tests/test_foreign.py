@@ -447,6 +447,47 @@ def test_a_model_config_of_a_later_version_is_a_message(tmp_path):
         models_vit.from_checkpoint(checkpoint, "file.pth")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_heads": 8},
+        {"img_size": (8, 16)},
+        {"global_pool": "avg"},
+        {},
+        *({"global_pool": pool} for pool in ("max", "avgmax")),
+        {"global_pool": "avg", "fc_norm": False},
+    ],
+    ids=str,
+)
+def test_a_folder_that_timm_saved_is_timms_model_or_is_refused(arguments, tmp_path):
+    """timm's config.json states only the arguments that the user names."""
+    arguments = {
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "num_classes": 3,
+    } | arguments
+    theirs = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+    for value in (theirs.head.weight, theirs.pos_embed):
+        torch.nn.init.normal_(value)
+    names = {"label_names": ["zebra", "cat", "ant"]}
+    timm.models.save_for_hf(theirs, tmp_path, model_config=names, model_args=arguments)
+    checkpoint = load_checkpoint(str(tmp_path))
+    assert checkpoint["class_to_idx"] == {"zebra": 0, "cat": 1, "ant": 2}
+    if arguments.get("fc_norm") is False or arguments.get("global_pool") in ("max", "avgmax"):
+        with pytest.raises(UserError, match="it classifies by the pooling '(max|avgmax|avg)' without the norm"):
+            models_vit.from_checkpoint(checkpoint, "folder")
+        assert models_vit.from_checkpoint(checkpoint, "folder", trunk_only=True).config["num_heads"] == 4
+        return
+    model, imgs = (
+        models_vit.from_checkpoint(checkpoint, "folder").eval(),
+        torch.randn(2, 3, *theirs.patch_embed.img_size),
+    )
+    assert torch.allclose(model(imgs), theirs(imgs), atol=1e-4)
+
+
 def test_a_folders_config_counts_for_weights_with_a_prefix_too(tmp_path):
     """As transformers saves a model of the user's that holds a ViTModel."""
     sizes = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 512}

@@ -96,7 +96,7 @@ def _describe_foreign_parts(names: list[str]) -> str:
 
 def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: dict) -> None:
     """Raise a UserError for other numbers of attention heads, on which the shapes of the weights do not depend."""
-    config = checkpoint.get("model_config") or {}
+    config = checkpoint.get("model_config") or checkpoint.get("described") or {}
     for name, kind, flag in (
         ("num_heads", "attention heads", f"--model {args.get('model')}"),
         ("decoder_num_heads", "the decoder's attention heads", "--decoder_heads"),
@@ -111,6 +111,17 @@ def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: di
 def _stored_values(checkpoint: dict) -> dict:
     """Return what a checkpoint tells about its model and its flags, by the flags' names."""
     return (checkpoint.get("model_config") or {}) | checkpoint_args(checkpoint)
+
+
+def refuse_other_pooling(source: str, checkpoint: dict) -> None:
+    """Raise a UserError for a classifier of timm's whose pooling the models here do not have."""
+    pooling = (checkpoint.get("described") or {}).get("global_pool")
+    here = "avg" if "fc_norm.weight" in checkpoint["model"] else "token"
+    if pooling and pooling != here and has_head(checkpoint["model"]):
+        raise UserError(
+            f"{source} does not fit: it classifies by the pooling {pooling!r} without the norm that goes with it here. "
+            "Use it in timm, or fine-tune its encoder (--finetune)"
+        )
 
 
 def compare_flags(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:

@@ -245,7 +245,7 @@ def _as_checkpoint(source: str, content: object, ema: bool) -> tuple[dict, list[
         # Another program's: of the rest only the preprocessing means the same here, and a folder's config.json.
         _refuse_mocos_small_model(source, content)
         dist.print_rank0(f"notice: weights of {source}: {found.steps}")
-        described = ("model_config", "class_to_idx", "from_folder") if content.get("from_folder") else ()
+        described = ("model_config", "described", "class_to_idx", "from_folder") if content.get("from_folder") else ()
         kept = {name: content[name] for name in described if name in content}
         return kept | {"model": found.state, "args": _preprocessing(checkpoint_args(content))}, found.outside
 

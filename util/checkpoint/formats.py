@@ -158,12 +158,13 @@ def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 
 def file_grid(checkpoint: dict) -> tuple[int, int] | None:
-    """Return the rows and columns of patches that a checkpoint's "model_config" tells of; None if it does not."""
-    config = checkpoint.get("model_config") or {}
+    """Return the rows and columns of patches that a checkpoint's configuration tells of; None if it does not."""
+    config = checkpoint.get("model_config") or checkpoint.get("described") or {}
     if "img_size" not in config:
         return None
     height, width = to_2tuple(config["img_size"])
-    return height // config["patch_size"], width // config["patch_size"]
+    patch_size = config.get("patch_size") or checkpoint["model"]["patch_embed.proj.weight"].shape[-1]
+    return height // patch_size, width // patch_size
 
 
 def add_class_position(checkpoint: dict, source: str, patches: int = 0) -> dict[str, Tensor]:
@@ -403,14 +404,20 @@ def timm_pretrained_cfg(config: dict, pixels: Pixels, crop_pct: float, num_class
 
 
 def from_export_config(config: dict) -> dict:
-    """Return the checkpoint entries that follow from the config.json of main_export.py --to timm or --to encoder.
+    """Return the checkpoint entries that follow from the config.json of main_export.py, or of timm.
 
     Returns:
-        "model_config", and "class_to_idx" for a classifier whose classes have names; {} for other configurations.
+        "model_config", where all of a model is described, as by main_export.py --to timm or --to encoder; else
+        "described", those arguments of timm's model that are stated. Beside it "class_to_idx" for a classifier whose
+        classes have names. {} for other configurations.
     """
     arguments = config.get("model_args") or config
     if not all(name in arguments for name in TRUNK):
-        return {}
+        if "architecture" not in config:
+            return {}
+        stated = {"global_pool": config.get("global_pool")} | (config.get("model_args") or {})
+        described = {name: stated[name] for name in ("img_size", "num_heads", "global_pool") if stated.get(name)}
+        return {"described": described} | _named_classes(dict(enumerate(config.get("label_names") or [])))
     model_config = {name: arguments[name] for name in TRUNK}
     model_config["num_classes"] = config.get("num_classes", 0)
     model_config["global_pool"] = arguments.get("global_pool") in (True, "avg")

@@ -79,6 +79,7 @@ def load_for_eval(
             f"--eval --resume auto: no checkpoint in {args['output_dir']} to evaluate. Pass its path as --resume"
         )
     checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
+    comparison.refuse_other_pooling(source, checkpoint)
     load_model(source, checkpoint, model, args)
     names = classes.class_names(source, checkpoint, model.config["num_classes"], class_names)
     numbers = classes.match_classes(source, names, folders, model.config["num_classes"])
