@@ -81,17 +81,17 @@ def _classifier(
     if weights is None:
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
     source, checkpoint = _load(name.split("_")[1], weights)
-    is_its_own = num_classes == comparison.count_classes(checkpoint["model"]) and not arguments
-    if num_classes is None or is_its_own:
-        if not comparison.has_head(checkpoint["model"]):
+    stored = comparison.count_classes(checkpoint["model"])
+    if num_classes is None or (stored == num_classes > 0 and not arguments):
+        if not stored:
             raise errors.UserError(f"{source} has no head: pass num_classes=N for a new one")
         _refuse_arguments(arguments, set())
         model = models_vit.from_checkpoint(checkpoint, source)
     else:
         trunk = models_vit.from_checkpoint(checkpoint, source, trunk_only=True).config
         kept = {argument: trunk[argument] for argument in formats.TRUNK}
-        stored = checkpoint.get("model_config") or {}
-        kept |= {"global_pool": stored["global_pool"]} if "global_pool" in stored else {}
+        config = checkpoint.get("model_config") or {}
+        kept |= {"global_pool": config["global_pool"]} if "global_pool" in config else {}
         model = models_vit.VisionTransformer(**{**kept, **arguments, "num_classes": num_classes})
         loading.load_pretrained(source, model)
     _refuse_other_sizes(name, factory.keywords, model.config, source)

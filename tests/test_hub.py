@@ -85,6 +85,9 @@ def test_a_classifier_has_the_files_head_or_a_new_one(autoencoder, tmp_path):
         again = load("vit_demo_patch4", weights=saved(tmp_path / "probe.pth", probe), num_classes=3).eval()
         assert torch.equal(again(imgs), probe(imgs))
 
+    # Of a file without a head, 0 classes are a model without one.
+    assert isinstance(load("vit_demo_patch4", weights=autoencoder[1], num_classes=0).head, torch.nn.Identity)
+
     # A new head keeps the pooling that the file tells.
     assert load("vit_demo_patch4", weights=file, num_classes=5).config["global_pool"] is True
     by_token = saved(tmp_path / "token.pth", models_vit.vit_demo_patch4(**GREY, num_classes=3, global_pool=False))

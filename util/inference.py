@@ -67,6 +67,10 @@ def check(args: argparse.Namespace) -> None:
     """
     problems = checks.device_problems(args.device) + checks.range_problems(args)
 
+    # Inputs: the checkpoint, the names of classes, the images.
+    images = getattr(args, "images", None) or [getattr(args, "data_path", "")]
+    inputs = [Path(file).resolve() for file in (args.resume, getattr(args, "class_names", ""), *images) if file]
+
     # With --separate the output is a folder, else a file.
     separate = getattr(args, "separate", False)
     for name in ("output", "pictures"):
@@ -75,9 +79,7 @@ def check(args: argparse.Namespace) -> None:
             continue
         if reason := unwritable(path) if separate else unwritable_file(path):
             problems.append(f"--{name} {path} can't be written to: {reason}")
-        images = getattr(args, "images", None) or [getattr(args, "data_path", "")]
-        inputs = [args.resume, getattr(args, "class_names", ""), *images]
-        if Path(path).resolve() in [Path(file).resolve() for file in inputs if file]:
+        if Path(path).resolve() in inputs:
             problems.append(f"--{name} {path} is one of the inputs, and would be replaced: choose another name")
     if problems:
         raise UserError("; ".join(problems))

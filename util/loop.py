@@ -318,7 +318,7 @@ class Run:
         problems = [(text, batch) for text, batch in dist.gather((self.loader.problem, self.loader.lost)) if text]
         if problems:
             images = min(batch for _, batch in problems) * self.checkpoints.images_per_step
-            while self.marks[-1].images > images:
+            while len(self.marks) > 1 and self.marks[-1].images > images:
                 self.marks.pop()
             raise UserError(problems[0][0])
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from util.checkpoint.files import checkpoint_args
+from util.checkpoint.formats import known_config
 from util.data.listing import join_names
 from util.data.transforms import CentreCrop
 from util.distributed import dist
@@ -96,7 +97,7 @@ def _describe_foreign_parts(names: list[str]) -> str:
 
 def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: dict) -> None:
     """Raise a UserError for other numbers of attention heads, on which the shapes of the weights do not depend."""
-    config = checkpoint.get("model_config") or checkpoint.get("described") or {}
+    config = known_config(checkpoint)
     for name, kind, flag in (
         ("num_heads", "attention heads", f"--model {args.get('model')}"),
         ("decoder_num_heads", "the decoder's attention heads", "--decoder_heads"),

@@ -157,9 +157,14 @@ def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], lis
     return native, left_out
 
 
+def known_config(checkpoint: dict) -> dict:
+    """Return the arguments of a checkpoint's model, all or those that are stated; {} if it tells of none."""
+    return checkpoint.get("model_config") or checkpoint.get("described") or {}
+
+
 def file_grid(checkpoint: dict) -> tuple[int, int] | None:
     """Return the rows and columns of patches that a checkpoint's configuration tells of; None if it does not."""
-    config = checkpoint.get("model_config") or checkpoint.get("described") or {}
+    config = known_config(checkpoint)
     if "img_size" not in config:
         return None
     height, width = to_2tuple(config["img_size"])

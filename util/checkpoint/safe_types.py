@@ -44,7 +44,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """An array of plain numbers, texts or dates, in place of numpy.ndarray."""
+    """An array of plain numbers, texts or dates, in place of numpy.ndarray and of the function that rebuilds one."""
 
     def __new__(cls, *_: object) -> "_Array":
         return super().__new__(cls, (0,), np.uint8)
@@ -58,11 +58,6 @@ class _Array(np.ndarray):
 def _scalar(kind: _Dtype, content: bytes) -> np.generic:
     """Return a scalar of numpy's."""
     return np.frombuffer(content, kind.dtype, count=1)[0] if kind.dtype.itemsize else kind.dtype.type()
-
-
-def _new_array(*_: object) -> _Array:
-    """Return an empty array, whose __setstate__ comes next."""
-    return _Array()
 
 
 def _dictionary(*_: object) -> dict:
@@ -82,5 +77,5 @@ SAFE_TYPES = [
     (_Dtype, "numpy.dtype"),
     (_Array, "numpy.ndarray"),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # numpy 1 and 2
-    *((_new_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((_Array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 ]

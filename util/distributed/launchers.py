@@ -102,11 +102,7 @@ def is_preempted() -> bool:
     """Return whether SLURM preempts this job, and queues it again if it still runs when its grace period is over."""
     if "SLURM_JOB_ID" not in os.environ:
         return False
-    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
-    try:
-        words = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return False
+    words = _scontrol("show", "job", os.environ["SLURM_JOB_ID"]).split()
     return "Requeue=1" in words and any(re.match(r"PreemptTime=\d", word) for word in words)
 
 
@@ -131,12 +127,16 @@ def _tasks_on_this_node() -> int:
 def _first_host() -> str:
     """Return the name of the first node of this SLURM step, or "" where it can't be determined."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
-    command = ["scontrol", "show", "hostnames", nodes]
+    return _scontrol("show", "hostnames", nodes).split("\n")[0]
+
+
+def _scontrol(*words: str) -> str:
+    """Return what SLURM's scontrol prints, or "" where there is none, or it fails."""
     try:
-        hosts = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return hosts.stdout.split("\n")[0] if hosts.returncode == 0 else ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def cores() -> int:

@@ -92,11 +92,10 @@ class Meters:
 
         The window goes on: the next report covers it from its beginning.
         """
-        window, totals, not_finite = self._window, self.totals, self._not_finite
-        self.totals = {name: list(pair) for name, pair in totals.items()}
+        before = self.snapshot()
         self.window()
         result = self.totals
-        self._window, self.totals, self._not_finite = window, totals, not_finite
+        self.restore(before)
         return result
 
     def snapshot(self) -> tuple:
