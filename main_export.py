@@ -277,7 +277,9 @@ def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "mode
 
 
 def refuse_to_replace(source: str, folder: Path) -> None:
-    """Check that an export to a folder replaces no more than an earlier export, which its README.md tells.
+    """Check that an export to a folder would replace nothing, or only an earlier export.
+
+    An earlier export is recognised by its README.md.
 
     Raises:
         UserError: It would replace or remove the checkpoint that is exported, or another program's files.

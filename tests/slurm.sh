@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM cluster of this machine alone, with two CPUs and a partition whose jobs preempt the others, in a folder of its
-# own; as root, from Debian's packages
-# slurmctld, slurmd, slurm-client and munge.
+# own; as root, from Debian's packages slurmctld, slurmd, slurm-client and munge.
 #     tests/slurm.sh start DIR     then: export SLURM_CONF=DIR/slurm.conf
 #     tests/slurm.sh stop DIR
 set -euo pipefail

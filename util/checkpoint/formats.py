@@ -158,7 +158,7 @@ def _from_hugging_face(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], lis
 
 
 def known_config(checkpoint: dict) -> dict:
-    """Return the arguments of a checkpoint's model, all or those that are stated; {} if it tells of none."""
+    """Return those arguments of its model that a checkpoint tells: all, some of them (timm's folders), or none ({})."""
     return checkpoint.get("model_config") or checkpoint.get("described") or {}
 
 
