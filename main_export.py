@@ -72,7 +72,7 @@ class Source:
     Attributes:
         path: File, folder or address of the checkpoint.
         checkpoint: Its content.
-        model: The autoencoder, the classifier, or the encoder that it holds.
+        model: What is exported: the classifier or the encoder that it holds, or for Hugging Face its autoencoder.
         flags: Flags of the job that wrote it; {}: unknown.
         pixels: Channels of the images, with mean and standard deviation.
         crop_pct: Share of the image that evaluation's centre crop keeps.
@@ -89,23 +89,23 @@ class Source:
     classes: list[str] | None
 
     @classmethod
-    def load(cls, path: str, ema: bool, names: list[str] | None = None, norm_pix_loss: bool = False) -> "Source":
+    def load(cls, args: argparse.Namespace, names: list[str] | None) -> "Source":
         """Load a checkpoint and build its model.
 
         Args:
-            path: File, folder or address.
-            ema: Load the EMA of the weights instead of the weights.
+            args: The flags, which name the checkpoint, its weights and the format.
             names: Names of the classes; None: those in the checkpoint.
-            norm_pix_loss: Whether an autoencoder predicts normalised patches, if the checkpoint does not say.
 
         Raises:
             UserError: There is no such checkpoint, no EMA in it, no model that can be built from it, or no head for
                 the names.
         """
-        checkpoint = load_checkpoint(path, ema=ema)
+        path, checkpoint = args.resume, load_checkpoint(args.resume, ema=args.model_ema)
+
+        # Only Hugging Face has a model for a decoder. For the others it may be of a kind that is not known here.
         has_head = comparison.has_head(checkpoint["model"])
-        if "decoder_pred.weight" in checkpoint["model"]:
-            model = models_mae.from_checkpoint(checkpoint, path, norm_pix_loss)
+        if args.to == "hf" and "decoder_pred.weight" in checkpoint["model"] and not has_head:
+            model = models_mae.from_checkpoint(checkpoint, path, args.norm_pix_loss)
         else:
             model = models_vit.from_checkpoint(checkpoint, path, trunk_only=not has_head)
         config = model.config
@@ -131,14 +131,6 @@ class Source:
     def img_size(self) -> tuple[int, int]:
         """Return height and width of the model's images in pixels."""
         return to_2tuple(self.config["img_size"])
-
-    def encoder(self) -> models_vit.VisionTransformer:
-        """Build the encoder alone, with its weights.
-
-        It returns the class token after `norm` if the checkpoint holds that layer, else the mean of the patch tokens
-        after `fc_norm`.
-        """
-        return models_vit.from_checkpoint(self.checkpoint, self.path, trunk_only=True)
 
 
 def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
@@ -183,10 +175,8 @@ def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
 
 def to_timm(folder: Path, source: Source) -> None:
     """Write the classifier, or else the encoder, for timm."""
-    is_mae = "decoder_pred.weight" in source.checkpoint["model"]
-    model = source.encoder() if is_mae else source.model
-    description = formats.timm_config(model.config, source.pixels, source.crop_pct, source.classes)
-    save(folder, fold_probe(model.state_dict(), model.config), description)
+    description = formats.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
+    save(folder, fold_probe(source.model.state_dict(), source.config), description)
 
 
 def to_hf(folder: Path, source: Source) -> None:
@@ -218,7 +208,7 @@ def to_hf(folder: Path, source: Source) -> None:
 
 def to_encoder(folder: Path, source: Source) -> None:
     """Write the encoder under the released names, and config.json with its shape, mean, std and crop_pct."""
-    encoder = source.encoder()
+    encoder = models_vit.from_checkpoint(source.checkpoint, source.path, trunk_only=True)
     pixels = {"mean": source.pixels.mean, "std": source.pixels.std, "crop_pct": source.crop_pct}
     save(folder, encoder.state_dict(), encoder.config | pixels, "encoder.safetensors")
 
@@ -235,7 +225,6 @@ def to_onnx(folder: Path, source: Source) -> None:
 
     model = source.model
     if source.classes is None:
-        model = source.encoder()
         model.global_pool, model.fc_norm = "", nn.Identity()  # so that it returns all tokens, [N, 1+L, D]
 
     # Two images, since a batch of one would be taken for a constant.
@@ -442,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load everything and check what can be checked before a file is written.
     names = read_class_names(args.class_names) if args.class_names else None
-    source = Source.load(args.resume, args.model_ema, names, args.norm_pix_loss)
+    source = Source.load(args, names)
     if source.config.get("probe") == "attentive" and args.to in ("timm", "hf"):
         raise UserError(
             f"{args.resume} is an attentive probe, which only --to onnx can take: use that, or --to encoder for its "

@@ -375,6 +375,22 @@ def test_an_encoder_with_more_than_the_models_here_is_refused_by_name(kind, use,
     assert not (tmp_path / "x.npz").exists() and not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("to", ["encoder", "timm", "onnx"])
+def test_an_encoder_is_exported_whatever_decoder_is_beside_it(to, tmp_path, refusal):
+    """CrossMAE's decoder has attention of another kind; Hugging Face's format is the only one that needs a decoder."""
+    model = models_mae.mae_vit_demo_patch4(img_size=8)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("decoder_blocks.")}
+    torch.save({"model": state | {"decoder_blocks.0.cross_attn.q.weight": torch.ones(2, 2)}}, tmp_path / "cross.pth")
+    argv = ["--resume", str(tmp_path / "cross.pth"), "--output", str(tmp_path / "out"), "--to"]
+    main_export.main([*argv, to])
+    if to != "onnx":
+        exported = load_checkpoint(str(tmp_path / "out"))["model"]
+        assert torch.equal(exported["blocks.5.mlp.fc2.weight"], state["blocks.5.mlp.fc2.weight"])
+        assert not [name for name in exported if name.startswith("decoder")]
+    said = refusal(lambda: main_export.main([*argv, "hf"]))
+    assert "no masked autoencoder that can be built here" in said and "main_export.py --to timm" in said
+
+
 @pytest.mark.parametrize(
     "extra",
     ["decoder.0.weight", "head.mlp.0.weight", "projector.0.weight", "prototypes.weight", "mask_token", "fc.bias"],

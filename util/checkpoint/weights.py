@@ -52,7 +52,7 @@ def load_exactly(model: nn.Module, state: dict[str, Tensor], source: str, kind: 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        first_mismatch = str(error).splitlines()[1].strip()
+        first_mismatch = str(error).splitlines()[1].strip().rstrip(".")
         raise UserError(f"{source} holds no {kind} that can be built here: {first_mismatch}. {remedy}") from error
 
 
