@@ -266,8 +266,8 @@ def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) 
 
     model = from_config(config)
     remedy = (
-        "Use a checkpoint of main_pretrain.py or a released file with decoder, or what needs the encoder alone, such as "
-        "main_export.py --to timm"
+        "Use a checkpoint of main_pretrain.py or a released file with decoder, or what needs the encoder alone, such "
+        "as main_export.py --to timm"
     )
     weights.load_exactly(model, state, source, "masked autoencoder", remedy)
     return model

@@ -15,6 +15,7 @@ shard, and one that is complete writes nothing; a folder that holds other shards
 parquet files are read twice, the first time for the images' sizes.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from util import errors
 from util.checkpoint.output_dir import unwritable
 from util.command_line import Parser
 from util.data import splits, tar
-from util.data.listing import exists, join_names, read_folder
+from util.data.listing import Listing, exists, join_names, read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.parquet import read_parquets
@@ -66,6 +67,7 @@ def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, Pack
             folder = output / name
             _check_apart(source.root, folder)
             listing = splits.list_split(source, name or source.root.name, flat=True)
+            _refuse_mixture(listing)
             yield folder, from_listing(listing, [source.root])
     elif kind == "tar":
         alone = files == sources and len(files) == 1
@@ -73,6 +75,16 @@ def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, Pack
     else:
         read = {"zip": read_zips, "compressed tar": read_compressed, "parquet": read_parquets}[kind]
         yield output, check_images(read(files), sources)
+
+
+def _refuse_mixture(listing: Listing) -> None:
+    """Raise a UserError for images beside folders of images: to keep the one, packing would lose the other."""
+    if listing.mixed:
+        loose = [name for name in map(os.fsdecode, listing.names_as_bytes()) if "/" not in name]
+        raise UserError(
+            f"{listing.root} holds images ({join_names(loose, 3)}) beside folders of images: move them into a folder "
+            "of their own there, which is a class then, or elsewhere"
+        )
 
 
 def _archives_in(path: Path) -> list[Path]:

@@ -180,9 +180,8 @@ def test_odd_names_and_empty_classes_survive(tmp_path, capsys):
         assert archive.getnames()[:2] == ["n" * 150, "no images"]
 
 
-@pytest.mark.parametrize("folders", [{}, {"b/c/3.png": png(3)}], ids=["alone", "with folders"])
-def test_images_without_classes_go_into_one_folder(folders, tmp_path, capsys):
-    source = tree(tmp_path / "in", {f"{number}.png": png(number) + bytes(5000) for number in range(4)} | folders)
+def test_images_without_classes_go_into_one_folder(tmp_path, capsys):
+    source = tree(tmp_path / "in", {f"{number}.png": png(number) + bytes(5000) for number in range(4)})
     run(source, "--output", tmp_path / "out/train", "--shard_size", "10K")
     assert len(list((tmp_path / "out/train").glob("*.tar"))) == 4
     expected = [(f"images/{name}", *rest) for name, *rest in listed(source, flat=True)[1]]
@@ -201,9 +200,9 @@ def test_a_folder_of_one_split_alone_keeps_its_name(images, tmp_path):
 
 
 def test_images_beside_val_are_those_of_train(tmp_path, capsys):
-    tree(tmp_path / "in", dict.fromkeys(["1.png", "more/2.png", "val/a/3.png", "test/a/4.png"], PNG))
+    tree(tmp_path / "in", dict.fromkeys(["1.png", "2.png", "val/a/3.png", "test/a/4.png"], PNG))
     run(tmp_path / "in", "--output", tmp_path / "out")
-    assert [name for name, *_ in listed(tmp_path / "out/train")[1]] == ["images/1.png", "images/more/2.png"]
+    assert [name for name, *_ in listed(tmp_path / "out/train")[1]] == ["images/1.png", "images/2.png"]
     assert [name for name, *_ in listed(tmp_path / "out/val")[1]] == ["a/3.png"]
     assert f"notice: not packed: test in {tmp_path / 'in'}" in capsys.readouterr().err
 
@@ -235,6 +234,32 @@ def test_names_of_classes_do_not_depend_on_the_current_folder(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path / "train")
     run(".", "--output", tmp_path / "out")
     assert listed(tmp_path / "out")[0] == ["ant", "bee"]
+
+
+def without_utf8_flag(path):
+    """Clear the flag that a name is UTF-8 in each header of a zip, its members' own and those of its directory."""
+    data = path.read_bytes()
+    for signature, place in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        start = -1
+        while (start := data.find(signature, start + 1)) >= 0:
+            data = data[: start + place] + bytes([data[start + place] & ~8]) + data[start + place + 1 :]
+    path.write_bytes(data)
+
+
+def test_names_of_a_zip_are_utf8_if_they_can_be_else_code_page_437(tmp_path):
+    """macOS writes UTF-8 without zip's flag for it. Bytes that are no UTF-8 are the code page's, as zip's rules say."""
+    members = {"caf\u00e9/1.png": PNG, "zoo/\u732b.png": PNG}
+    without_utf8_flag(zipped(tmp_path / "0.zip", members))
+    old = zipped(tmp_path / "1.zip", {"CAFE/1.png": PNG})
+    old.write_bytes(old.read_bytes().replace(b"CAFE", b"caf\x82"))
+    zipped(
+        tmp_path / "2.zip", {"caf\u251c\u2310/1.png": PNG}
+    )  # with the flag: what looks like a wrong code page is none
+    for name in ("0.zip", "1.zip", "2.zip"):
+        run(tmp_path / name, "--output", tmp_path / name[0])
+    assert listed(tmp_path / "0") == (["caf\u00e9", "zoo"], [("caf\u00e9/1.png", 0, PNG), ("zoo/\u732b.png", 1, PNG)])
+    assert listed(tmp_path / "1") == (["caf\u00e9"], [("caf\u00e9/1.png", 0, PNG)])
+    assert listed(tmp_path / "2")[0] == ["caf\u251c\u2310"]
 
 
 def test_backslashes_in_a_zip_are_folders(tmp_path):

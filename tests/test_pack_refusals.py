@@ -213,6 +213,10 @@ SOURCES = {  # what is written and named, and the message
     "one name twice in a zip": (twice_in_a_zip, "two images have one name, a/1.png"),
     "one name twice in a tgz": (a_tgz("a/1.png", "./a/1.png"), "two images have one name, a/1.png"),
     "one name in two zips": (both(a_zip("a/1.png"), a_zip("a/1.png", name="y.zip")), "two images have one name"),
+    "loose images": (
+        a_tree("1.png", "cat/2.png"),
+        r"in holds images \(1.png\) beside folders of images: move them into",
+    ),
     "some in folders": (a_zip("a/1.png", "2.png"), r"in folders \(a/1.png\) and some are not \(2.png\)"),
     "several splits in a zip": (a_zip("train/a/1.png", "val/a/1.png"), r"several splits \(train, val\)"),
     "splits in a folder of a zip": (a_zip("x/train/a/1.png", "x/val/a/1.png", name="y.zip"), r"several splits \(tra"),

@@ -8,7 +8,7 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from util.packing.shards import PackedImages
 from util.packing.sources import droppable_prefix, readable
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by an archive's first bytes
+UTF8_FLAG = 0x800  # of a zip archive's member: its name is UTF-8
 
 
 @dataclass
@@ -171,9 +172,15 @@ def read_zips(paths: list[Path]) -> PackedImages:
 
 
 def _zip_name(info: zipfile.ZipInfo) -> bytes:
-    """Return a member's name. Older programs for Windows write its folders with backslashes, against zip's rules."""
-    name = info.filename if "/" in info.filename else info.filename.replace("\\", "/")
-    return os.fsencode(name)
+    """Return a member's name, also where the program that wrote the archive broke zip's rules."""
+    # Without a flag names are of code page 437, and zipfile reads them so; macOS writes UTF-8 without it.
+    name = info.filename
+    if not info.flag_bits & UTF8_FLAG:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+
+    # Older programs for Windows write folders with backslashes.
+    return os.fsencode(name if "/" in name else name.replace("\\", "/"))
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:
