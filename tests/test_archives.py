@@ -191,8 +191,18 @@ def test_samples_of_several_shards_may_share_a_name(tmp_path):
 
 def test_metadata_beside_images_in_folders_are_no_labels(tmp_path):
     members = {"a/x.1.png": PNG, "a/x.1.json": b"{}", "a/x.2.png": PNG, "a/x.2.json": b"[", "b/x.png": PNG}
+    members |= {"b/x.json": b'{"label": "b"}', "c/y.png": PNG, "c/y.json": b'{"label": [1, 2]}'}
     archives.write(tmp_path / "train.tar", members)
-    assert [name for name, *_ in listed(tmp_path)[1]] == ["a/x.1.png", "a/x.2.png", "b/x.png"]
+    assert [name for name, *_ in listed(tmp_path)[1]] == ["a/x.1.png", "a/x.2.png", "b/x.png", "c/y.png"]
+
+
+@pytest.mark.parametrize(("ending", "label"), [("cls", b"a"), ("json", b'{"label": 3}'), ("json", b'{"cls": "dog"}')])
+def test_labels_beside_images_in_folders_matter_for_classes_only(ending, label, tmp_path):
+    members = {"a/1.png": PNG, "b/2.png": PNG, f"b/2.{ending}": label}
+    archives.write(tmp_path / "train/0.tar", members)
+    assert listed(tmp_path, flat=True)[0] == ["a", "b"]
+    with pytest.raises(UserError, match=f"b/2.{ending} is the label of an image in a folder, .*without folders"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("label", [b'{"label": [1, 2]}', b'{"label": "a photograph / of"}', b'{"label": -1}'])

@@ -226,6 +226,14 @@ SOURCES = {  # what is written and named, and the message
         lambda folder: archives.write(folder / "x.tar", {"0.png": PNG, "0.cls": b".x"}),
         "'.x/0.png' would",
     ),
+    "labels beside images in folders": (
+        lambda folder: archives.write(folder / "x.tar", {"a/0.png": PNG, "b/1.png": PNG, "b/1.json": b'{"label": 1}'}),
+        "b/1.json is the label of an image in a folder",
+    ),
+    "labels in folders of a zip": (
+        a_zip("a/0.png", "b/1.png", "b/1.cls"),
+        r"labels beside them \(b/1.cls\).*decompress",
+    ),
     "webdataset in a tgz": (a_tgz("0.png", "0.cls"), r"labels beside them \(0.cls\).*decompress"),
     "no images in a zip": (a_zip("a/1.txt"), "no images in .*x.zip. left out: 1 file of other kinds"),
 }

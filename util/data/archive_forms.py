@@ -20,6 +20,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -91,7 +92,13 @@ class Classes(NamedTuple):
 
 
 def list_members(
-    archives: list[Path], split: str, is_wanted: Callable[[str], bool], *, flat: bool = False, single: bool = False
+    archives: list[Path],
+    split: str,
+    is_wanted: Callable[[str], bool],
+    *,
+    flat: bool = False,
+    single: bool = False,
+    to_pack: bool = False,
 ) -> Listing:
     """List the images in a split's archives, in one of the forms above.
 
@@ -101,6 +108,7 @@ def list_members(
         is_wanted: Tells from a file's name whether it is an image.
         flat: Where the images have no classes, take them all as one class.
         single: The archive is the whole split, so that its name is no class.
+        to_pack: The images are to be packed, in which no class may get lost, whatever `flat` says.
 
     Returns:
         The images in order of class, folder and name.
@@ -123,7 +131,8 @@ def list_members(
     prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
     if _are_in_folders(images, plain):
-        _refuse_class_labels(images, labels)
+        if not flat or to_pack:
+            _refuse_labels(images, [name.partition("/")[0] for name in plain], labels)
         in_others = [name.rpartition("/")[0] for name in others.names]
         beside = [name[len(prefix) :] for name in (*folders, *in_others) if name.startswith(prefix)]
         classes = _by_folder(plain, beside)
@@ -253,14 +262,30 @@ def _check_samples(images: Files, labels: Files) -> None:
                 )
 
 
-def _refuse_class_labels(images: Files, labels: Files) -> None:
-    """Raise a BadArchive for a .cls beside an image in a folder: which of both is its class is not clear."""
-    labels = labels.pick([number for number, name in enumerate(labels.names) if name.endswith(LABELS[0])])
-    if found := [number for number in _find_labels(images, labels) if number is not None]:
-        raise BadArchive(
-            f"{labels.path(found[0])} is the label of an image in a folder, which stands for a class by itself: pack "
-            "the samples anew without folders"
-        )
+def _refuse_labels(images: Files, folders: list[str], labels: Files) -> None:
+    """Raise a BadArchive for a label beside an image in a folder: which of both is its class is not clear.
+
+    A .json may also hold other things, or repeat the folder's name. Of each folder the first one is read.
+
+    Args:
+        images: The images.
+        folders: Folder of each.
+        labels: Members that may hold labels.
+    """
+    read = set()
+    for folder, number in zip(folders, _find_labels(images, labels), strict=False):
+        if number is None:
+            continue
+        unclear = labels.names[number].endswith(LABELS[0])
+        if not unclear and folder not in read:
+            read.add(folder)
+            with suppress(BadArchive):  # it holds no class
+                unclear = _read_label(labels, number) not in (None, folder)
+        if unclear:
+            raise BadArchive(
+                f"{labels.path(number)} is the label of an image in a folder, which stands for a class by itself: pack "
+                "the samples anew without folders"
+            )
 
 
 def _by_label(images: Files, labels: Files, found: list[int | None], split: str, flat: bool) -> Classes:

@@ -80,7 +80,8 @@ def list_tars(archives: list[Path], alone: bool) -> Listing:
     Raises:
         BadArchive: An archive can't be read, or has none of the forms that training reads.
     """
-    listing = list_members(archives, archives[0].absolute().parent.name, is_image, flat=True, single=alone)
+    how = {"flat": True, "single": alone, "to_pack": True}
+    listing = list_members(archives, archives[0].absolute().parent.name, is_image, **how)
     if len(listing.classes) > 1 or listing.classes == [""]:
         return listing
 
@@ -88,7 +89,7 @@ def list_tars(archives: list[Path], alone: bool) -> Listing:
     names = [listing.name(index) for index in range(len(listing))]
     for word in (*SPLITS, archives[0].stem):
         if droppable_prefix(names, [word]):
-            return list_members(archives, word, is_image, flat=True, single=alone)
+            return list_members(archives, word, is_image, **how)
     return listing
 
 

@@ -114,20 +114,19 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
             "the folder"
         )
 
-    # Without class folders, several archives are classes. Labels beside the images would get lost.
-    if not any(in_folders):
-        keys = {name.partition(".")[0] for name in found.names}
-        labels = [
-            name for name in others if name.endswith(LABELS) and name.rpartition("/")[2].partition(".")[0] in keys
-        ]
-        if labels:
-            raise BadArchive(
-                f"images have labels beside them ({labels[0]}), as in WebDataset, and these are read from plain tar "
-                f"archives only: decompress {join_names(map(str, archives), 3)} first"
-            )
-        if len(archives) > 1:
-            pairs = zip(found.owners, found.names, strict=True)
-            found.names = [f"{_stem(archives[owner])}/{name}" for owner, name in pairs]
+    # Labels beside the images would get lost. In class folders a .json is metadata.
+    keys = {_key(name) for name in found.names}
+    endings = LABELS[:1] if any(in_folders) else LABELS
+    if labels := [name for name in others if name.endswith(endings) and _key(name) in keys]:
+        raise BadArchive(
+            f"images have labels beside them ({labels[0]}), as in WebDataset, and these are read from plain tar "
+            f"archives only: decompress {join_names(map(str, archives), 3)} first"
+        )
+
+    # Without class folders, several archives are classes.
+    if not any(in_folders) and len(archives) > 1:
+        pairs = zip(found.owners, found.names, strict=True)
+        found.names = [f"{_stem(archives[owner])}/{name}" for owner, name in pairs]
 
     # Folders without images are classes, too.
     owners = {name.partition("/")[0] for name in found.names}
@@ -136,6 +135,11 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
     left_out = LeftOut()
     left_out.sort_out(others, is_image)
     found.notices += [f"left out: {left_out}"] if others else []
+
+
+def _key(name: str) -> str:
+    """Return the file's name up to the first dot, which a label has in common with its image."""
+    return name.rpartition("/")[2].partition(".")[0]
 
 
 def read_zips(paths: list[Path]) -> PackedImages:
