@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -22,6 +23,15 @@ def encode(form, picture=PICTURE, **options):
 
 def noise(*shape, dtype=np.uint8):
     return RANDOM.integers(0, 256, shape).astype(dtype)
+
+
+def png_chunk(name, content, crc_is_right=True):
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content) ^ (not crc_is_right))
+    )
 
 
 def webp(*chunks, flags=8):

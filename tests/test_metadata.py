@@ -6,7 +6,19 @@ import zlib
 
 import numpy as np
 import pytest
-from odd_pictures import PICTURE, H, W, assert_is_the_picture, encode, jpeg_with, noise, tiff_of, tiff_with, webp
+from odd_pictures import (
+    PICTURE,
+    H,
+    W,
+    assert_is_the_picture,
+    encode,
+    jpeg_with,
+    noise,
+    png_chunk,
+    tiff_of,
+    tiff_with,
+    webp,
+)
 from PIL import Image
 
 from util.data import pillow
@@ -14,15 +26,6 @@ from util.data.images import BadImage, Pixels, decode
 
 # Outside of pytest, which brings filters of its own, what Pillow warns of single files is silenced by util.data.pillow.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "RuntimeWarning")]
-
-
-def png_chunk(name, content, crc_is_right=True):
-    return (
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(name + content) ^ (not crc_is_right))
-    )
 
 
 def png_with(chunk, behind_pixels=False, png=None):

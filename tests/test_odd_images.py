@@ -1,25 +1,24 @@
-"""Odd image files: long strips, TIFFs that Pillow can't read, size limits, hostile files."""
+"""Odd image files: long strips, transparent grey, size limits, hostile files."""
 
 import io
 import os
 import random
 import struct
 import subprocess
-import sys
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from odd_pictures import RANDOM, assert_is_the_picture, encode, noise, tiff_of, tiff_with
+from odd_pictures import RANDOM, assert_is_the_picture, encode, noise, png_chunk, tiff_of
 from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms.functional import center_crop
 
 from scripts import mean_std
 from util import errors, inference, options
-from util.data import datasets, pillow, tiff, transforms
-from util.data.images import EXTENSIONS, FORMATS, BadImage, Pixels, WrongChannels, decode
-from util.data.splits import DataSpec
+from util.data import datasets, pillow, transforms
+from util.data.images import EXTENSIONS, FORMATS, BadImage, Pixels, decode
 from util.errors import UserError
 
 # Outside of pytest, which brings filters of its own, what Pillow warns of single files is silenced by util.data.pillow.
@@ -81,6 +80,36 @@ def test_a_strip_takes_little_memory_in_every_transform(shape, channels, dtype, 
     assert max(out.numel() for out in sizes) <= channels * (2 * transforms.LONG) * 74 * 74
 
 
+# Transparent colours of PNGs, which Pillow compares with values of 8 bits.
+
+
+def png_of(depth, colour_type, row, transparent):
+    """A PNG of two pixels, with the colour that is transparent."""
+    header = struct.pack(">IIBBBBB", 2, 1, depth, colour_type, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+TRANSPARENT = {  # bits, and a PNG whose first pixel is transparent; the second one's values of 8 bits
+    "1": (png_of(1, 0, b"\x40", b"\0\0"), [255] * 3),
+    "2": (png_of(2, 0, b"\x60", b"\0\1"), [170] * 3),
+    "4": (png_of(4, 0, b"\x5a", b"\0\5"), [170] * 3),
+    "8": (png_of(8, 0, b"\5\x0a", b"\0\5"), [10] * 3),
+    "16": (png_of(16, 0, struct.pack(">HH", 1000, 25700), struct.pack(">H", 1000)), [100] * 3),
+    "3 x 8": (png_of(8, 2, b"\1\2\3\4\5\6", b"\0\1\0\2\0\3"), [4, 5, 6]),
+    "3 x 16": (png_of(16, 2, b"\1\x10\2\x20\3\x30\4\0\5\0\6\0", b"\1\x10\2\x20\3\x30"), [4, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("exif", [False, True])
+@pytest.mark.parametrize("bits", TRANSPARENT)
+def test_what_is_transparent_becomes_white_at_every_depth(bits, exif):
+    data, second = TRANSPARENT[bits]
+    assert decode("a.png", data, Pixels(exif=exif)).tolist() == [[[255] * 3, second]]
+    grey = decode("a.png", data, Pixels(1, exif=exif))
+    assert grey[0, 0, 0] == (1 if grey.dtype == np.float32 else 255) > grey[0, 1, 0] or bits == "1"
+
+
 # Statistics of a folder.
 
 
@@ -137,135 +166,6 @@ def test_where_no_image_can_be_read_statistics_end_soon(count, tried, tmp_path, 
     assert (
         said.startswith(f"error: none of the first {tried} images") and "--in_chans" in said and said.count("\n") == 1
     )
-
-
-# TIFFs that Pillow can't read.
-
-
-@pytest.mark.parametrize("tag", [256, 257])
-def test_a_tiff_without_width_or_height_has_no_samples(tag):
-    assert tiff.samples(tiff_with({})) == 3 and tiff.samples(tiff_with({tag: None})) == 0
-
-
-ARRAYS = {
-    "13 x uint16": RANDOM.integers(0, 3000, (9, 11, 13)).astype(np.uint16),
-    "3 x float32": RANDOM.normal(size=(9, 11, 3)).astype(np.float32),
-    "5 x uint8": noise(9, 11, 5),
-    "2 x uint8": noise(9, 11, 2),
-    "7 x int16": RANDOM.integers(-99, 99, (9, 11, 7)).astype(np.int16),
-    "6 x float64": RANDOM.normal(size=(9, 11, 6)),
-    "4 x uint16": RANDOM.integers(0, 65536, (9, 11, 4)).astype(np.uint16),
-}
-LAYOUTS = {
-    "contiguous": lambda array: tiff_of(array, planarconfig="contig"),
-    "planar": lambda array: tiff_of(array.transpose(2, 0, 1).copy(), planarconfig="separate"),
-    "BigTIFF": lambda array: tiff_of(array, planarconfig="contig", bigtiff=True),
-    "big-endian": lambda array: tiff_of(array, planarconfig="contig", byteorder=">", metadata=None),
-    "deflate": lambda array: tiff_of(array, planarconfig="contig", compression="zlib"),
-    "tiles": lambda array: tiff_of(array, planarconfig="contig", tile=(16, 16)),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ARRAYS)
-def test_samples_of_a_tiff_become_what_a_npy_file_gives(kind, layout, capfd):
-    array, npy = ARRAYS[kind], io.BytesIO()
-    np.save(npy, array)
-    channels = Pixels(array.shape[2])
-    got, expected = (decode(*file, channels) for file in (("a.tif", LAYOUTS[layout](array)), ("a.npy", npy.getvalue())))
-    assert got.dtype == expected.dtype and np.array_equal(got, expected)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("kind", ["13 x uint16", "5 x uint8", "6 x float64"])
-def test_a_stack_behind_the_tags_of_one_page_is_read_whole(kind):
-    array = ARRAYS[kind]
-    data, pixels = tiff_of(array.transpose(2, 0, 1).copy(), truncate=True), Pixels(array.shape[2])
-    scale = 65535 if array.dtype == np.uint16 else 1
-    assert np.array_equal(decode("a.tif", data, pixels), (array / scale).astype(np.float32))
-    with pytest.raises(BadImage, match="cut off"):
-        decode("a.tif", data[:-9], pixels)
-    with pytest.raises(WrongChannels, match=r"1 page\(s\) of 1 channel\(s\)|this array is"):
-        decode("a.tif", data, Pixels(9))
-
-
-def test_infrared_beside_rgb_is_not_lost():
-    array = noise(9, 11, 4)
-    data = tiff_of(array, photometric="rgb", extrasamples=["unspecified"])
-    assert np.array_equal(decode("a.tif", data, Pixels(4)), array)
-    assert np.array_equal(decode("a.tif", data, Pixels(3)), array[..., :3])
-
-
-def test_without_tifffile_infrared_is_not_replaced_by_an_opaque_channel(monkeypatch):
-    data = tiff_of(noise(9, 11, 4), photometric="rgb", extrasamples=["unspecified"])
-    monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(WrongChannels, match="pip install tifffile"):
-        decode("a.tif", data, Pixels(4))
-    assert decode("a.tif", data, Pixels(3)).shape == (9, 11, 3)
-
-
-def test_another_number_of_channels_than_a_tiff_has_is_said():
-    data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
-    with pytest.raises(WrongChannels, match=r"a.tif: --in_chans 4, but this array is \[9, 11, 13\]"):
-        decode("a.tif", data, Pixels(4))
-    with pytest.raises(WrongChannels, match=r"--in_chans 5, but this file has 1 page\(s\) of 3 channel"):
-        decode("a.tif", encode("TIFF"), Pixels(5))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["13 x uint16", "6 x float64"])
-def test_a_tiff_that_is_cut_off_stays_bad(kind, layout):
-    array = ARRAYS[kind]
-    data = LAYOUTS[layout](array)
-    for length in (len(data) - 20, len(data) - 200, 30):
-        with pytest.raises(BadImage) as caught:
-            decode("a.tif", data[:length], Pixels(array.shape[2]))
-        assert type(caught.value) is BadImage and ("cut off" in str(caught.value) or length == 30)
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda: tiff_of(ARRAYS["13 x uint16"], planarconfig="contig"), "13 samples per pixel, uint16"),
-        (lambda: tiff_of(ARRAYS["3 x float32"], planarconfig="contig"), "3 samples per pixel, float32"),
-        (lambda: LAYOUTS["planar"](ARRAYS["7 x int16"]), "7 samples per pixel, int16"),
-        (lambda: LAYOUTS["planar"](ARRAYS["13 x uint16"]), "13 samples per pixel, uint16"),
-        (lambda: tiff_of(noise(9, 11, 5), photometric="rgb", extrasamples=[0, 0]), "5 samples per pixel, uint8"),
-        (lambda: tiff_of(noise(9, 11).astype(np.float16)), "1 sample per pixel, float16"),
-        (lambda: tiff_with({258: None, 277: (3, 1, b"\5\0\0\0")}), "5 samples per pixel, uint1"),  # 1 bit by default
-    ],
-)
-def test_without_tifffile_the_first_file_says_what_to_install(make, said, tmp_path, monkeypatch):
-    data, channels = make(), int(said.split()[0])
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    (tmp_path / "train" / "a" / "0.tif").write_bytes(data)
-    monkeypatch.setitem(sys.modules, "tifffile", None)
-    message = f"0.tif: a TIFF of {said}, which Pillow can't read: pip install tifffile, or store the image as .npy"
-    pixels = Pixels(channels, (0.0,) * channels, (1.0,) * channels)
-    with pytest.raises(UserError, match=message):
-        datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, pixels)
-
-
-def test_a_compression_that_needs_another_package_is_said(monkeypatch):
-    tifffile = pytest.importorskip("tifffile")
-
-    def refuse(self, **more):
-        raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
-
-    data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
-    monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", refuse)
-    with pytest.raises(WrongChannels, match="uint16, compressed by NONE, which .*: pip install imagecodecs, or"):
-        decode("a.tif", data, Pixels(13))
-
-
-def test_a_tiff_names_no_other_files(monkeypatch):
-    """OME-TIFFs may refer to other files, which are not followed."""
-    tifffile = pytest.importorskip("tifffile")
-    asked = {}
-    monkeypatch.setattr(tifffile, "TiffFile", lambda file, **more: asked.update(more) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        tiff.read(b"", None)
-    assert asked == {"is_ome": False, "is_mmstack": False, "is_ndtiff": False}
 
 
 # Limits of size.

@@ -36,6 +36,7 @@ from util.data.tar import BadArchive
 LABELS = (".cls", ".json")  # endings of the members that hold a sample's class
 CLASS_NAMES = "classes.txt"
 MOST_CLASSES = 10**6  # a greater number is no class
+NameTest = Callable[[str], bool]  # tells from a file's name whether it is wanted
 
 
 @dataclass
@@ -61,7 +62,8 @@ class Files:
     def pick(self, chosen: list[int]) -> "Files":
         """Return the files of these indices, in their order."""
         names = [self.names[index] for index in chosen]
-        return Files(self.archives, names, self.numbers[chosen], self.offsets[chosen], self.sizes[chosen])
+        places = self.numbers[chosen], self.offsets[chosen], self.sizes[chosen]
+        return Files(self.archives, names, *places, self.unfinished)
 
     def path(self, index: int) -> str:
         """Return archive/name of a file, for messages."""
@@ -94,7 +96,7 @@ class Classes(NamedTuple):
 def list_members(
     archives: list[Path],
     split: str,
-    is_wanted: Callable[[str], bool],
+    is_wanted: NameTest,
     *,
     flat: bool = False,
     single: bool = False,
@@ -105,7 +107,7 @@ def list_members(
     Args:
         archives: The archives.
         split: Name of the split, train or val.
-        is_wanted: Tells from a file's name whether it is an image.
+        is_wanted: Whether a name is that of an image.
         flat: Where the images have no classes, take them all as one class.
         single: The archive is the whole split, so that its name is no class.
         to_pack: The images are to be packed, in which no class may get lost, whatever `flat` says.
@@ -117,12 +119,9 @@ def list_members(
         BadArchive: An archive can't be read or is damaged, or the archives have none of the forms.
     """
     # Read the headers, and sort out images and what may be labels.
-    files, folders = _read_all(archives, is_wanted)
-    wanted = [is_wanted(name) for name in files.names]
-    images = files.pick([number for number, own in enumerate(wanted) if own])
-    others = files.pick([number for number, own in enumerate(wanted) if not own])
-    labels = others.pick([number for number, name in enumerate(others.names) if name.endswith(LABELS)])
-    left_out = LeftOut(no_end=[str(archive) for archive in files.unfinished])
+    images, others, folders = _read_all(archives, is_wanted)
+    labels, _ = _divide(others, lambda name: name.endswith(LABELS))
+    left_out = LeftOut(no_end=[str(archive) for archive in images.unfinished])
     left_out.sort_out(others.names, is_wanted)
     if not images.names:
         raise BadArchive(_describe_empty(archives, left_out))
@@ -133,20 +132,26 @@ def list_members(
     if _are_in_folders(images, plain):
         if not flat or to_pack:
             _refuse_labels(images, [name.partition("/")[0] for name in plain], labels)
-        in_others = [name.rpartition("/")[0] for name in others.names]
-        beside = [name[len(prefix) :] for name in (*folders, *in_others) if name.startswith(prefix)]
-        classes = _by_folder(plain, beside)
+        folders += [name.rpartition("/")[0] for name in others.names]
+        classes = _by_folder(plain, [name[len(prefix) :] for name in folders if name.startswith(prefix)])
     elif found := _find_labels(images, labels):
         classes = _by_label(images, labels, found, split, flat)
         for ending in LABELS:
             del left_out.endings[ending]
-    elif single and flat:
-        classes = Classes([""], [0] * len(plain), plain)
     elif single:
-        raise BadArchive(f"{archives[0]} has no class folders: it must hold <class>/<images>")
+        classes = _as_one_class(archives[0], plain, flat)
     else:
         classes = _by_archive(images, plain)
     return _arrange(images, classes, prefix, left_out)
+
+
+def _divide(files: Files, belongs: NameTest) -> tuple[Files, Files]:
+    """Return the files whose names belong to a kind, and the others."""
+    chosen = [belongs(name) for name in files.names]
+    return (
+        files.pick([number for number, own in enumerate(chosen) if own]),
+        files.pick([number for number, own in enumerate(chosen) if not own]),
+    )
 
 
 def _are_in_folders(images: Files, names: list[str]) -> bool:
@@ -164,8 +169,12 @@ def _are_in_folders(images: Files, names: list[str]) -> bool:
     return all(in_folders)
 
 
-def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[Files, list[str]]:
-    """Return the files in all archives, and the names of the folders; raises what list_members raises."""
+def _read_all(archives: list[Path], is_wanted: NameTest) -> tuple[Files, Files, list[str]]:
+    """Return the images in all archives, the other files, and the names of the folders.
+
+    Raises:
+        BadArchive: An archive can't be read or is damaged, or an image is a link or another special file.
+    """
     indexes = [load_index(archive) for archive in archives]
     for archive, index in zip(archives, indexes, strict=True):
         for name, kind in index.others.items():
@@ -182,7 +191,7 @@ def _read_all(archives: list[Path], is_wanted: Callable[[str], bool]) -> tuple[F
         np.concatenate([index.sizes for index in indexes]),
         [archive for archive, index in zip(archives, indexes, strict=True) if not index.has_end],
     )
-    return files, [folder for index in indexes for folder in index.folders]
+    return *_divide(files, is_wanted), [folder for index in indexes for folder in index.folders]
 
 
 def _describe_empty(archives: list[Path], left_out: LeftOut) -> str:
@@ -213,6 +222,13 @@ def _by_folder(names: list[str], folders: list[str]) -> Classes:
     classes = sorted({folder.partition("/")[0] for folder in folders if folder}.union(owners))
     numbers = {name: number for number, name in enumerate(classes)}
     return Classes(classes, [numbers[owner] for owner in owners], names)
+
+
+def _as_one_class(archive: Path, names: list[str], flat: bool) -> Classes:
+    """Take the images of an archive, which has no folders, as one class; raises a BadArchive unless that is wanted."""
+    if not flat:
+        raise BadArchive(f"{archive} has no class folders: it must hold <class>/<images>")
+    return Classes([""], [0] * len(names), names)
 
 
 def _by_archive(images: Files, names: list[str]) -> Classes:

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from util.data import pillow
+from util.data import pillow, tiff
 
 
 class BadImage(Exception):
@@ -47,7 +47,7 @@ def to_channels(img: Image.Image, channels: int, tiff_pages: int) -> np.ndarray:
 def _to_grey(img: Image.Image, is_tiff: bool) -> np.ndarray:
     if _is_deep(img):
         # Of other formats than TIFF, Pillow gives 16 bits as 32-bit whole numbers; a TIFF's are 32 bits in the file.
-        return _scale(np.asarray(img)[..., None], int32_is_16_bits=not is_tiff)
+        return _scale(_deep_values(img)[..., None], int32_is_16_bits=not is_tiff)
     if img.has_transparency_data:
         img = to_rgb(img)
     return np.array(img.convert("L"))[..., None]
@@ -66,13 +66,47 @@ def _is_deep(img: Image.Image) -> bool:
     return img.mode == "F" or img.mode.startswith("I")
 
 
+def _deep_values(img: Image.Image) -> np.ndarray:
+    """Return the values of an image of more than 8 bits, with two conversions that Pillow makes for 8 bits only.
+
+    These are the inversion of a TIFF in which 0 is white, and the white ground under a PNG's transparent grey.
+    """
+    values = np.asarray(img)
+    if img.mode.startswith("I;16") and tiff.zero_is_white(img):
+        values = ~values
+    transparent = img.info.get("transparency")
+    return np.where(values == transparent, 65535, values) if isinstance(transparent, int) else values
+
+
+def are_channels(img: Image.Image, count: int) -> bool:
+    """Return whether the pages of a TIFF, of one channel each, are channels of one image.
+
+    They are not if they differ in size or type, have palettes, are marked as overviews, masks or pages of a document,
+    or are of 1 bit where three are expected, as scanned texts are.
+
+    Args:
+        img: The opened file, which is at its first page afterwards.
+        count: Number of its pages.
+
+    Raises:
+        DecompressionBombError: A page has more pixels than allowed.
+    """
+    kinds, marked = set(), False
+    for number in range(count):
+        img.seek(number)
+        pillow.check_size(*img.size)  # as Pillow itself does in newer versions
+        kinds.add((img.size, img.mode))
+        marked |= tiff.is_marked(img)
+    img.seek(0)
+    return len(kinds) == 1 and not marked and img.mode != "P" and not (img.mode == "1" and count == 3)
+
+
 def stack_pages(img: Image.Image, channels: int) -> np.ndarray:
-    """Return the pages of a TIFF, of one channel each, as the channels of an array."""
+    """Return the pages of a TIFF that are channels (`are_channels`) as those of an array."""
     pages = []
     for number in range(channels):
         img.seek(number)
-        pillow.check_size(*img.size)  # as Pillow itself does in newer versions
-        pages.append(np.array(img))
+        pages.append(_deep_values(img) if _is_deep(img) else np.array(img))
     return _scale(np.stack(pages, axis=2))
 
 
@@ -153,7 +187,7 @@ def to_rgb(img: Image.Image) -> Image.Image:
     if img.mode == "RGB" and not img.has_transparency_data:
         return img
     if _is_deep(img):
-        return Image.fromarray(_to_8_bits(np.asarray(img), img.mode)).convert("RGB")
+        return Image.fromarray(_to_8_bits(_deep_values(img), img.mode)).convert("RGB")
     if img.has_transparency_data:
         img = img.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")

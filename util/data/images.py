@@ -14,7 +14,8 @@ One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; the v
 Four channels are 8-bit RGBA, or a file's own CMYK. Any number of channels can be read from
     .npy               [H, W, C], [C, H, W] or, of one channel, [H, W]; 8 bits, float32 from 0 to 1 where the file has
                        16 unsigned bits, else the file's values as float32
-    TIFF               with as many pages of one channel each; values as from .npy
+    TIFF               with as many pages of one channel each, equal in size and type, and not marked as anything else;
+                       values as from .npy
     TIFF               with as many samples per pixel, or of a type that Pillow can't read: as from .npy, if the package
                        tifffile is installed
 
@@ -39,6 +40,7 @@ from util.data.archives import ImagePath
 from util.data.channels import (
     BadImage,
     WrongChannels,
+    are_channels,
     check_shape,
     from_array,
     load_npy,
@@ -193,11 +195,12 @@ def _is_plain_jpeg(data: bytes, exif: bool) -> bool:
 
 def _decode_with_pillow(data: bytes, pixels: Pixels) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=FORMATS) as img:
+        pillow.adapt_transparent_colour(img)
         tiff_pages = 0
         if img.format == "TIFF":
             bands = len(img.getbands())
             tiff_pages = _count_pages(data, needed=bands == 1 and pixels.channels > 1)
-            if tiff_pages == pixels.channels > 1 and bands == 1:
+            if tiff_pages == pixels.channels > 1 and bands == 1 and are_channels(img, tiff_pages):
                 return stack_pages(img, pixels.channels)
             # If pixels have further samples, such as infrared beside RGB, Pillow keeps only the first ones.
             if bands < pixels.channels == tiff.samples(data):

@@ -42,6 +42,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 for library in ("PIL", "tifffile"):
     logging.getLogger(library).setLevel(logging.CRITICAL)
 
+# Factors by which Pillow scales the values of a PNG of other than 8 bits, by its names for their layout in the file.
+SCALED = {"L;2": 255 / 3, "L;4": 255 / 15, "RGB;16B": 1 / 256}
+
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -102,6 +105,15 @@ def orientation(img: Image.Image) -> int:
     except Exception:  # on broken metadata Pillow raises exceptions of any kind
         return 1
     return value if isinstance(value, int) and value in TURNS else 1
+
+
+def adapt_transparent_colour(img: Image.Image) -> None:
+    """Scale the transparent colour of an opened PNG as the image's values, since Pillow keeps it as it is stored."""
+    colour = img.info.get("transparency")
+    if img.format == "PNG" and isinstance(colour, (int, tuple)) and img.tile and img.tile[0].args in SCALED:
+        factor = SCALED[img.tile[0].args]
+        is_grey = isinstance(colour, int)
+        img.info["transparency"] = int(colour * factor) if is_grey else tuple(int(value * factor) for value in colour)
 
 
 def turn_upright(img: Image.Image) -> Image.Image:

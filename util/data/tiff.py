@@ -5,11 +5,13 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from util.data.pillow import check_size
 
 WIDTH, HEIGHT, BITS, STRIPS, SAMPLES, TILES, SAMPLE_FORMAT = 256, 257, 258, 273, 277, 324, 339
+PAGE_KIND, PHOTOMETRIC = 254, 262
 KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}  # of SAMPLE_FORMAT
 REMEDY = "or store the image as .npy or as a TIFF with a page per channel"
 
@@ -31,6 +33,19 @@ def samples(data: bytes) -> int:
         return int(tags.get(SAMPLES, 1)) if is_page else 0
     except Exception:  # on a broken header Pillow raises exceptions of any kind
         return 0
+
+
+def zero_is_white(img: Image.Image) -> bool:
+    """Return whether Pillow's image is of a TIFF in which 0 is white, and the largest number black."""
+    return getattr(img, "tag_v2", {}).get(PHOTOMETRIC) == 0
+
+
+def is_marked(img: Image.Image) -> bool:
+    """Return whether the page that Pillow's image of a TIFF is at is marked: as an overview, a mask or one of several.
+
+    Unmarked ones are whole images, or channels of one.
+    """
+    return bool(img.tag_v2.get(PAGE_KIND))
 
 
 def _first_page(data: bytes) -> ImageFileDirectory_v2:
@@ -77,7 +92,7 @@ def read(data: bytes, check_shape: Callable[[tuple[int, ...]], None]) -> np.ndar
         check_shape(series.shape)
         _check_whole(series, len(data))
         try:
-            return series.asarray(maxworkers=1)  # loader processes share the cores already
+            values = series.asarray(maxworkers=1)  # loader processes share the cores already
         except ValueError as error:
             package = re.search("requires the '(imagecodecs)' package", str(error))
             if not package:
@@ -87,6 +102,7 @@ def read(data: bytes, check_shape: Callable[[tuple[int, ...]], None]) -> np.ndar
                 f"{_describe(data)}, compressed by {compression}, which Pillow can't read: pip install {package[1]}, "
                 f"{REMEDY}"
             ) from error
+        return ~values if series.keyframe.photometric == 0 and values.dtype.kind in "bu" else values  # 0 is white
 
 
 def _check_whole(series: object, length: int) -> None:
