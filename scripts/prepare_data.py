@@ -55,7 +55,7 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         data = gzip.decompress(path.read_bytes())
-        if data[:3] != b"\x00\x00\x08":
+        if len(data) < 4 or data[:3] != b"\x00\x00\x08":
             raise ValueError("it is no idx file of unsigned bytes")
         num_axes = data[3]
         sizes = np.frombuffer(data, ">i4", count=num_axes, offset=4)
@@ -65,9 +65,18 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def read_fashion_mnist(source: Path, split: str) -> Iterator[Sample]:
-    """Yield the samples of a split of Fashion-MNIST, pixels [28, 28], from the folder of its idx.gz files."""
-    images = read_idx(source / f"{IDX_PREFIXES[split]}-images-idx3-ubyte.gz")  # [N, 28, 28]
-    labels = read_idx(source / f"{IDX_PREFIXES[split]}-labels-idx1-ubyte.gz")  # [N]
+    """Yield the samples of a split of Fashion-MNIST, pixels [28, 28], from the folder of its idx.gz files.
+
+    Raises:
+        UserError: A file cannot be read, or is not that of Fashion-MNIST.
+    """
+    names = [f"{IDX_PREFIXES[split]}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+    images, labels = (read_idx(source / name) for name in names)  # [N, 28, 28], [N]
+    if labels.ndim != 1 or images.shape != (len(labels), 28, 28) or (labels >= len(FASHION_CLASSES)).any():
+        raise UserError(
+            f"{source / names[0]} of shape {list(images.shape)} and {names[1]} of shape {list(labels.shape)} are not "
+            f"Fashion-MNIST's, images of 28 x 28 pixels with a label from 0 to 9 each: give the folder of its own files"
+        )
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         yield FASHION_CLASSES[label], number, image
 

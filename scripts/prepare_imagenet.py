@@ -245,11 +245,20 @@ def class_archives(source: Path, mode: str) -> Iterator[tuple[str, int, tarfile.
 
 
 def class_images(source: Path, mode: str) -> Iterator[tuple[str, int, tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield what `class_archives` yields and an image in that archive, for each image; raises what it raises."""
+    """Yield what `class_archives` yields and an image in that archive, for each image.
+
+    Raises:
+        UserError: The archive of a class holds no images; or what `class_archives` raises, which raises TarError and
+            EOFError as well.
+    """
     for label, start, archive in class_archives(source, mode):
+        images = 0
         for member in archive:
-            if member.isfile() and is_image(member.name):
+            if member.isfile() and is_image(Path(member.name).name):
+                images += 1
                 yield label, start, archive, member
+        if not images:
+            raise UserError(f"{source} holds no images of {label}: is it complete?")
 
 
 def prepare_train(source: Path, output: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 import struct
+import unicodedata
 import zlib
 
 import faults
@@ -48,6 +49,12 @@ def rename_class(data):
     first_class(data / "val").rename(data / "val" / "zebra")
 
 
+def encode_accents_in_two_ways(data):
+    """As macOS does in names of an archive that another system's folder is compared with."""
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        first_class(data / split).rename(data / split / unicodedata.normalize(form, "caf\u00e9"))
+
+
 BAD_FOLDERS = [
     ("pretrain", lambda data: shutil.rmtree(data / "train"), "no folder .*train: --data_path must hold train/<class>/"),
     ("finetune", lambda data: shutil.rmtree(data / "val"), "no folder .*val: --data_path must hold val/<class>/"),
@@ -63,6 +70,7 @@ BAD_FOLDERS = [
         "classes of train and val differ. only in .*val: empty",
     ),
     ("finetune", rename_class, r"classes of train and val differ. only in .*train: \w+.*; only in .*val: zebra"),
+    ("finetune", encode_accents_in_two_ways, "only in .*train: caf.*; they look alike, but their accents"),
     (
         "linprobe",
         lambda data: shutil.rmtree(first_class(data / "val")),

@@ -280,6 +280,18 @@ def test_only_pictures_that_pillow_decodes_by_itself_are_opened():
     assert list(EXTENSIONS) == sorted(set(EXTENSIONS)) and all(ending == ending.lower() for ending in EXTENSIONS)
 
 
+@pytest.mark.skipif(pillow.pillow_heif is not None, reason="pillow-heif is installed")
+def test_without_its_package_a_heic_names_it(tmp_path, refusal):
+    heic = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"
+    for name in ("a.heic", "a.jpg"):  # telephones' files are renamed at times
+        with pytest.raises(BadImage, match=f"{name}: a HEIC: pip install pillow-heif"):
+            decode(name, heic, Pixels())
+    for number in range(2):
+        (tmp_path / f"{number}.HEIC").write_bytes(heic)
+    said = refusal(lambda: inference.find([tmp_path]))
+    assert ".heic 2: pip install pillow-heif" in said
+
+
 def test_heic_is_read_where_its_package_is_installed():
     pytest.importorskip("pillow_heif")
     assert ".heic" in EXTENSIONS and pillow.pillow_heif

@@ -445,19 +445,21 @@ JPEG = png(3, form="jpeg")
 
 
 @pytest.mark.parametrize("paths", [(None, None), ("1.png", None), ("1.png", "x/1.png"), ("1.png", "notes.txt")])
-def test_files_without_names_of_their_own_get_one_that_fits_their_content(paths, arrow, tmp_path):
+def test_files_without_names_of_their_own_get_one_that_fits_their_content(paths, arrow, tmp_path, capsys):
     rows = [(PNG, paths[0]), (JPEG, paths[1]), (png(form="webp"), "2.png"), (png(form="tiff"), "3.png")]
     source = write_parquet(tmp_path / "train-0.parquet", rows, [0] * 4, ["a"])
     run(source, "--output", tmp_path / "out")
     expected = ["a/train-0-000000.png", "a/train-0-000001.jpg", "a/train-0-000002.webp", "a/train-0-000003.tif"]
     assert names_in(tmp_path / "out") == expected
     assert [content for *_, content in listed(tmp_path / "out")[1]] == [data for data, _ in rows]
+    assert "notice: files are named by their rows' numbers, since their own names repeat" in capsys.readouterr().err
 
 
-def test_one_name_in_two_classes_is_no_matter(arrow, tmp_path):
+def test_one_name_in_two_classes_is_no_matter(arrow, tmp_path, capsys):
     source = write_parquet(tmp_path / "0.parquet", [(PNG, "x/1.png"), (JPEG, "1.png")], [1, 0], ["a", "b", "c"])
     run(source, "--output", tmp_path / "out")
     assert listed(tmp_path / "out") == (["a", "b", "c"], [("a/1.png", 0, JPEG), ("b/1.png", 1, PNG)])
+    assert "notice" not in capsys.readouterr().err
 
 
 LABELS = {  # labels, names of the classes, and the names that are listed

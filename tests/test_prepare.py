@@ -95,6 +95,23 @@ def test_folders_and_other_files_in_a_class_are_no_images(archives):
     assert names == [f"{name}_1.JPEG" for name in sorted(set(LABELS))]
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "unpacked"])
+def test_names_may_begin_with_the_folder_that_was_packed(packed, archives, small_shards):
+    """As `tar cf n00000001.tar .` writes them."""
+    with tarfile.open(archives / "train.tar", "w") as tar:
+        for name in sorted(set(LABELS)):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as part:
+                add(part, f"./{name}_1.JPEG", b"1")
+                add(part, f"./._{name}_1.JPEG", b"hidden")
+            add(tar, f"{name}.tar", inner.getvalue())
+    prepare_imagenet.main(
+        ["--output", str(archives / "out"), "--train", str(archives / "train.tar"), *(["--packed"] if packed else [])]
+    )
+    expected = [(f"{name}/{name}_1.JPEG", number, b"1") for number, name in enumerate(sorted(set(LABELS)))]
+    assert listed(archives / "out/train")[1] == expected
+
+
 def test_a_damaged_development_kit_is_a_message(archives, refusal):
     data = bytearray(gzip.compress(bytes(range(256)) * 400))
     data[30] ^= 255
@@ -216,8 +233,16 @@ def cut_off(path):
 
 
 def of_two_classes(path):
+    with tarfile.open(path) as tar:
+        archives = {member.name: tar.extractfile(member).read() for member in tar.getmembers()[:2]}
     with tarfile.open(path, "w") as tar:
-        for name in sorted(set(LABELS))[:2]:
+        for name, data in archives.items():
+            add(tar, name, data)
+
+
+def of_empty_classes(path):
+    with tarfile.open(path, "w") as tar:
+        for name in sorted(set(LABELS)):
             add(tar, f"{name}.tar", bytes(10240))
 
 
@@ -236,6 +261,7 @@ SPOILT = {  # file, what happens to it, the message, and whether it is one of th
     "no labels": ("labels.txt", Path.unlink, "no such file", True),
     "train cut off": ("train.tar", cut_off, "Is the file complete", True),
     "train of two classes": ("train.tar", of_two_classes, "holds 2 classes instead of 3", True),
+    "train of empty classes": ("train.tar", of_empty_classes, "holds no images of n00000001", True),
     "train with another archive": ("train.tar", with_a_stranger, "holds images.tar instead of archives like", True),
     "train damaged inside": ("train.tar", damaged_inside, "bad checksum", True),
 }

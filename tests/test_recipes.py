@@ -89,6 +89,25 @@ def test_damaged_downloads_and_silent_errors_are_messages(fashion_mnist_files, t
         prepare_data.main(["cifar10", "--output", str(tmp_path / "data")])
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"), [((30, 28, 28), (29,)), ((30, 28, 27), (30,)), ((30, 784), (30,)), ((30, 28, 28), (30, 1))]
+)
+def test_files_of_another_dataset_are_refused(images, labels, fashion_mnist_files, tmp_path):
+    write_idx(fashion_mnist_files / "t10k-images-idx3-ubyte.gz", np.zeros(images, np.uint8))
+    write_idx(fashion_mnist_files / "t10k-labels-idx1-ubyte.gz", np.zeros(labels, np.uint8))
+    words = ["fashion_mnist", "--source", str(fashion_mnist_files), "--output", str(tmp_path / "data")]
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte.gz of shape \[30, .* are not Fashion-MNIST's"):
+        prepare_data.main(words)
+    assert not (tmp_path / "data").exists()
+
+
+def test_labels_of_another_dataset_are_refused(fashion_mnist_files, tmp_path):
+    """EMNIST's letters have 26 classes."""
+    write_idx(fashion_mnist_files / "train-labels-idx1-ubyte.gz", np.arange(30, dtype=np.uint8))
+    with pytest.raises(UserError, match="with a label from 0 to 9 each"):
+        prepare_data.main(["fashion_mnist", "--source", str(fashion_mnist_files), "--output", str(tmp_path / "data")])
+
+
 def test_the_samples_are_what_the_script_makes(tmp_path):
     source = Path("/usr/share/datasets/fashion-mnist")
     if not source.is_dir():

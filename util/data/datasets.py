@@ -1,6 +1,7 @@
 """Datasets over the images of a split, which lie in folders or archives (util/data/splits.py)."""
 
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -308,6 +309,9 @@ def class_differences(first: list[str], second: list[str], first_name: str, seco
         for name, classes, others in ((first_name, first, second), (second_name, second, first))
         if set(classes) - set(others)
     ]
+    composed = [{unicodedata.normalize("NFC", name) for name in classes} for classes in (first, second)]
+    if parts and composed[0] == composed[1]:
+        parts.append("they look alike, but their accents are encoded differently (Unicode's NFC and NFD): rename them")
     return "; ".join(parts)
 
 

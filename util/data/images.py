@@ -146,7 +146,8 @@ def decode(path: str, data: bytes, pixels: Pixels) -> np.ndarray:
         except BadImage as error:
             raise type(error)(f"{path}: {error}") from error
         except UnidentifiedImageError as error:
-            raise BadImage(f"{path}: not an image, or empty") from error
+            reason = f"a HEIC: {pillow.HEIC_REMEDY}" if pillow.is_heic(data) else "not an image, or empty"
+            raise BadImage(f"{path}: {reason}") from error
         except Image.DecompressionBombError as error:
             raise BadImage(f"{path}: {pillow.describe_bomb(error)}") from error
         except Exception as error:  # on a broken header Pillow's decoders raise exceptions of any kind

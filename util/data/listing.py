@@ -15,6 +15,7 @@ import numpy as np
 
 from util.checkpoint.output_dir import LOCK
 from util.data.archives import MemberPath, Members
+from util.data.pillow import EXTENSIONS, HEIC_ENDINGS, HEIC_REMEDY
 from util.errors import UserError
 
 
@@ -88,7 +89,10 @@ def count_nouns(number: int, noun: str, plural: str = "s") -> str:
 
 def list_endings(endings: Counter) -> str:
     """Return endings of file names with their numbers, for a message, the most frequent first."""
-    return join_names(f"{ending or 'without ending'} {number}" for ending, number in endings.most_common())
+    remedies = dict.fromkeys(set(HEIC_ENDINGS).difference(EXTENSIONS), f": {HEIC_REMEDY}")
+    return join_names(
+        f"{ending or 'without ending'} {number}{remedies.get(ending, '')}" for ending, number in endings.most_common()
+    )
 
 
 @dataclass

@@ -36,6 +36,11 @@ EXTENSIONS = tuple(
     sorted({".npy", *(ending for ending, name in Image.EXTENSION.items() if name in FORMATS or name == "MPO")})
 )
 
+# What is said where the package for a file's ending is missing, and of a file with one of these types of content.
+HEIC_REMEDY = "pip install pillow-heif"
+HEIC_ENDINGS = (".heic", ".heif")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
 # Between one and two times MAX_IMAGE_PIXELS Pillow warns for every image (beyond, it refuses), and so it does about
 # metadata that it can't make sense of.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -96,6 +101,11 @@ def describe_bomb(error: Image.DecompressionBombError) -> str:
         f"{size} megapixels, above the limit of {limit}: raise it with --max_megapixels {size} if the file is to be "
         "trusted"
     )
+
+
+def is_heic(data: bytes) -> bool:
+    """Return whether a file begins as a HEIC does, whether or not the package that reads it is installed."""
+    return data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS
 
 
 def orientation(img: Image.Image) -> int:

@@ -75,7 +75,16 @@ def read_parquets(paths: list[Path]) -> PackedImages:
     # The first pass is for sizes and names; the second one will read what is to be written.
     rows = _list_rows(paths, columns)
     owners, classes, notices = _name_classes(rows, columns, paths)
-    chosen, names = _name_files(rows, owners, paths)
+
+    # With the stored names, files are kept whatever their content: training tells of bad images.
+    names = list(map(_join, owners, rows.names))
+    chosen = list(range(len(names)))
+    if not _are_file_names(names):
+        chosen, names = _make_names(rows, owners, paths)
+        if any(rows.names):
+            notices.append(
+                "files are named by their rows' numbers, since their own names repeat, or are not all images'"
+            )
     if left_out := rows.empty:
         notices.append(f"left out: {count_nouns(len(left_out), 'row')} without an image ({join_names(left_out, 3)})")
 
@@ -264,30 +273,31 @@ def _name_classes(rows: Rows, columns: Columns, paths: list[Path]) -> tuple[list
     return [named[label] for label in rows.labels], list(named.values()), notices if changed else []
 
 
-def _name_files(rows: Rows, owners: list[str], paths: list[Path]) -> tuple[list[int], list[str]]:
-    """Return which rows to pack, by their index, and <class>/<file> of each.
+def _are_file_names(names: list[str]) -> bool:
+    """Return whether every name, <class>/<file> or <file>, is that of an image file, and no two are equal."""
+    files = [name.rpartition("/")[2] for name in names]
+    return all(file and is_image(file) and "\0" not in file for file in files) and len(set(names)) == len(names)
 
-    The images keep the names that are stored with them if all have one and none occurs twice in a class. Otherwise
-    names are made from the parquet file's name and the row's number.
+
+def _make_names(rows: Rows, owners: list[str], paths: list[Path]) -> tuple[list[int], list[str]]:
+    """Return which rows to pack, by their index, and <class>/<file> of each, made from the file and the row's number.
 
     Args:
-        rows: The rows; those that are no images are counted as empty where names have to be made.
+        rows: The rows; those that are no images, for which there is no ending, are counted as empty.
         owners: Class of each, or "".
         paths: The parquet files.
     """
-    # With the stored names, files are kept whatever their content: training tells of bad images.
-    prefixes = [f"{owner}/" if owner else "" for owner in owners]
-    stored = [prefix + name for prefix, name in zip(prefixes, rows.names, strict=True)]
-    if all(name and is_image(name) and "\0" not in name for name in rows.names) and len(set(stored)) == len(stored):
-        return list(range(len(stored))), stored
-
-    # A made name needs an ending, which only images have.
     chosen, names = [], []
-    for index, (prefix, ending) in enumerate(zip(prefixes, rows.endings, strict=True)):
+    for index, (owner, ending) in enumerate(zip(owners, rows.endings, strict=True)):
         path, number = paths[rows.owners[index]], rows.numbers[index]
         if ending:
             chosen.append(index)
-            names.append(f"{prefix}{path.stem}-{number:06d}{ending}")
+            names.append(_join(owner, f"{path.stem}-{number:06d}{ending}"))
         else:
             rows.empty.append(f"{path}, row {number}")
     return chosen, names
+
+
+def _join(owner: str, name: str) -> str:
+    """Return <class>/<file>, or the file's name alone where there is no class."""
+    return f"{owner}/{name}" if owner else name
