@@ -120,8 +120,8 @@ def refuse_other_pooling(source: str, checkpoint: dict) -> None:
     here = "avg" if "fc_norm.weight" in checkpoint["model"] else "token"
     if pooling and pooling != here and has_head(checkpoint["model"]):
         raise UserError(
-            f"{source} does not fit: it classifies by the pooling {pooling!r} without the norm that goes with it here. "
-            "Use it in timm, or fine-tune its encoder (--finetune)"
+            f"{source} does not fit: it classifies by the pooling {pooling!r}, where a classifier with its final norm "
+            f"pools by {here!r} here. Use it in timm, or fine-tune its encoder (--finetune)"
         )
 
 
