@@ -8,7 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from util.data import splits
+from util.data import archive_index, datasets, splits
+from util.data.images import Pixels
+from util.data.splits import DataSpec
 
 
 def png(value: int = 9, size: int = 8, form: str = "png") -> bytes:
@@ -21,11 +23,21 @@ def png(value: int = 9, size: int = 8, form: str = "png") -> bytes:
 PNG = png()
 
 
-def listed(source: splits.Source, split: str, flat: bool = False) -> tuple[list[str], list[tuple[str, int, bytes]]]:
+def contents(source: splits.Source, split: str, flat: bool = False) -> tuple[list[str], list[tuple[str, int, bytes]]]:
     """Return the classes of a split, and (name, class, content) of each of its images, in order."""
     found = splits.list_split(source, split, flat)
     contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
     return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
+
+
+def listed(data: Path, split: str = "train", flat: bool = False) -> tuple[list[str], list[tuple[str, int, bytes]]]:
+    """Return what `contents` returns of a split in a data folder."""
+    return contents(splits.find_split(str(data), split, flat), split, flat)
+
+
+def opened(data: Path, split: str = "train", kind: type = datasets.Images, **more: object) -> datasets.Images:
+    """Open a split as a run does; `more` are arguments of open_split."""
+    return datasets.open_split(kind, DataSpec(str(data)), split, None, Pixels(), **more)
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:
@@ -44,6 +56,29 @@ def write(path: Path, members: dict[str, bytes], **options: object) -> Path:
         for name, data in members.items():
             add(tar, name, data)
     return path
+
+
+def good(path: Path) -> Path:
+    """Write an archive of two images in two classes."""
+    return write(path, {"a/1.png": PNG, "b/2.png": PNG * 9})
+
+
+def sample(key: str, label: int | str | bytes, ending: str = "cls") -> dict[str, bytes]:
+    """Return the two members of a sample of WebDataset: an image and its label."""
+    return {f"{key}.png": PNG, f"{key}.{ending}": label if isinstance(label, bytes) else str(label).encode()}
+
+
+def raw(name: str, data: bytes, kind: bytes = b"0", size: int | None = None) -> bytes:
+    """Return a member's header and content; `size` is what the header states instead of the content's size."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = len(data) if size is None else size, kind
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+def save_index(archive: Path) -> None:
+    """Write an archive's index beside it."""
+    with archive.with_name(f"{archive.name}.index").open("wb") as file:
+        archive_index.write_index(archive, file)
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

@@ -85,6 +85,16 @@ def packed(images, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def encoder() -> dict[str, torch.Tensor]:
+    """Weights of an encoder of the demo's size for 8 x 8 pixels, without head."""
+    import models_vit
+
+    torch.manual_seed(0)
+    state = models_vit.vit_demo_patch4(img_size=8, num_classes=0, global_pool=False).state_dict()
+    return {name: torch.randn_like(value) for name, value in state.items()}
+
+
 @pytest.fixture
 def arrow():
     """Module pyarrow; without it the test is skipped."""

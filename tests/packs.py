@@ -20,7 +20,7 @@ def run(*words):
 
 def listed(folder, split="train", flat=False):
     """Return the classes of a split in a folder or in its archives, and (name, class, content) of each image."""
-    return archives.listed(splits.source_at(Path(folder)), split, flat)
+    return archives.contents(splits.source_at(Path(folder)), split, flat)
 
 
 def tree(folder, members):
