@@ -4,9 +4,7 @@
     data_path/train/*.tar               archives of one of three forms:
         <class>/<images>                shards, over which the classes may be spread in any way
         <images>                        an archive per class, <class>.tar
-        <key>.jpg and <key>.cls         WebDataset: .cls, or .json with "label", holds a class's number or name. The
-                                        names of numbers are the lines of classes.txt beside the archives, or in
-                                        data_path, else class_<number>
+        <key>.jpg and <key>.cls         WebDataset, whose labels util/data/webdataset.py reads
 
 Leading folders that all images share are ignored up to the one named like the split (tar cf train.tar train). For
 pre-training, train.tar may also hold images without class folders, and WebDataset shards may lack classes. The result
@@ -14,14 +12,9 @@ equals the listing of the same images in class folders: classes, order, names an
 difference: classes that are given as numbers keep them, while folders are numbered in the order of their names.
 """
 
-import json
 import os
 import posixpath
-import re
-from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -29,50 +22,12 @@ from typing import NamedTuple
 import numpy as np
 
 from util.data.archive_index import load_index
-from util.data.archives import Members, open_archive
+from util.data.archives import Files, Members
 from util.data.listing import LeftOut, Listing, join_names
 from util.data.tar import BadArchive
+from util.data.webdataset import LABELS, find_labels, read_classes, refuse_labels
 
-LABELS = (".cls", ".json")  # endings of the members that hold a sample's class
-CLASS_NAMES = "classes.txt"
-MOST_CLASSES = 10**6  # a greater number is no class
 NameTest = Callable[[str], bool]  # tells from a file's name whether it is wanted
-
-
-@dataclass
-class Files:
-    """Files in archives.
-
-    Attributes:
-        archives: Paths of the archives.
-        names: Name of each file.
-        numbers: Number of its archive [files].
-        offsets: Where its bytes begin there [files].
-        sizes: Number of its bytes [files].
-        unfinished: The archives that have no end mark.
-    """
-
-    archives: list[Path]
-    names: list[str]
-    numbers: np.ndarray
-    offsets: np.ndarray
-    sizes: np.ndarray
-    unfinished: list[Path] = field(default_factory=list)
-
-    def pick(self, chosen: list[int]) -> "Files":
-        """Return the files of these indices, in their order."""
-        names = [self.names[index] for index in chosen]
-        places = self.numbers[chosen], self.offsets[chosen], self.sizes[chosen]
-        return Files(self.archives, names, *places, self.unfinished)
-
-    def path(self, index: int) -> str:
-        """Return archive/name of a file, for messages."""
-        return f"{self.archives[self.numbers[index]]}/{self.names[index]}"
-
-    def read(self, index: int) -> bytes:
-        """Return the bytes of a file."""
-        archive = str(self.archives[self.numbers[index]])
-        return os.pread(open_archive(archive), int(self.sizes[index]), int(self.offsets[index]))
 
 
 class Classes(NamedTuple):
@@ -131,10 +86,10 @@ def list_members(
     plain = [name[len(prefix) :] for name in images.names]
     if _are_in_folders(images, plain):
         if not flat or to_pack:
-            _refuse_labels(images, [name.partition("/")[0] for name in plain], labels)
+            refuse_labels(images, [name.partition("/")[0] for name in plain], labels)
         folders += [name.rpartition("/")[0] for name in others.names]
         classes = _by_folder(plain, [name[len(prefix) :] for name in folders if name.startswith(prefix)])
-    elif found := _find_labels(images, labels):
+    elif found := find_labels(images, labels):
         classes = _by_label(images, labels, found, split, flat)
         for ending in LABELS:
             del left_out.endings[ending]
@@ -246,178 +201,15 @@ def _by_archive(images: Files, names: list[str]) -> Classes:
     return Classes(classes, [numbers[owner] for owner in owners], names, adds_class=True)
 
 
-def _keys(files: Files) -> list[tuple[int, str]]:
-    """Return the sample that each file belongs to, as WebDataset tells: archive, and name up to the first dot."""
-    keys = []
-    for number, name in zip(files.numbers.tolist(), files.names, strict=True):
-        folder, _, file = name.rpartition("/")
-        keys.append((number, f"{folder}/{file.partition('.')[0]}"))
-    return keys
-
-
-def _find_labels(images: Files, labels: Files) -> list[int | None]:
-    """Return for each image the index of its label among the labels, None for one without; [] if none has any."""
-    # Of a sample with both, .cls is taken.
-    order = sorted(range(len(labels.names)), key=lambda number: labels.names[number].endswith(LABELS[0]))
-    keys = _keys(labels)
-    by_key = {keys[number]: number for number in order}
-    found = [by_key.get(key) for key in _keys(images)] if by_key else []
-    return found if any(number is not None for number in found) else []
-
-
-def _check_samples(images: Files, labels: Files) -> None:
-    """Raise a BadArchive if two images, or two labels of one kind, belong to one sample."""
-    kinds = [[number for number, name in enumerate(labels.names) if name.endswith(ending)] for ending in LABELS]
-    for files in (images, *map(labels.pick, kinds)):
-        first: dict[tuple[int, str], int] = {}
-        for number, key in enumerate(_keys(files)):
-            if first.setdefault(key, number) != number:
-                raise BadArchive(
-                    f"{files.path(first[key])} and {files.path(number)} belong to one sample, since their names up to "
-                    "the first dot are one: pack them anew, with one image and one label per sample"
-                )
-
-
-def _refuse_labels(images: Files, folders: list[str], labels: Files) -> None:
-    """Raise a BadArchive for a label beside an image in a folder: which of both is its class is not clear.
-
-    A .json may also hold other things, or repeat the folder's name. Of each folder the first one is read.
-
-    Args:
-        images: The images.
-        folders: Folder of each.
-        labels: Members that may hold labels.
-    """
-    read = set()
-    for folder, number in zip(folders, _find_labels(images, labels), strict=False):
-        if number is None:
-            continue
-        unclear = labels.names[number].endswith(LABELS[0])
-        if not unclear and folder not in read:
-            read.add(folder)
-            with suppress(BadArchive):  # it holds no class
-                unclear = _read_label(labels, number) not in (None, folder)
-        if unclear:
-            raise BadArchive(
-                f"{labels.path(number)} is the label of an image in a folder, which stands for a class by itself: pack "
-                "the samples anew without folders"
-            )
-
-
 def _by_label(images: Files, labels: Files, found: list[int | None], split: str, flat: bool) -> Classes:
-    """Take what the labels say as the images' classes.
-
-    Args:
-        images: The images.
-        labels: Members that may hold labels.
-        found: Index among the labels of each image's label, None for one without.
-        split: Name of the split.
-        flat: Take all images as one class where not every one has a label that is a class.
-
-    Raises:
-        BadArchive: Labels can't be read, are missing, or are no classes.
-    """
-    # Pre-training needs no classes: labels that are none, such as lists of several, do not matter there.
+    """Take what the labels say as the images' classes, or all images as one class if `read_classes` says so."""
     names = [posixpath.basename(name) for name in images.names]
-    try:
-        if not flat:
-            _check_samples(images, labels)
-        values = [None if number is None else _read_label(labels, number) for number in found]
-    except BadArchive:
-        if not flat:
-            raise
-        values = [None] * len(found)
-    if flat and None in values:
+    read = read_classes(images, labels, found, split, flat)
+    if read is None:
         return Classes([""], [0] * len(names), names, are_samples=True)
-    if None in values:
-        raise BadArchive(
-            f'{images.path(values.index(None))} has no label: each image needs a .cls, or a .json with "label", of the '
-            "same name"
-        )
-
-    # Numbers are the classes' own, names are numbered in sorted order.
-    kinds = {type(value) for value in values}
-    if kinds == {int}:
-        classes, targets = _class_names(images, max(values) + 1, split), values
-    elif kinds == {str}:
-        classes = sorted(set(values))
-        numbers = {name: number for number, name in enumerate(classes)}
-        targets = [numbers[value] for value in values]
-    else:
-        raise BadArchive(
-            f"some labels are numbers and some are names in {join_names(map(str, images.archives), 3)}, such as "
-            f"{next(value for value in values if isinstance(value, str))!r}: pack them anew with labels of one kind"
-        )
+    classes, targets = read
     listed = [f"{classes[target]}/{name}" for target, name in zip(targets, names, strict=True)]
     return Classes(classes, targets, listed, adds_class=True, are_samples=True)
-
-
-def _read_label(labels: Files, number: int) -> int | str | None:
-    """Return the class that a member states, by its number or name; None if a .json states none.
-
-    Raises:
-        BadArchive: It can't be read, or is no class.
-    """
-    path = labels.path(number)
-    try:
-        data = labels.read(number)
-        if len(data) < labels.sizes[number]:
-            raise ValueError("it is cut off")
-        text = data.decode()
-        if path.endswith(".json"):
-            entries = json.loads(text)
-            label = entries.get("label", entries.get("cls")) if isinstance(entries, dict) else None
-        else:
-            label = text.strip()
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadArchive(f"{path} can't be read as a label: {error}") from error
-    if label is None:
-        return None
-
-    # A number may be written as text, or with a point.
-    if isinstance(label, str) and re.fullmatch(r"-?\d{1,18}", label) or isinstance(label, float) and label.is_integer():
-        label = int(label)
-    if type(label) is int and 0 <= label < MOST_CLASSES:
-        return label
-    if isinstance(label, str) and label not in ("", ".", "..") and not re.search("[/\0\ud800-\udfff]", label):
-        return label
-    raise BadArchive(
-        f"{path} has the label {label!r:.40}, which is no class: give a number from 0 up, or a name without /"
-    )
-
-
-def _class_names(images: Files, count: int, split: str) -> list[str]:
-    """Return the names of numbered classes: the lines of classes.txt, or class_0, class_1, ...
-
-    Args:
-        images: The images; classes.txt lies beside their archives or, where these are in a folder of the split's name,
-            beside that.
-        count: Smallest number of classes.
-        split: Name of the split.
-
-    Raises:
-        BadArchive: classes.txt has too few lines, or lines that are no names.
-    """
-    folder = images.archives[0].absolute().parent
-    candidates = [folder, folder.parent] if folder.name == split else [folder]
-    file = next((place / CLASS_NAMES for place in candidates if (place / CLASS_NAMES).is_file()), None)
-    if file is None:
-        return [f"class_{number}" for number in range(count)]
-    try:
-        names = file.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, ValueError) as error:
-        raise BadArchive(f"cannot read {file}: {error}") from error
-    names = [name.strip() for name in names]
-    if len(names) < count:
-        raise BadArchive(
-            f"{file} names {len(names)} classes, and there is a label {count - 1}: a line per class is needed"
-        )
-    twice = [name for name, times in Counter(names).items() if times > 1 or not name or "/" in name]
-    if twice:
-        raise BadArchive(
-            f"{file} needs a name without / per line, each once: {join_names(map(repr, twice), 3)} is wrong"
-        )
-    return names
 
 
 def folder_and_file(name: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ import errno
 import os
 import posixpath
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -39,6 +39,42 @@ def open_archive(path: str) -> int:
     except OSError as error:
         raise LocalError(f"cannot open {path}: {error.strerror}. Was it moved or removed?") from error
     return _descriptors[path]
+
+
+@dataclass
+class Files:
+    """Files in archives, as their headers list them.
+
+    Attributes:
+        archives: Paths of the archives.
+        names: Name of each file.
+        numbers: Number of its archive [files].
+        offsets: Where its bytes begin there [files].
+        sizes: Number of its bytes [files].
+        unfinished: The archives that have no end mark.
+    """
+
+    archives: list[Path]
+    names: list[str]
+    numbers: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    unfinished: list[Path] = field(default_factory=list)
+
+    def pick(self, chosen: list[int]) -> "Files":
+        """Return the files of these indices, in their order."""
+        names = [self.names[index] for index in chosen]
+        places = self.numbers[chosen], self.offsets[chosen], self.sizes[chosen]
+        return Files(self.archives, names, *places, self.unfinished)
+
+    def path(self, index: int) -> str:
+        """Return archive/name of a file, for messages."""
+        return f"{self.archives[self.numbers[index]]}/{self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """Return the bytes of a file."""
+        archive = str(self.archives[self.numbers[index]])
+        return os.pread(open_archive(archive), int(self.sizes[index]), int(self.offsets[index]))
 
 
 @dataclass

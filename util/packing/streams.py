@@ -14,11 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.data.archive_forms import LABELS, folder_and_file
+from util.data.archive_forms import folder_and_file
 from util.data.archive_index import clean_names
 from util.data.listing import LeftOut, join_names
 from util.data.splits import OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive, Member
+from util.data.webdataset import LABELS
 from util.packing.shards import PackedImages
 from util.packing.sources import droppable_prefix, readable
 
