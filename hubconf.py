@@ -21,7 +21,7 @@ import pathlib
 import models_mae
 import models_vit
 from util import errors
-from util.checkpoint import comparison, files, formats
+from util.checkpoint import comparison, configurations, files
 from util.checkpoint import weights as loading
 
 dependencies = ["torch", "torchvision", "timm", "safetensors"]
@@ -89,7 +89,7 @@ def _classifier(
         model = models_vit.from_checkpoint(checkpoint, source)
     else:
         trunk = models_vit.from_checkpoint(checkpoint, source, trunk_only=True).config
-        kept = {argument: trunk[argument] for argument in formats.TRUNK}
+        kept = {argument: trunk[argument] for argument in configurations.TRUNK}
         config = checkpoint.get("model_config") or {}
         kept |= {"global_pool": config["global_pool"]} if "global_pool" in config else {}
         model = models_vit.VisionTransformer(**{**kept, **arguments, "num_classes": num_classes})
@@ -131,8 +131,10 @@ def _refuse_other_sizes(name: str, expected: dict, config: dict, source: str) ->
 
 def _described(model, checkpoint: dict):
     """Return the model, with pretrained_cfg as timm's models have it."""
-    settings = formats.evaluation_settings(files.checkpoint_args(checkpoint), model.config)
-    model.pretrained_cfg = formats.timm_pretrained_cfg(model.config, *settings, model.config.get("num_classes", 0))
+    settings = configurations.evaluation_settings(files.checkpoint_args(checkpoint), model.config)
+    model.pretrained_cfg = configurations.timm_pretrained_cfg(
+        model.config, *settings, model.config.get("num_classes", 0)
+    )
     return model
 
 

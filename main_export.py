@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import models_mae
 import models_vit
 from util import errors, inference
-from util.checkpoint import comparison, formats
+from util.checkpoint import comparison, configurations, formats
 from util.checkpoint.classes import class_names
 from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load_checkpoint
 from util.checkpoint.output_dir import UNFINISHED, fsync_path, raise_write_errors, unwritable
@@ -119,7 +119,7 @@ class Source:
             raise UserError(f"{path} has no head, so there are no classes to name: omit --class_names")
 
         flags = checkpoint_args(checkpoint)
-        pixels, crop_pct = formats.evaluation_settings(flags, config)
+        pixels, crop_pct = configurations.evaluation_settings(flags, config)
         return cls(path, checkpoint, model, flags, pixels, crop_pct, classes)
 
     @property
@@ -175,7 +175,7 @@ def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
 
 def to_timm(folder: Path, source: Source) -> None:
     """Write the classifier, or else the encoder, for timm."""
-    description = formats.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
+    description = configurations.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
     save(folder, fold_probe(source.model.state_dict(), source.config), description)
 
 
@@ -201,7 +201,7 @@ def to_hf(folder: Path, source: Source) -> None:
         )
 
     config = source.config | {"img_size": height}
-    description = formats.hugging_face_config(config, source.classes, source.flags.get("mask_ratio", 0.75))
+    description = configurations.hugging_face_config(config, source.classes, source.flags.get("mask_ratio", 0.75))
     save(folder, formats.to_hugging_face(state), description)
     write_json(folder / "preprocessor_config.json", preprocessor_config(height, source.pixels, source.crop_pct))
 
@@ -375,7 +375,7 @@ def flag_value(value: object) -> str:
 def usage_example(to: str, source: Source) -> str:
     """Return the line of Python that loads an export of this format."""
     if to == "hf":
-        kind = formats.hugging_face_class(source.config, source.classes)
+        kind = configurations.hugging_face_class(source.config, source.classes)
         flags = ", add_pooling_layer=False" if kind == "ViTModel" else ""
         return f'model = transformers.{kind}.from_pretrained("FOLDER"{flags})'
     return {

@@ -13,8 +13,9 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from util.checkpoint import comparison, weights
+from util.checkpoint.configurations import TRUNK
 from util.checkpoint.files import checkpoint_args
-from util.checkpoint.formats import TRUNK, add_class_position
+from util.checkpoint.formats import add_class_position
 from util.distributed import dist
 from util.errors import UserError
 

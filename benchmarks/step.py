@@ -59,7 +59,7 @@ from benchmarks.timing import (
 from engine_finetune import head_losses
 from util import errors, optim, speed
 from util.amp import LossScaler
-from util.checkpoint import formats
+from util.checkpoint import configurations
 from util.report.flops import count_flops
 
 CLASSES = 1000
@@ -92,7 +92,7 @@ def build_hf_model(config: dict, classes: int | None = None, attention: str | No
 
     # Without the keys that are no arguments of the config classes, or that would replace their defaults.
     class_names = None if classes is None else [str(number) for number in range(classes)]
-    hf_config = formats.hugging_face_config(config, class_names, 0.75)
+    hf_config = configurations.hugging_face_config(config, class_names, 0.75)
     for key in ("architectures", "model_type", "dtype", "layer_norm_eps"):
         del hf_config[key]
     if attention:

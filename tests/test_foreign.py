@@ -15,8 +15,8 @@ import main_features
 import models_mae
 import models_vit
 from util.checkpoint import weights
+from util.checkpoint.configurations import from_export_config
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import from_export_config
 from util.errors import UserError
 
 SIZES = {"embed_dim": 128, "depth": 6, "num_heads": 4, "patch_size": 4, "img_size": 8}

@@ -22,8 +22,9 @@ import models_vit
 from util import optim
 from util.amp import LossScaler
 from util.checkpoint import weights
+from util.checkpoint.configurations import from_hugging_face_config, is_model_config, preprocessing
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import from_hugging_face_config, is_model_config, preprocessing, recognise, to_hugging_face
+from util.checkpoint.formats import recognise, to_hugging_face
 from util.data.images import Pixels
 from util.data.transforms import CentreCrop
 from util.errors import UserError

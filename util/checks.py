@@ -12,8 +12,8 @@ import torch
 
 from util import masking, options
 from util.checkpoint import output_dir
+from util.checkpoint.configurations import weights_in
 from util.checkpoint.files import is_url
-from util.checkpoint.formats import weights_in
 from util.data.transforms import FinetuneTransform
 from util.distributed import dist, launchers
 from util.errors import UserError

@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from util import checks, errors
-from util.checkpoint.formats import read_config
+from util.checkpoint.configurations import read_config
 from util.command_line import Parser
 from util.data.images import BadImage, Pixels, load_array
 from util.data.splits import is_image

@@ -5,8 +5,8 @@ import re
 import torch
 from torch import nn
 
+from util.checkpoint.configurations import known_config
 from util.checkpoint.files import checkpoint_args
-from util.checkpoint.formats import known_config
 from util.data.listing import join_names
 from util.data.transforms import CentreCrop
 from util.distributed import dist

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from util.checkpoint import formats, wrappings
+from util.checkpoint import configurations, formats, wrappings
 from util.checkpoint.output_dir import fsync_path, is_utf8
 from util.checkpoint.safe_types import SAFE_TYPES
 from util.data.listing import join_names
@@ -174,11 +174,11 @@ def _read(source: str, peek: bool) -> object:
     """Return the content of a file, folder or address, choosing the reader by its kind."""
     if is_url(source):
         return _download(source)
-    if weight_files := formats.weights_in(Path(source)):
+    if weight_files := configurations.weights_in(Path(source)):
         return _read_folder(Path(source), weight_files)
     # A config.json describes a file of weights that lies beside it under one of the usual names.
     path = Path(source)
-    if path.name in formats.WEIGHT_FILES and path.is_file() and (path.parent / "config.json").is_file():
+    if path.name in configurations.WEIGHT_FILES and path.is_file() and (path.parent / "config.json").is_file():
         return _read_folder(path.parent, [path])
     return _load_safetensors(path) if source.endswith(".safetensors") else _load_pickled(path, peek)
 
@@ -292,7 +292,7 @@ def _plausible_entries(content: dict) -> dict:
     classes = content.get("class_to_idx")
     if isinstance(classes, dict) and all(isinstance(number, int) for number in classes.values()):
         entries["class_to_idx"] = classes
-    if formats.is_model_config(content.get("model_config")):
+    if configurations.is_model_config(content.get("model_config")):
         entries["model_config"] = content["model_config"]
 
     # The reference's flags, and with them a state to resume from.
@@ -316,7 +316,7 @@ def _preprocessing(args: dict) -> dict:
             kept[name] = list(values)
     if isinstance(args.get("crop_pct"), float) and 0 < args["crop_pct"] <= 1:
         kept["crop_pct"] = args["crop_pct"]
-    return formats.drop_lone(kept)
+    return configurations.drop_lone(kept)
 
 
 def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
@@ -327,10 +327,10 @@ def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
     state = {}
     for file in weight_files:
         state |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickled(file, peek=False)
-    config = formats.read_config(folder)
-    checkpoint = {"model": state, "args": formats.preprocessing(folder, config), "from_folder": True}
+    config = configurations.read_config(folder)
+    checkpoint = {"model": state, "args": configurations.preprocessing(folder, config), "from_folder": True}
     if not str(config.get("model_type", "")).startswith("vit"):
-        return checkpoint | formats.from_export_config(config)
+        return checkpoint | configurations.from_export_config(config)
 
     # The models here have one activation, and a LayerNorm eps whose difference hardly shows.
     activation = config.get("hidden_act", "gelu")
@@ -343,7 +343,7 @@ def _read_folder(folder: Path, weight_files: list[Path]) -> dict:
     eps = config.get("layer_norm_eps", 1e-12)
     if abs(eps - 1e-6) > 1e-7:
         dist.print_rank0(f"notice: {folder} was made with a LayerNorm eps of {eps:g}; the models here use 1e-6")
-    return checkpoint | formats.from_hugging_face_config(config)
+    return checkpoint | configurations.from_hugging_face_config(config)
 
 
 def checkpoint_args(checkpoint: dict) -> dict:
