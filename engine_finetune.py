@@ -55,9 +55,9 @@ def train_one_epoch(
         with updater.micro_step(epoch, step, len(loader)):
             if mixup_fn:
                 imgs, targets = mixup_fn(imgs, targets)
-            # In float32: under autocast on a CPU, timm's label smoothing would return a loss in bf16.
+            # In float32, also under autocast.
             loss = criterion(model(imgs).float(), targets)
-        skipped = updater.backward(loss)  # None inside an accumulation group
+        skipped = updater.backward_and_update(loss)  # None inside an accumulation group
 
         meters.update(loss=loss, lr=updater.lr)
         if run and skipped is not None:
@@ -113,19 +113,24 @@ def evaluate(
         loader: Yields (imgs, targets) on the device, in batches of any size.
         device: Where the model is.
         scaler: Mixed precision.
-        settings: Ranks, heads, confusion matrix; None: those of a process that is alone, with one head.
+        settings: How to evaluate; None: this process alone, one head, no confusion matrix.
         poll: Called once per batch, on all ranks equally often.
 
     Returns:
         acc1, acc5, loss, balanced_acc and macro_f1 (util/report/scores.py), of several heads those of the best, and
         each head's with _NAME after the key.
+
+    Raises:
+        UserError: An image can't be read, or the confusion matrix can't be written; on all ranks.
+        Stopped: `poll` has met a signal.
     """
     model = dist.unwrap(model).eval()  # without DDP: ranks may have different numbers of batches
-    dist.broadcast_from_rank0(model.buffers())  # a probe's BatchNorm statistics
+    # The ranks' BatchNorm statistics may differ by rounding: all use rank 0's, which checkpoints hold.
+    dist.broadcast_from_rank0(model.buffers())
     settings = settings or Evaluation()
     scores = _count(model, loader, device, scaler, settings, poll)
 
-    # Only reading the counts waits for the device.
+    # Nothing has waited for the device so far; reading the counts does.
     figures = scores.figures()
     best = max(range(len(figures)), key=lambda head: figures[head][settings.best_by])
     if settings.confusion:

@@ -41,16 +41,15 @@ def train_one_epoch(
         Stopped, FloatingPointError, UserError: As Run.after_update and Run.report do, on every rank.
     """
     model.train()
-    grid = dist.unwrap(model).patch_embed.grid_size if mask_sampling != "random" else None
+    grid = dist.unwrap(model).patch_embed.grid_size
     meters = run.start_meters("train_loss", updater) if run else Meters(updater.device)
 
     # Every print_freq steps the iterator prints a line, and calls run.report.
     for step, (imgs, _) in meters.log_every(loader, print_freq, epoch):
-        # The patches with the smallest noise stay visible. The model draws the noise of random masks itself.
-        noise = masking.noise(mask_sampling, len(imgs), grid, imgs.device) if grid else None
+        noise = masking.noise(mask_sampling, len(imgs), grid, imgs.device)  # patches with the smallest noise stay
         with updater.micro_step(epoch, step, len(loader)):
             loss, _, _ = model(imgs, mask_ratio=mask_ratio, noise=noise)
-        skipped = updater.backward(loss)  # None inside an accumulation group
+        skipped = updater.backward_and_update(loss)  # None inside an accumulation group
 
         meters.update(loss=loss, lr=updater.lr)
         if run and skipped is not None:

@@ -18,6 +18,7 @@ import functools
 import os
 import pathlib
 
+import models_load
 import models_mae
 import models_vit
 from util import errors
@@ -41,7 +42,7 @@ def encoder(weights: str | os.PathLike = "included") -> models_vit.VisionTransfo
         patch tokens after `fc_norm`; `forward_features` returns all tokens [N, 1+L, D].
     """
     source, checkpoint = _load("demo", weights)
-    return _described(models_vit.from_checkpoint(checkpoint, source, trunk_only=True), checkpoint)
+    return _described(models_load.encoder(checkpoint, source), checkpoint)
 
 
 def _autoencoder(
@@ -60,7 +61,7 @@ def _autoencoder(
         return factory(**arguments)
     source, checkpoint = _load(name.split("_")[2], weights)
     _refuse_arguments(arguments, {"norm_pix_loss"})
-    model = models_mae.from_checkpoint(checkpoint, source, arguments.get("norm_pix_loss", False))
+    model = models_load.autoencoder(checkpoint, source, arguments.get("norm_pix_loss", False))
     _refuse_other_sizes(name, factory.keywords, model.config, source)
     return _described(model, checkpoint)
 
@@ -81,15 +82,15 @@ def _classifier(
     if weights is None:
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
     source, checkpoint = _load(name.split("_")[1], weights)
-    stored = comparison.count_classes(checkpoint["model"])
-    if num_classes is None or (stored == num_classes > 0 and not arguments):
-        if not stored:
+    classes = comparison.count_classes(checkpoint["model"])
+    if num_classes is None or (classes == num_classes > 0 and not arguments):
+        if not classes:
             raise errors.UserError(f"{source} has no head: pass num_classes=N for a new one")
         _refuse_arguments(arguments, set())
-        model = models_vit.from_checkpoint(checkpoint, source)
+        model = models_load.classifier(checkpoint, source)
     else:
-        trunk = models_vit.from_checkpoint(checkpoint, source, trunk_only=True).config
-        kept = {argument: trunk[argument] for argument in configurations.TRUNK}
+        stored = models_load.encoder(checkpoint, source).config
+        kept = {argument: stored[argument] for argument in configurations.ENCODER_ARGUMENTS}
         config = checkpoint.get("model_config") or {}
         kept |= {"global_pool": config["global_pool"]} if "global_pool" in config else {}
         model = models_vit.VisionTransformer(**{**kept, **arguments, "num_classes": num_classes})

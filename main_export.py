@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-import models_mae
+import models_load
 import models_vit
 from util import errors, inference
 from util.checkpoint import comparison, configurations, formats
@@ -104,10 +104,12 @@ class Source:
 
         # Only Hugging Face has a model for a decoder. For the others it may be of a kind that is not known here.
         has_head = comparison.has_head(checkpoint["model"])
-        if args.to == "hf" and "decoder_pred.weight" in checkpoint["model"] and not has_head:
-            model = models_mae.from_checkpoint(checkpoint, path, args.norm_pix_loss)
+        if has_head:
+            model = models_load.classifier(checkpoint, path)
+        elif args.to == "hf" and formats.has_decoder(checkpoint["model"]):
+            model = models_load.autoencoder(checkpoint, path, args.norm_pix_loss)
         else:
-            model = models_vit.from_checkpoint(checkpoint, path, trunk_only=not has_head)
+            model = models_load.encoder(checkpoint, path)
         config = model.config
 
         # Files of other programs may hold a head without the names of its classes.
@@ -208,7 +210,7 @@ def to_hf(folder: Path, source: Source) -> None:
 
 def to_encoder(folder: Path, source: Source) -> None:
     """Write the encoder under the released names, and config.json with its shape, mean, std and crop_pct."""
-    encoder = models_vit.from_checkpoint(source.checkpoint, source.path, trunk_only=True)
+    encoder = models_load.encoder(source.checkpoint, source.path)
     pixels = {"mean": source.pixels.mean, "std": source.pixels.std, "crop_pct": source.crop_pct}
     save(folder, encoder.state_dict(), encoder.config | pixels, "encoder.safetensors")
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import models_load
 import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Encode the images; unreadable ones have no feature, and so no label.
     checkpoint = load_checkpoint(args.resume)
-    model = models_vit.from_checkpoint(checkpoint, args.resume, trunk_only=True).to(args.device).eval()
+    model = models_load.encoder(checkpoint, args.resume).to(args.device).eval()
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
     batches, others = (
         inference.Batches(paths, model.patch_embed.img_size, preprocessing) for paths in (files, neighbours)

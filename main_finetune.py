@@ -21,7 +21,6 @@ from functools import partial
 
 import torch
 from timm.data import Mixup
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -97,7 +96,7 @@ def _add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
 def build_mixup_and_loss(
     args: argparse.Namespace, class_weights: Tensor | None
 ) -> tuple[Mixup | None, Callable[[Tensor, Tensor], Tensor]]:
-    """Return timm's Mixup (None if disabled) and the matching criterion, in which classes may have weights."""
+    """Return timm's Mixup (None if disabled) and the loss of (logits, targets), in which classes may have weights."""
     mixup = None
     if options.mixes(args):
         mixup = Mixup(
@@ -111,13 +110,9 @@ def build_mixup_and_loss(
             num_classes=args.nb_classes,
         )
 
-    # timm's losses take no weights. Labels that Mixup makes are smoothed already.
-    if class_weights is not None:
-        smoothing = 0.0 if mixup else args.smoothing
-        return mixup, partial(weighted_cross_entropy, class_weights=class_weights, smoothing=smoothing)
-    if mixup:
-        return mixup, SoftTargetCrossEntropy()
-    return None, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing > 0 else nn.CrossEntropyLoss()
+    # Labels that Mixup makes are smoothed already.
+    smoothing = 0.0 if mixup else args.smoothing
+    return mixup, partial(weighted_cross_entropy, class_weights=class_weights, smoothing=smoothing)
 
 
 def build_ema(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:

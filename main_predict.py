@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import models_load
 import models_vit
 from util import errors, inference
 from util.checkpoint.classes import class_names
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load the classifier and the names of its classes.
     checkpoint = load_checkpoint(args.resume)
-    model = models_vit.from_checkpoint(checkpoint, args.resume).to(args.device).eval()
+    model = models_load.classifier(checkpoint, args.resume).to(args.device).eval()
     given = read_class_names(args.class_names) if args.class_names else None
     classes = class_names(args.resume, checkpoint, model.config["num_classes"], given)
     if classes is None:

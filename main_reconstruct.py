@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import models_mae
+import models_load
 from util import errors, inference, masking
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.output_dir import write_whole
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load the autoencoder. How many patches there are, and so which mask ratios are possible, is known only now.
     checkpoint = load_checkpoint(args.resume)
-    model = models_mae.from_checkpoint(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()
+    model = models_load.autoencoder(checkpoint, args.resume, args.norm_pix_loss).to(args.device).eval()
     size, grid, num_patches = model.patch_embed.img_size, model.patch_embed.grid_size, model.patch_embed.num_patches
     if problems := masking.ratio_problems(args.mask_ratio, num_patches):
         raise UserError(problems[0])

@@ -16,11 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import models_vit
 from models_vit import SIZES
-from util.checkpoint import comparison, weights
-from util.checkpoint.files import checkpoint_args
-from util.errors import UserError
 from util.masking import num_visible
 from util.pos_embed import sincos_pos_embed
 
@@ -107,7 +103,8 @@ class MaskedAutoencoderViT(nn.Module):
     def initialize_weights(self) -> None:
         """Initialise as in appendix A.1: Xavier-uniform matrices, zero biases, sine-cosine positions.
 
-        The patch projection is initialised as the linear layer that it stands for.
+        The class token and the mask token are normal with a standard deviation of 0.02. The patch projection is
+        initialised as the linear layer that it stands for.
         """
         for table in (self.pos_embed, self.decoder_pos_embed):
             table.copy_(sincos_pos_embed(table.shape[-1], self.patch_embed.grid_size))
@@ -220,6 +217,17 @@ class MaskedAutoencoderViT(nn.Module):
             target = (target - mean) / (var + 1e-6).sqrt()
         return target
 
+    def to_patches(self, pred: Tensor, imgs: Tensor) -> Tensor:
+        """Return the patches [N, L, p*p*C] that predictions stand for: the inverse of `target`.
+
+        Predictions of normalised patches get the mean and variance of the patches of imgs.
+        """
+        pred = pred.to(imgs.dtype)
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(self.patchify(imgs), dim=-1, keepdim=True)
+            pred = pred * (var + 1e-6).sqrt() + mean
+        return pred
+
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error per patch, averaged over the removed patches only (section 3), in fp32."""
         error = (pred.float() - self.target(imgs)).square().mean(dim=-1)  # [N, L]
@@ -232,70 +240,6 @@ class MaskedAutoencoderViT(nn.Module):
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
         pred = self.forward_decoder(latent, ids_restore)
         return self.forward_loss(imgs, pred, mask), pred, mask
-
-
-def from_config(config: dict) -> MaskedAutoencoderViT:
-    """Build the autoencoder that a checkpoint's `model_config` describes (without its weights)."""
-    return MaskedAutoencoderViT(**{name: value for name, value in config.items() if name != "model"})
-
-
-def from_checkpoint(checkpoint: dict, source: str, norm_pix_loss: bool = False) -> MaskedAutoencoderViT:
-    """Build the autoencoder that a checkpoint holds, weights included.
-
-    Args:
-        checkpoint: A loaded checkpoint of main_pretrain.py or of the reference, or a released file with decoder.
-        source: Its file name, for error messages.
-        norm_pix_loss: Whether the model predicts normalised patches, if the checkpoint itself does not say.
-
-    Raises:
-        UserError: The file holds no decoder, or weights that fit no masked autoencoder.
-    """
-    state = checkpoint["model"]
-    if "decoder_pred.weight" not in state or "mask_token" not in state:
-        raise UserError(
-            f"{source} has no decoder, so it cannot reconstruct images: use a checkpoint of main_pretrain.py, or a "
-            "released file with decoder (mae_visualize_*.pth, or mae_pretrain_*_full.pth with --norm_pix_loss)"
-        )
-
-    # Only this code stores `model_config`. The reference's checkpoints hold flags (`args`), whose norm_pix_loss leaves
-    # no trace in the weights; released files hold neither, and the weights' shapes have to do.
-    config = checkpoint.get("model_config") or _config_from_shapes(state, source)
-    if "model_config" not in checkpoint:
-        comparison.warn_of_unknown_targets(source, checkpoint, norm_pix_loss)
-        config["norm_pix_loss"] = bool(checkpoint_args(checkpoint).get("norm_pix_loss", norm_pix_loss))
-
-    model = from_config(config)
-    remedy = (
-        "Use a checkpoint of main_pretrain.py or a released file with decoder, or what needs the encoder alone, such "
-        "as main_export.py --to timm"
-    )
-    weights.load_exactly(model, state, source, "masked autoencoder", remedy)
-    return model
-
-
-def _config_from_shapes(state: dict[str, Tensor], source: str) -> dict:
-    """Derive an autoencoder's constructor arguments, all but norm_pix_loss, from the shapes of its weights.
-
-    The number of the decoder's attention heads leaves no trace in the shapes: it is taken from the model of MODELS with
-    a decoder of this width and depth; if there is none, it is 16, as in the paper.
-
-    Raises:
-        UserError: The encoder is none of models_vit.py, or the decoder is none of Transformer blocks.
-    """
-    encoder = models_vit.config_of(state, source)
-    try:
-        decoder = {
-            "decoder_embed_dim": state["decoder_embed.weight"].shape[0],
-            "decoder_depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks.")),
-        }
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{source} holds no decoder of Transformer blocks (decoder_embed, decoder_blocks), so it cannot be built "
-            "here: use a checkpoint of main_pretrain.py, or a released file with decoder"
-        ) from error
-    same_decoder = [known.keywords for known in MODELS.values() if decoder.items() <= known.keywords.items()]
-    decoder["decoder_num_heads"] = same_decoder[0]["decoder_num_heads"] if same_decoder else 16
-    return {name: encoder[name] for name in models_vit.TRUNK} | decoder
 
 
 def _mae(size: str, patch_size: int, decoder: tuple[int, int, int]) -> partial:

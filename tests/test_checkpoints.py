@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import models_load
 import models_mae
 import models_vit
 from util import loop, misc, optim, rng
@@ -55,7 +56,7 @@ def test_our_checkpoints_open_without_an_allow_list_and_describe_themselves(chec
     stored = torch.load(path, weights_only=True)
     assert {"model", "model_config", "optimizer", "scaler", "epoch", "args", "position", "rng", "job"} <= set(stored)
     assert type(stored["args"]) is dict and stored["model_config"]["model"] == "small" and stored["epoch"] == 4
-    rebuilt = models_mae.from_config(stored["model_config"])
+    rebuilt = models_load.autoencoder_from_config(stored["model_config"])
     rebuilt.load_state_dict(stored["model"])
     assert rebuilt.norm_pix_loss and all(
         torch.equal(a, b) for a, b in zip(rebuilt.state_dict().values(), model.state_dict().values(), strict=True)
@@ -71,7 +72,7 @@ def test_classifiers_keep_their_classes_and_rebuild(tmp_path):
         keeper.save(Position(0), whole_epoch=True)
         stored = torch.load(tmp_path / "checkpoint-0.pth", weights_only=True)
         assert stored["class_to_idx"] == {"cat": 0, "dog": 1}
-        models_vit.from_config(stored["model_config"]).load_state_dict(stored["model"])
+        models_load.classifier_from_config(stored["model_config"]).load_state_dict(stored["model"])
 
 
 def test_resume_brings_back_model_optimiser_and_epoch(checkpoint):

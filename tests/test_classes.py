@@ -16,6 +16,7 @@ import main_export
 import main_finetune
 import main_linprobe
 import main_predict
+import models_load
 import models_vit
 from util.amp import LossScaler
 from util.data import datasets, loaders
@@ -131,7 +132,7 @@ def evaluate(capsys, *argv, job=main_finetune):
 def expected_figures(file, root, numbers):
     """Compute top-1, top-5 and loss of a file's logits, restricted by hand to the classes of these numbers."""
     checkpoint = torch.load(file, weights_only=True)
-    model = models_vit.from_checkpoint(checkpoint, str(file)).eval()
+    model = models_load.classifier(checkpoint, str(file)).eval()
     images = datasets.open_split(datasets.EvalImages, DataSpec(str(root)), "val", CentreCrop(28), Pixels())
     loader = loaders.eval_loader(images, loaders.Loading(50, 0, False, 0, CPU), distributed=False)
     with torch.inference_mode():
@@ -204,7 +205,9 @@ def test_a_part_of_the_classes_gives_the_same_on_two_ranks_for_every_head_of_a_s
 
     # By hand, from the logits of all ten classes.
     content = torch.load(checkpoint, weights_only=True)
-    model = models_vit.from_config({key: value for key, value in content["model_config"].items() if key != "model"})
+    model = models_load.classifier_from_config(
+        {key: value for key, value in content["model_config"].items() if key != "model"}
+    )
     model.load_state_dict(content["model"])
     part = datasets.open_split(datasets.EvalImages, DataSpec(str(tmp_path / "part")), "val", CentreCrop(28), Pixels())
     loader = loaders.eval_loader(part, loaders.Loading(21, 0, False, 0, CPU), distributed=False)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import main_export
 import main_features
+import models_load
 import models_mae
 import models_vit
 from util.checkpoint import weights
@@ -127,7 +128,7 @@ def test_classes_of_a_hugging_face_model_need_no_names(labels, tmp_path):
     )
     theirs = transformers.ViTForImageClassification(config).eval()
     theirs.save_pretrained(tmp_path)
-    model = models_vit.from_checkpoint(load_checkpoint(str(tmp_path)), str(tmp_path)).eval()
+    model = models_load.classifier(load_checkpoint(str(tmp_path)), str(tmp_path)).eval()
     imgs = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert model(imgs).shape == (2, labels) and theirs(pixel_values=imgs).logits.shape == (2, labels)
@@ -230,7 +231,7 @@ def test_an_encoder_is_exported_whatever_decoder_is_beside_it(to, tmp_path, refu
 def test_heads_and_decoders_of_other_methods_are_left_in_the_file(extra, encoder, tmp_path, capsys):
     file = str(tmp_path / "file.pth")
     torch.save(encoder | {extra: torch.ones(1)}, file)
-    trunk = models_vit.from_checkpoint(load_checkpoint(file), file, trunk_only=True)
+    trunk = models_load.encoder(load_checkpoint(file), file)
     assert torch.equal(trunk.blocks[5].mlp.fc2.weight, encoder["blocks.5.mlp.fc2.weight"])
     weights.load_pretrained(file, models_vit.VisionTransformer(**SIZES, num_classes=2))
     assert extra.split(".")[0] in capsys.readouterr().out.split("not used:")[1]
@@ -243,7 +244,7 @@ def test_positions_without_a_row_for_the_class_token_compute_the_same_as_in_timm
     torch.nn.init.normal_(theirs.pos_embed)
     file = str(tmp_path / "file.pth")
     torch.save(theirs.state_dict(), file)
-    trunk = models_vit.from_checkpoint(load_checkpoint(file), file, trunk_only=True).eval()
+    trunk = models_load.encoder(load_checkpoint(file), file).eval()
     imgs = torch.randn(2, 3, 8, 8)
     assert torch.allclose(trunk.forward_features(imgs), theirs.forward_features(imgs), atol=1e-5)
     assert "has no position of its own" in capsys.readouterr().out
@@ -285,14 +286,14 @@ def test_a_probe_without_model_config_is_built_from_its_shapes(tmp_path):
     file = str(tmp_path / "file.pth")
     torch.save({"model": probe.state_dict(), "args": argparse.Namespace(blr=0.1), "epoch": 1}, file)
     imgs = torch.randn(2, 3, 8, 8)
-    assert torch.equal(models_vit.from_checkpoint(load_checkpoint(file), file).eval()(imgs), probe(imgs))
+    assert torch.equal(models_load.classifier(load_checkpoint(file), file).eval()(imgs), probe(imgs))
 
 
 def test_a_model_config_of_a_later_version_is_a_message(tmp_path):
     model = models_vit.vit_demo_patch4(img_size=8, num_classes=3)
     checkpoint = {"model": model.state_dict(), "model_config": {**model.config, "later": 1}, "job": "finetune"}
     with pytest.raises(UserError, match="'later'. Use the version that has saved it"):
-        models_vit.from_checkpoint(checkpoint, "file.pth")
+        models_load.classifier(checkpoint, "file.pth")
 
 
 @pytest.mark.parametrize(
@@ -328,11 +329,11 @@ def test_a_folder_that_timm_saved_is_timms_model_or_is_refused(arguments, tmp_pa
         with pytest.raises(
             UserError, match="it classifies by the pooling '(max|avgmax|avg)', .* pools by '(avg|token)' here"
         ):
-            models_vit.from_checkpoint(checkpoint, "folder")
-        assert models_vit.from_checkpoint(checkpoint, "folder", trunk_only=True).config["num_heads"] == 4
+            models_load.classifier(checkpoint, "folder")
+        assert models_load.encoder(checkpoint, "folder").config["num_heads"] == 4
         return
     model, imgs = (
-        models_vit.from_checkpoint(checkpoint, "folder").eval(),
+        models_load.classifier(checkpoint, "folder").eval(),
         torch.randn(2, 3, *theirs.patch_embed.img_size),
     )
     assert torch.allclose(model(imgs), theirs(imgs), atol=1e-4)
@@ -345,7 +346,7 @@ def test_a_folders_config_counts_for_weights_with_a_prefix_too(tmp_path):
     model = transformers.ViTModel(config, add_pooling_layer=False)
     config.save_pretrained(tmp_path)
     save_file({f"backbone.{name}": value for name, value in model.state_dict().items()}, tmp_path / "model.safetensors")
-    encoder = models_vit.from_checkpoint(load_checkpoint(str(tmp_path)), str(tmp_path), trunk_only=True)
+    encoder = models_load.encoder(load_checkpoint(str(tmp_path)), str(tmp_path))
     assert encoder.config["num_heads"] == 8 and encoder.config["img_size"] == 8
 
 
@@ -417,7 +418,7 @@ def test_weights_that_are_no_plain_numbers_are_refused(change, encoder, tmp_path
     with pytest.raises(UserError, match="blocks.1.mlp.fc1.weight is of type|is not a whole PyTorch checkpoint"):
         weights.load_pretrained(file, models_vit.VisionTransformer(**SIZES, num_classes=2))
     with pytest.raises(UserError, match="blocks.1.mlp.fc1.weight is of type|is not a whole PyTorch checkpoint"):
-        models_vit.from_checkpoint(load_checkpoint(file), file, trunk_only=True)
+        models_load.encoder(load_checkpoint(file), file)
 
 
 @pytest.mark.parametrize("grid", [(24, 32), (32, 40), (12, 32)])

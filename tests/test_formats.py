@@ -17,6 +17,7 @@ import main_finetune
 import main_predict
 import main_pretrain
 import main_reconstruct
+import models_load
 import models_mae
 import models_vit
 from util import optim
@@ -121,7 +122,7 @@ def test_an_autoencoder_becomes_hugging_faces_and_comes_back(size, tmp_path):
     assert "decoder.decoder_layers.0.intermediate.dense.bias" in names
     back = load_checkpoint(str(folder))
     assert back["format"] == "Hugging Face's ViTMAE" and not back["left_out"]
-    assert_same_weights(models_mae.from_checkpoint(back, str(folder)).state_dict(), model.state_dict())
+    assert_same_weights(models_load.autoencoder(back, str(folder)).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("generation", ["released", "in memory", "as saved"])
@@ -162,7 +163,7 @@ def test_a_classifier_on_the_class_token_becomes_hugging_faces_and_comes_back(pr
     if not probe:
         back = load_checkpoint(str(folder))
         assert back["class_to_idx"] == CLASSES
-        assert_same_weights(models_vit.from_checkpoint(back, str(folder)).state_dict(), model.state_dict())
+        assert_same_weights(models_load.classifier(back, str(folder)).state_dict(), model.state_dict())
 
 
 def test_an_encoder_alone_becomes_hugging_faces_and_comes_back(tmp_path):
@@ -224,7 +225,7 @@ def test_models_become_timms_and_come_back(size, kind, tmp_path):
     imgs = random_images(model)
     with torch.no_grad():
         if kind == "encoder":
-            trunk = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
+            trunk = models_load.encoder(load_checkpoint(source), source).eval()
             ours = trunk.forward_features(imgs)
             all_kept = torch.arange(model.patch_embed.num_patches).expand(2, -1).float()
             torch.testing.assert_close(
@@ -273,7 +274,7 @@ def test_models_become_onnx(size, kind, tmp_path):
         (found,) = session.run(None, {"images": imgs.numpy()})
         with torch.no_grad():
             if kind == "encoder":
-                trunk = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
+                trunk = models_load.encoder(load_checkpoint(source), source).eval()
                 expected = trunk.forward_features(imgs)
             else:
                 expected = model(imgs)
@@ -295,11 +296,11 @@ def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
     """The shapes alone do not tell a grid of 2 x 8 from one of 4 x 4, nor the mean and std from ImageNet's."""
     model = randomise(models_mae.MaskedAutoencoderViT(**{**SMALL_MAE, "img_size": (16, 64)}))
     source = save_checkpoint(tmp_path / "run", model, "pretrain", mean=[0.3] * 3, std=[0.2] * 3, crop_pct=1.0)
-    ours = models_vit.from_checkpoint(load_checkpoint(source), source, trunk_only=True).eval()
+    ours = models_load.encoder(load_checkpoint(source), source).eval()
     for to in ("encoder", "timm"):
         folder = export(source, to, tmp_path / to)
         back = load_checkpoint(str(folder))
-        trunk = models_vit.from_checkpoint(back, str(folder), trunk_only=True).eval()
+        trunk = models_load.encoder(back, str(folder)).eval()
         imgs = random_images(model)
         assert torch.equal(trunk.forward_features(imgs), ours.forward_features(imgs))
         assert Pixels.from_args(back["args"], 3).mean == (0.3,) * 3

@@ -9,12 +9,12 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
 import engine_finetune
@@ -101,6 +101,7 @@ class Recorder(nn.Module):
     def __init__(self, model, optimizer, noise=None):
         super().__init__()
         self.model, self.optimizer, self.noise = model, optimizer, iter(noise if noise is not None else [])
+        self.patch_embed = model.patch_embed
         self.losses, self.lrs = [], []
 
     def forward(self, imgs, mask_ratio=None, noise=None):
@@ -289,7 +290,7 @@ def run_finetuning(golden, run, fast, device, amp="off"):
     model.load_state_dict(select_prefix(golden, "init/"))
     fast(model.to(device))
     optimizer = optim.finetune_optimizer(model, run["lr"], run["weight_decay"], run["layer_decay"])
-    criterion = LabelSmoothingCrossEntropy(run["smoothing"])
+    criterion = partial(engine_finetune.weighted_cross_entropy, class_weights=None, smoothing=run["smoothing"])
     return model, *run_classifier(golden, run, model, optimizer, criterion, device, amp)
 
 

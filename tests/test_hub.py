@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import models_load
 import models_mae
 import models_vit
 from util.errors import UserError
@@ -141,7 +142,7 @@ def test_the_head_of_a_self_supervised_method_is_no_classifier(tmp_path):
     with pytest.raises(UserError, match="dino.pth has no head: pass num_classes=N"):
         load("vit_demo_patch4", weights=str(tmp_path / "dino.pth"))
     with pytest.raises(UserError, match="dino.pth has no head, so it cannot predict classes"):
-        models_vit.from_checkpoint({"model": state, "model_config": encoder.config}, "dino.pth")
+        models_load.classifier({"model": state, "model_config": encoder.config}, "dino.pth")
 
 
 def test_the_weights_that_come_with_the_code_are_those_of_a_trained_model():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import main_export
 import main_pretrain
+import models_load
 import models_mae
 from util import masking
 from util.checkpoint import weights
@@ -158,10 +159,10 @@ def test_a_file_that_does_not_tell_its_targets_is_noticed(source, tmp_path, caps
     for norm_pix_loss, noticed in ((False, True), (True, False)):
         weights.load_initial(str(tmp_path / "file.pth"), autoencoder(), {"norm_pix_loss": norm_pix_loss})
         assert ("does not say whether its targets were normalised" in capsys.readouterr().out) == noticed
-        models_mae.from_checkpoint(load_checkpoint(str(tmp_path / "file.pth")), "file.pth", norm_pix_loss)
+        models_load.autoencoder(load_checkpoint(str(tmp_path / "file.pth")), "file.pth", norm_pix_loss)
         assert ("does not say whether its targets were normalised" in capsys.readouterr().out) == noticed
     torch.save({"model": source.state_dict(), "model_config": source.config}, tmp_path / "file.pth")
-    models_mae.from_checkpoint(load_checkpoint(str(tmp_path / "file.pth")), "file.pth")
+    models_load.autoencoder(load_checkpoint(str(tmp_path / "file.pth")), "file.pth")
     assert "does not say" not in capsys.readouterr().out
 
 

@@ -10,6 +10,7 @@ import torch
 import engine_finetune
 import main_finetune
 import main_linprobe
+import models_load
 import models_vit
 from util.amp import LossScaler
 from util.data import loaders, transforms
@@ -65,7 +66,7 @@ def test_an_attentive_probe_trains_its_query_and_its_head_only():
     moved = tokens.clone()
     moved[:, 0] += 5
     assert torch.equal(model.pool(tokens), model.pool(moved)), "it attends to the patch tokens alone"
-    rebuilt = models_vit.from_config(model.config)
+    rebuilt = models_load.classifier_from_config(model.config)
     rebuilt.load_state_dict(model.state_dict())
 
 

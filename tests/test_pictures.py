@@ -15,6 +15,7 @@ import main_linprobe
 import main_predict
 import main_pretrain
 import main_reconstruct
+import models_load
 import models_mae
 import models_vit
 from util import inference, masking
@@ -215,10 +216,10 @@ def test_released_style_files_are_recognised_by_their_shapes(pretrained, images,
     torch.manual_seed(0)
     model = models_mae.MODELS["mae_vit_base_patch16"](img_size=32)
     torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
-    found = models_mae.from_checkpoint(torch.load(tmp_path / "bare.pth"), "bare.pth")
+    found = models_load.autoencoder(torch.load(tmp_path / "bare.pth"), "bare.pth")
     assert {**found.config, "norm_pix_loss": False, "mlp_ratio": 4.0} == {**model.config, "img_size": 32}
     tiny = models_mae.MODELS["mae_vit_tiny_patch16"](img_size=32)
-    found = models_mae.from_checkpoint({"model": tiny.state_dict()}, "bare.pth")
+    found = models_load.autoencoder({"model": tiny.state_dict()}, "bare.pth")
     assert found.config["decoder_num_heads"] == tiny.config["decoder_num_heads"] == 3
 
 
@@ -279,7 +280,7 @@ def test_of_a_sweeps_heads_the_best_one_speaks():
     imgs = torch.randn(2, 3, 28, 28)
     logits = model(imgs)
     stats = {"test_acc1_blr0.1": 40.0, "test_acc1_blr0.5": 50.0, "test_acc1_blr2": 45.0}
-    models_vit.keep_best_head(model, {"args": {"blr": [0.1, 0.5, 2.0]}, "stats": stats})
+    models_load.keep_best_head(model, {"args": {"blr": [0.1, 0.5, 2.0]}, "stats": stats})
     assert torch.equal(model(imgs), logits[:, 1]) and model.config["probe_heads"] == 1
 
 
@@ -290,7 +291,7 @@ def test_the_best_head_of_a_sweep_is_known_after_epochs_without_evaluation(image
     evaluated = {name: value for name, value in log(tmp_path)[1].items() if name.startswith("test_")}
     assert "test_acc1" not in checkpoint["stats"] and checkpoint["position"]["tested"] == evaluated
     capsys.readouterr()
-    models_vit.from_checkpoint(checkpoint, "checkpoint-2.pth")
+    models_load.classifier(checkpoint, "checkpoint-2.pth")
     best = max(("1e-06", "1"), key=lambda blr: evaluated[f"test_acc1_blr{blr}"])
     assert f"keeping the head of --blr {best} (the best one" in capsys.readouterr().out
 

@@ -177,7 +177,7 @@ def test_a_confusion_matrix_has_every_class_under_its_name(names, tmp_path):
 def test_exports_keep_any_class_name_and_their_card_its_table(names, data, tmp_path):
     """config.json gives the names back; the card's front matter and rows stay what they are."""
     assume(data.strip(". ") == data)
-    config = {"embed_dim": 8} | dict.fromkeys(main_export.models_vit.TRUNK, 8) | {"in_chans": 3}
+    config = {"embed_dim": 8} | dict.fromkeys(main_export.configurations.ENCODER_ARGUMENTS, 8) | {"in_chans": 3}
     description = main_export.configurations.timm_config(config, main_export.Pixels(), 0.875, names)
     main_export.write_json(tmp_path / "config.json", description)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["label_names"] == names

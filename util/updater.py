@@ -43,11 +43,11 @@ class Updater:
 
         with updater.micro_step(epoch, step, steps):    # learning rate, autocast, exchange of gradients
             loss = ...
-        skipped = updater.backward(loss)                # None inside an accumulation group
+        skipped = updater.backward_and_update(loss)     # None inside an accumulation group
 
     A batch's loss is divided by the number of batches in its accumulation group. An update whose gradients are not
     finite changes nothing: neither weights, nor the optimiser's state, nor buffers (a probe's BatchNorm statistics).
-    The EMA counts it as an update all the same.
+    The EMA is updated even then, with the unchanged weights.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Updater:
         """Open the context in which the caller runs the forward pass of batch `step` of an epoch of `steps` batches.
 
         It has autocast, and DDP exchanges gradients for a group's last batch only. At the start of an accumulation
-        group the learning rate is set. Call `backward` afterwards, before the next batch.
+        group the learning rate is set. Call `backward_and_update` afterwards, before the next batch.
         """
         self.part = split_into_groups(step, steps, self.accum_iter)
         if self.part.first:
@@ -97,12 +97,12 @@ class Updater:
         with dist.grad_sync(self.model, self.part.last), self.scaler.autocast():
             yield
 
-    def backward(self, loss: Tensor) -> Tensor | None:
+    def backward_and_update(self, loss: Tensor) -> Tensor | None:
         """Add the loss's gradients; at the end of an accumulation group clip them, update weights and EMA, clear them.
 
         Returns:
             Whether the update was skipped, a boolean tensor on the device; with a fused optimiser nothing has waited
-            for it. None within an accumulation group.
+            for it. None if the batch is not the last of its accumulation group.
         """
         self.scaler.backward(loss / self.part.size)
         if not self.part.last:

@@ -1,4 +1,4 @@
-"""Comparison of a file's weights with a model: what does not fit is named, with the flag or the file that would."""
+"""Compare a checkpoint's weights with a model, and say what does not fit, and which flag or file would."""
 
 import re
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from util.checkpoint.configurations import known_config
 from util.checkpoint.files import checkpoint_args
+from util.checkpoint.formats import count_blocks, has_decoder, is_square
 from util.data.listing import join_names
 from util.data.transforms import CentreCrop
 from util.distributed import dist
@@ -102,7 +103,7 @@ def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: di
         ("num_heads", "attention heads", f"--model {args.get('model')}"),
         ("decoder_num_heads", "the decoder's attention heads", "--decoder_heads"),
     ):
-        is_unused = name.startswith("decoder") and "decoder_pred.weight" not in checkpoint["model"]
+        is_unused = name.startswith("decoder") and not has_decoder(checkpoint["model"])
         if name in model.config and not is_unused and config.get(name, model.config[name]) != model.config[name]:
             raise UserError(
                 f"{source} does not fit: {kind}: {config[name]} in the file, {model.config[name]} here ({flag})"
@@ -157,7 +158,7 @@ def comparable(value: object) -> object:
 def _image_size_problems(config: dict, model: nn.Module) -> list[str]:
     """Return the sizes of images, where a file's `model_config` has another than a model; at most one line.
 
-    Another size alone is no misfit, since positions are resized. Where the patches differ, it is likely meant to fit.
+    Another size alone is no misfit, since positions are resized. Where the patch size differs, too, it helps to see it.
     """
     in_file, here = config.get("img_size"), model.config["img_size"]
     if in_file is None or in_file == here:
@@ -169,12 +170,12 @@ def _other_kind(model_state: dict, evaluation: bool) -> str:
     """Return what to do with an autoencoder where a classifier is needed, or the other way round."""
     if evaluation:
         return "it holds no classifier: train one first, with --finetune in main_finetune.py or main_linprobe.py"
-    flag = "--init" if "decoder_pred.weight" in model_state else "--finetune"
+    flag = "--init" if has_decoder(model_state) else "--finetune"
     return f"to start from its encoder, pass it as {flag}"
 
 
 def warn_of_unknown_targets(source: str, checkpoint: dict, norm_pix_loss: bool) -> None:
-    """Print a notice where an autoencoder counts as one of plain targets only because nobody says what it is.
+    """Print a notice if neither an autoencoder's checkpoint nor a flag says whether its targets were normalised.
 
     Args:
         source: Name of the checkpoint.
@@ -312,7 +313,7 @@ def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, 
     properties = {
         "model": config.get("model"),
         "encoder width": width,
-        "encoder blocks": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "encoder blocks": count_blocks(state),
         "attention heads": config.get("num_heads"),
         "channels": channels,
         "patch size": patch[0] if len(set(patch)) == 1 else tuple(patch),
@@ -327,17 +328,16 @@ def _describe_positions(state: dict[str, torch.Tensor], config: dict) -> dict[st
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         return {}
     patches = state["pos_embed"].shape[1] - 1
-    if "img_size" in config or round(patches**0.5) ** 2 == patches:
+    if "img_size" in config or is_square(patches):
         return {"patches": patches}
     return {"rows of positions": patches + 1}
 
 
 def _describe_head(state: dict[str, torch.Tensor]) -> dict[str, object]:
     """Return the properties of FLAGS that show what follows the encoder: a decoder, a classifier's head, or nothing."""
-    if "decoder_pred.weight" in state:
-        blocks = {name.split(".")[1] for name in state if name.startswith("decoder_blocks.")}
-        width = state["decoder_pred.weight"].shape[-1]
-        return {"kind": "autoencoder (main_pretrain.py)", "decoder width": width, "decoder blocks": len(blocks)}
+    if has_decoder(state):
+        width, depth = state["decoder_pred.weight"].shape[-1], count_blocks(state, "decoder_blocks.")
+        return {"kind": "autoencoder (main_pretrain.py)", "decoder width": width, "decoder blocks": depth}
     pooling = "mean of the patches" if "fc_norm.weight" in state else "class token"
     heads = [name for name in state if re.fullmatch(r"head\.1\.heads\.\d+\.weight", name)]
     for name, kind in HEADS.items():

@@ -10,7 +10,7 @@ from util.data.images import Pixels
 from util.data.transforms import default_crop_pct
 
 # The arguments that define an encoder.
-TRUNK = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+ENCODER_ARGUMENTS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 # What else the `model_config` of a checkpoint of this project may hold.
 MORE_CONFIG = {
     *("model", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "norm_pix_loss"),
@@ -123,7 +123,10 @@ def from_hugging_face_config(config: dict) -> dict:
 
 def is_model_config(config: object) -> bool:
     """Return whether an entry of a file is a `model_config` of this project's, by which a model can be built."""
-    if not isinstance(config, dict) or not set(TRUNK) <= config.keys() <= {*TRUNK, *MORE_CONFIG}:
+    if not isinstance(config, dict) or not set(ENCODER_ARGUMENTS) <= config.keys() <= {
+        *ENCODER_ARGUMENTS,
+        *MORE_CONFIG,
+    }:
         return False
     sides = config["img_size"] if isinstance(config["img_size"], (list, tuple)) else [config["img_size"]]
     whole = [*sides, *(config[name] for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"))]
@@ -160,7 +163,7 @@ def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str
         "num_classes": len(classes or ()),
         "num_features": config["embed_dim"],
         "global_pool": pool,
-        "model_args": {name: config[name] for name in TRUNK} | {"global_pool": pool},
+        "model_args": {name: config[name] for name in ENCODER_ARGUMENTS} | {"global_pool": pool},
         "pretrained_cfg": timm_pretrained_cfg(config, pixels, crop_pct, len(classes or ())),
     }
     return description | ({"label_names": classes} if classes else {})
@@ -199,13 +202,13 @@ def from_export_config(config: dict) -> dict:
         classes have names. {} for other configurations.
     """
     arguments = config.get("model_args") or config
-    if not all(name in arguments for name in TRUNK):
+    if not all(name in arguments for name in ENCODER_ARGUMENTS):
         if "architecture" not in config:
             return {}
         stated = {"global_pool": config.get("global_pool")} | (config.get("model_args") or {})
         described = {name: stated[name] for name in ("img_size", "num_heads", "global_pool") if stated.get(name)}
         return {"described": described} | _named_classes(dict(enumerate(config.get("label_names") or [])))
-    model_config = {name: arguments[name] for name in TRUNK}
+    model_config = {name: arguments[name] for name in ENCODER_ARGUMENTS}
     model_config["num_classes"] = config.get("num_classes", 0)
     model_config["global_pool"] = arguments.get("global_pool") in (True, "avg")
     return {"model_config": model_config} | _named_classes(dict(enumerate(config.get("label_names") or [])))

@@ -154,6 +154,21 @@ def file_grid(checkpoint: dict) -> tuple[int, int] | None:
     return height // patch_size, width // patch_size
 
 
+def has_decoder(state: dict[str, Tensor]) -> bool:
+    """Return whether the weights include a masked autoencoder's decoder."""
+    return "decoder_pred.weight" in state
+
+
+def count_blocks(state: dict[str, Tensor], prefix: str = "blocks.") -> int:
+    """Return the number of Transformer blocks whose weights' names begin so."""
+    return len({name[len(prefix) :].partition(".")[0] for name in state if name.startswith(prefix)})
+
+
+def is_square(patches: int) -> bool:
+    """Return whether so many patches can make up a square grid."""
+    return patches > 0 and round(patches**0.5) ** 2 == patches
+
+
 def add_class_position(checkpoint: dict, source: str, patches: int = 0) -> dict[str, Tensor]:
     """Return a checkpoint's weights, with positions that have a row for the class token.
 
@@ -176,8 +191,7 @@ def add_class_position(checkpoint: dict, source: str, patches: int = 0) -> dict[
         with_class, without_class = rows == 1 + grid[0] * grid[1], rows == grid[0] * grid[1]
     else:
         with_class = rows == 1 + patches or (decoder is not None and decoder.shape[1:2] == positions.shape[1:2])
-        is_square = rows > 1 and round((rows - 1) ** 0.5) ** 2 == rows - 1
-        without_class = not is_square and (rows == patches or (rows > 1 and round(rows**0.5) ** 2 == rows))
+        without_class = not is_square(rows - 1) and (rows == patches or (rows > 1 and is_square(rows)))
     if with_class or not without_class:
         return state
     dist.print_rank0(f"notice: the class token of {source} has no position of its own, and gets one of zeros")
@@ -189,7 +203,7 @@ def describe(checkpoint: dict) -> str:
     state = checkpoint["model"]
     presence = {
         "encoder": "cls_token" in state,
-        "decoder": "decoder_pred.weight" in state,
+        "decoder": has_decoder(state),
         "head": any(name.startswith("head.") for name in state),
     }
     parts = [name for name, present in presence.items() if present]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from util.checkpoint import classes, comparison
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.formats import add_class_position, describe, file_grid
+from util.checkpoint.formats import add_class_position, describe, file_grid, has_decoder
 from util.distributed import dist
 from util.errors import UserError
 from util.pos_embed import resize_pos_embed
@@ -154,9 +154,8 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     model_state = model.state_dict()
 
     # Weights that the file need not have: a decoder, and the norm that an average of patches makes needless.
-    has_decoder = "decoder_pred.weight" in state
     decoder = {name for name in model_state if name.startswith("decoder_") or name == "mask_token"}
-    new = set() if has_decoder else decoder
+    new = set() if has_decoder(state) else decoder
     if "fc_norm.weight" in state and "norm.weight" not in state:
         new |= {"norm.weight", "norm.bias"}
 
@@ -164,7 +163,7 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     needless = {
         name for name in set(state) - set(model_state) if comparison.is_no_encoder(name) or name.startswith("fc_norm.")
     }
-    if has_decoder:
+    if has_decoder(state):
         needless = {name for name in needless if not name.startswith("decoder_")}
     state = {name: value for name, value in state.items() if name not in needless | new}
 
@@ -176,7 +175,7 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
 
     # A decoder that was trained with another --norm_pix_loss predicts other targets, and a file may not tell: notices.
     comparison.compare_flags(source, checkpoint, args, ("mean", "std"))
-    if has_decoder:
+    if has_decoder(state):
         comparison.compare_flags(source, checkpoint, args, ("norm_pix_loss",))
         comparison.warn_of_unknown_targets(source, checkpoint, args.get("norm_pix_loss", False))
 

@@ -24,7 +24,7 @@ def panels(model: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Ten
     """Turn a model's predictions into the four panels of each image, in the order of COLUMNS.
 
     Args:
-        model: The autoencoder: its patchify, unpatchify and norm_pix_loss are used.
+        model: The autoencoder: its patchify, to_patches and unpatchify are used.
         imgs: Images [N, C, H, W], normalised.
         pred: The model's predictions [N, L, p*p*C].
         mask: The masks [N, L], 1 = removed; removed patches are grey in the second panel.
@@ -32,18 +32,13 @@ def panels(model: nn.Module, imgs: Tensor, pred: Tensor, mask: Tensor, mean: Ten
         std: Standard deviation by which they are normalised [C, 1, 1].
 
     Returns:
-        The panels [N, 4, C, H, W], from 0 to 1. Predictions of normalised patches get the original patches' mean and
-        variance. If an image's values lie outside of 0 to 1, its own range is mapped to 0 to 1.
+        The panels [N, 4, C, H, W], from 0 to 1. If an image's values lie outside of 0 to 1, its own range is mapped to
+        0 to 1.
     """
-    # Give predictions of normalised patches the mean and variance of the original patches.
-    patches, pred = model.patchify(imgs), pred.to(imgs.dtype)
-    if model.norm_pix_loss:
-        var, centre = torch.var_mean(patches, dim=-1, keepdim=True)
-        pred = pred * (var + 1e-6).sqrt() + centre
-
     # Undo the normalisation of the images.
+    patches, predicted = model.patchify(imgs), model.to_patches(pred, imgs)
     removed = mask[..., None].bool()
-    pixels = [model.unpatchify(x) for x in (patches, pred, torch.where(removed, pred, patches))]
+    pixels = [model.unpatchify(x) for x in (patches, predicted, torch.where(removed, predicted, patches))]
     pixels = [x * std + mean for x in pixels]
 
     low, width = shown_range(pixels[0])
