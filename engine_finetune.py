@@ -1,6 +1,5 @@
 """One epoch of classifier training (fine-tuning and linear probing), and evaluation."""
 
-import csv
 from collections.abc import Callable, Sized
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.amp import LossScaler
-from util.checkpoint.output_dir import write_whole
 from util.data.loaders import lockstep
+from util.disk import write_csv
 from util.distributed import dist
 from util.loop import Run
 from util.report.meters import Meters
@@ -202,13 +201,4 @@ def write_confusion(settings: Evaluation, table: Tensor, classes: list[str]) -> 
         row = counts[number * len(classes) : (number + 1) * len(classes)]
         accuracy = f"{100 * row[number] / sum(row):.2f}" if sum(row) else ""  # none of a class without images
         rows.append([name, *map(int, row), accuracy])
-    dist.run_on_rank0(lambda: _write_csv(Path(settings.confusion), rows))
-
-
-def _write_csv(file: Path, rows: list[list]) -> None:
-    # Names of classes that are not UTF-8 are written with the bytes that they have on the disk.
-    with (
-        write_whole(file) as unfinished,
-        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as out,
-    ):
-        csv.writer(out).writerows(rows)
+    dist.run_on_rank0(lambda: write_csv(Path(settings.confusion), rows))

@@ -36,10 +36,10 @@ from util import errors, inference
 from util.checkpoint import comparison, configurations, formats
 from util.checkpoint.classes import class_names
 from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load_checkpoint
-from util.checkpoint.output_dir import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.command_line import Parser
 from util.data.class_names import read_class_names
 from util.data.images import Pixels
+from util.disk import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.errors import UserError
 
 # Flags that the model card repeats as the recipe.

@@ -24,10 +24,10 @@ import models_load
 import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.output_dir import write_whole
 from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.loaders import spread
+from util.disk import write_whole
 from util.errors import UserError
 from util.report import feature_maps, knn, pictures
 

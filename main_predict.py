@@ -8,7 +8,6 @@ those of --class_names, which released files need. Of a learning-rate sweep the 
 """
 
 import argparse
-import csv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import models_vit
 from util import errors, inference
 from util.checkpoint.classes import class_names
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.output_dir import write_whole
 from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.class_names import read_class_names
+from util.disk import write_csv
 from util.errors import UserError
 
 TOP = 5  # classes per image, or all where there are fewer
@@ -60,6 +59,21 @@ def predict(
         yield from zip(paths, top.values.tolist(), top.indices.tolist(), strict=True)
 
 
+def rows(model: models_vit.VisionTransformer, batches: inference.Batches, classes: list[str]) -> Iterator[list]:
+    """Yield the table's head, and a row for each image as soon as it is classified.
+
+    The best class stands twice: by itself, and as the first of the TOP best.
+    """
+    k = min(TOP, len(classes))
+    ranks = [f"{column}{rank}" for rank in range(1, k + 1) for column in ("top", "p")]
+    yield ["file", "class", "probability", *ranks]
+    for path, probabilities, numbers in predict(model, batches, k):
+        cells = []
+        for number, probability in zip(numbers, probabilities, strict=True):
+            cells += [classes[number], f"{probability:.4f}"]
+        yield [path, *cells[:2], *cells]
+
+
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     """Classify every image and write a CSV row for each (argv defaults to the command line's)."""
@@ -76,22 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.resume} holds no class names: pass --class_names FILE, with one name per line")
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)
 
-    # Write a line per image as soon as it is classified. The best class stands twice: by itself, and as the first of k.
-    # Names that are not UTF-8 are written with the bytes that they have on the disk.
     batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
-    with (
-        write_whole(args.output) as unfinished,
-        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
-        writer = csv.writer(file)
-        k = min(TOP, len(classes))
-        ranks = [f"{column}{rank}" for rank in range(1, k + 1) for column in ("top", "p")]
-        writer.writerow(["file", "class", "probability", *ranks])
-        for path, probabilities, numbers in predict(model, batches, k):
-            cells = []
-            for number, probability in zip(numbers, probabilities, strict=True):
-                cells += [classes[number], f"{probability:.4f}"]
-            writer.writerow([path, *cells[:2], *cells])
+    write_csv(args.output, rows(model, batches, classes))
     print(f"classes of {len(files) - batches.bad} images written to {args.output}")
     inference.check_complete([batches], args.output)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 import models_load
 from util import errors, inference, masking
 from util.checkpoint.files import load_checkpoint
-from util.checkpoint.output_dir import write_whole
 from util.command_line import Parser
 from util.data.archives import ImagePath
+from util.disk import write_whole
 from util.errors import UserError
 from util.report import pictures
 

@@ -24,11 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
-from util.checkpoint.output_dir import unwritable
 from util.command_line import Parser
 from util.data import splits, tar
 from util.data.listing import Listing, exists, join_names, read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
+from util.disk import unwritable
 from util.errors import UserError
 from util.packing.parquet import read_parquets
 from util.packing.shards import PackedImages

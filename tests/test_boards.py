@@ -12,6 +12,7 @@ from runs import job_argv, log, wait_for
 
 import main_pretrain
 from util import misc
+from util.report import boards
 
 FLAGS = ("--num_workers", 0, "--wandb", "lab/mae")
 
@@ -91,11 +92,11 @@ def test_a_run_goes_on_there_after_a_stop_and_is_the_same_otherwise(images, undi
 
 def test_a_run_that_begins_anew_is_a_new_one_there(tmp_path):
     keeper = misc.Checkpoints(str(tmp_path), "pretrain", None, None, None, {"overwrite": True})
-    (tmp_path / misc.WANDB_ID).write_text("abc")
+    (tmp_path / boards.WANDB_ID).write_text("abc")
     keeper.prepare(str(tmp_path / "checkpoint-last.pth"))
-    assert (tmp_path / misc.WANDB_ID).read_text() == "abc"
+    assert (tmp_path / boards.WANDB_ID).read_text() == "abc"
     keeper.prepare("")
-    assert not (tmp_path / misc.WANDB_ID).exists()
+    assert not (tmp_path / boards.WANDB_ID).exists()
 
 
 def test_without_the_package_nothing_begins(images, tmp_path, monkeypatch, refusal):

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait_for
 
-from util.checkpoint import output_dir
+from util import lock
 
 LATER = [("kill_while_writing", 1), *(("kill_after_rename", n) for n in range(4, 8))]
 WRITING = [
@@ -142,9 +142,9 @@ def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
 
 HOLDER = """
 import sys
-from util.checkpoint import output_dir
+from util import lock
 
-output_dir.lock_output_dir(sys.argv[1])
+lock.lock_folder(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -156,14 +156,14 @@ def test_the_holder_of_a_folder_is_named(tmp_path):
         [sys.executable, "-c", HOLDER, tmp_path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
         holder.stdout.readline()
-        assert re.fullmatch(rf"process {holder.pid} on \S+", output_dir.lock_output_dir(tmp_path))
+        assert re.fullmatch(rf"process {holder.pid} on \S+", lock.lock_folder(tmp_path))
         (tmp_path / ".lock").write_text("process 1 on elsewhere")
-        assert output_dir.lock_output_dir(tmp_path) == (
+        assert lock.lock_folder(tmp_path) == (
             f"process 1 on elsewhere; if that machine is down, remove {tmp_path / '.lock'}"
         )
         holder.kill()
         holder.wait()
-        assert output_dir.lock_output_dir(tmp_path) == ""
+        assert lock.lock_folder(tmp_path) == ""
 
 
 def test_a_run_that_goes_back_goes_on_from_there(images, undisturbed, tmp_path):

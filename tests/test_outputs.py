@@ -24,9 +24,8 @@ import main_finetune
 import main_predict
 import main_pretrain
 import main_reconstruct
-from util import errors
-from util.checkpoint import output_dir
-from util.checkpoint.output_dir import remove_unfinished, write_whole
+from util import disk, errors
+from util.disk import remove_unfinished, write_whole
 from util.errors import UserError
 
 
@@ -288,10 +287,10 @@ def test_a_pipe_and_a_name_as_long_as_they_may_be_are_written_to(trained, images
 
 def test_a_device_is_written_to_whatever_its_folder_permits(tmp_path, monkeypatch):
     """Only root may write files into /dev."""
-    monkeypatch.setattr(output_dir, "unwritable", lambda folder: f"{folder}: Permission denied")
-    assert output_dir.unwritable_file(Path("/dev/null")) == ""
-    assert "Permission denied" in output_dir.unwritable_file(tmp_path / "new.csv")
-    assert output_dir.unwritable_file(tmp_path) == "it is a folder"
+    monkeypatch.setattr(disk, "unwritable", lambda folder: f"{folder}: Permission denied")
+    assert disk.unwritable_file(Path("/dev/null")) == ""
+    assert "Permission denied" in disk.unwritable_file(tmp_path / "new.csv")
+    assert disk.unwritable_file(tmp_path) == "it is a folder"
 
 
 def test_names_that_no_file_can_have_do_not_exist(trained, images, tmp_path):

@@ -20,9 +20,8 @@ import engine_pretrain
 import main_pretrain
 import models_mae
 import models_vit
-from util import amp, checks, loop, misc, optim
+from util import amp, checks, lock, loop, misc, optim
 from util.amp import LossScaler
-from util.checkpoint import output_dir
 from util.data import datasets, loaders, splits
 from util.data.images import Pixels
 from util.data.splits import DataSpec
@@ -322,18 +321,18 @@ def warning_of_another_folder(folder):
     said, dist.print_rank0 = [], lambda message: said.append(message)
     if dist.rank():
         os.chdir(folder / "elsewhere")
-        checks.output_dir.sees_mark = partial(output_dir.sees_mark, patience=0)
+        checks.lock.sees_mark = partial(lock.sees_mark, patience=0)
     else:
         os.chdir(folder)
     checks.check_together(main_pretrain.get_args(["--data_path", str(folder), "--output_dir", "run"]))
     dist.gather(None)
-    return said if dist.rank() == 0 else output_dir.lock_output_dir(str(folder / "run"))
+    return said if dist.rank() == 0 else lock.lock_folder(str(folder / "run"))
 
 
 def test_an_output_dir_that_is_not_shared_is_warned_of(tmp_path):
     # There an earlier run has left its lock file.
     (tmp_path / "elsewhere" / "run").mkdir(parents=True)
-    (tmp_path / "elsewhere" / "run" / output_dir.LOCK).write_text("process 1 on another machine")
+    (tmp_path / "elsewhere" / "run" / lock.LOCK).write_text("process 1 on another machine")
     said, holder = ranks.run(2, tmp_path / "out", warning_of_another_folder, tmp_path)
     assert len(said) == 1 and "--output_dir run of rank 1 is another folder than rank 0's" in said[0]
     assert holder.startswith("process ")  # rank 0 still has its lock

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from util import masking, options
-from util.checkpoint import output_dir
+from util import disk, lock, masking, options
 from util.checkpoint.configurations import weights_in
 from util.checkpoint.files import is_url
 from util.data.transforms import FinetuneTransform
@@ -73,14 +72,14 @@ def check_together(args: argparse.Namespace) -> None:
     if not args.output_dir or getattr(args, "eval", False):
         return
     folder = args.output_dir
-    holder, mark = dist.run_on_rank0(lambda: (output_dir.lock_output_dir(folder), output_dir.lock_mark(folder)))
+    holder, mark = dist.run_on_rank0(lambda: (lock.lock_folder(folder), lock.lock_mark(folder)))
     if holder:
         raise UserError(
             f"--output_dir {folder} is in use by another run, {holder}; wait for it to end, or choose another folder"
         )
 
     # A folder that only some machines see is an error at the latest when the run is resumed.
-    sees = dist.gather(dist.rank() == 0 or output_dir.sees_mark(folder, mark))
+    sees = dist.gather(dist.rank() == 0 or lock.sees_mark(folder, mark))
     blind = [rank for rank, sees_it in enumerate(sees) if not sees_it]
     if blind:
         dist.print_rank0(
@@ -318,7 +317,7 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         problems.append(str(error))
 
     # Output. Evaluation writes into no folder of a run.
-    if (table := getattr(args, "confusion", "")) and (reason := output_dir.unwritable_file(Path(table))):
+    if (table := getattr(args, "confusion", "")) and (reason := disk.unwritable_file(Path(table))):
         problems.append(f"--confusion {table} can't be written to: {reason}")
     problems += _wandb_problems(args.wandb)
     if args.resume == "auto" and not args.output_dir:
@@ -341,7 +340,7 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     for name in ("output_dir", "log_dir"):
         path = getattr(args, name)
-        if path and (reason := output_dir.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
+        if path and (reason := disk.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
             problems.append(f"--{name} {path} can't be written to: {reason}")
 
     # Would --overwrite remove the checkpoint from which to start?

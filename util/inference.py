@@ -16,12 +16,12 @@ from torch import Tensor
 
 from util import checks, options
 from util.checkpoint.files import checkpoint_args
-from util.checkpoint.output_dir import unwritable, unwritable_file
 from util.data import listing, loaders, splits
 from util.data.archives import ImagePath
 from util.data.holdout import choose_held_out
 from util.data.images import BadImage, Pixels, load_array
 from util.data.transforms import CentreCrop
+from util.disk import unwritable, unwritable_file
 from util.distributed import dist
 from util.errors import Incomplete, UserError
 

@@ -40,14 +40,14 @@ from util.checkpoint.files import (
     write,
 )
 from util.checkpoint.formats import describe
-from util.checkpoint.output_dir import events_suffix, remove_unfinished
 from util.checkpoint.weights import load_model
+from util.disk import remove_unfinished
 from util.distributed import dist
 from util.errors import UserError
+from util.report.boards import WANDB_ID, events_suffix
 from util.rng import get_rng_state
 
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
-WANDB_ID = "wandb-id.txt"  # the run's id at Weights & Biases
 # Flags that, with the learning rate and the effective batch, decide where a step lies in the schedule.
 SCHEDULE = ("epochs", "warmup_epochs", "min_lr")
 # Flags on which the best figure so far depends, with their values in checkpoints that lack them.

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from util.checkpoint import configurations, formats, wrappings
-from util.checkpoint.output_dir import fsync_path, is_utf8
 from util.checkpoint.safe_types import SAFE_TYPES
 from util.data.listing import join_names
+from util.disk import fsync_path, is_utf8
 from util.distributed import dist
 from util.errors import UserError
 

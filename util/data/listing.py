@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from util.checkpoint.output_dir import LOCK
 from util.data.archives import MemberPath, Members
 from util.data.pillow import EXTENSIONS, HEIC_ENDINGS, HEIC_REMEDY
 from util.errors import UserError
+from util.lock import LOCK
 
 
 def join_names(names: Iterable[str], shown: int = 10) -> str:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.checkpoint.output_dir import lock_output_dir, raise_write_errors, remove_unfinished, write_whole
 from util.data import splits
 from util.data.archive_index import has_current_index, write_index
 from util.data.listing import count_nouns
+from util.disk import raise_write_errors, remove_unfinished, write_whole
 from util.errors import UserError
+from util.lock import lock_folder
 from util.packing.shards import SHARD_SIZE, PackedImages, Shard, find_missing, plan_shards, write_shard
 
 FLAT = "images"  # folder for images that have no class
@@ -64,7 +65,7 @@ def _lock(folder: Path) -> None:
         UserError: Another process has locked it, or it can't be written to.
     """
     with raise_write_errors(folder):
-        if holder := lock_output_dir(str(folder)):
+        if holder := lock_folder(str(folder)):
             raise UserError(f"{folder} is being written to by {holder}: wait for it, or choose another --output")
         remove_unfinished(folder)
 

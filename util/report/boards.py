@@ -2,15 +2,26 @@
 
 import os
 import secrets
+import zlib
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from util.checkpoint.output_dir import is_utf8, write_text_whole
+from util.disk import is_utf8, write_text_whole
 from util.errors import UserError
-from util.misc import WANDB_ID
+
+WANDB_ID = "wandb-id.txt"  # file in output_dir with the run's id at Weights & Biases
+
+
+def events_suffix(output_dir: str, log_dir: str) -> str:
+    """Return how the names of a run's TensorBoard files end in log_dir, which several runs may share.
+
+    It is empty where log_dir is output_dir, which belongs to one run.
+    """
+    folder, logs = Path(output_dir).absolute(), Path(log_dir).absolute()
+    return "" if folder == logs else f".{zlib.crc32(os.fsencode(folder)):08x}"
 
 
 class Board(Protocol):

@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from util.checkpoint.files import effective_batch
-from util.checkpoint.output_dir import events_suffix, raise_write_errors, write_text_whole
 from util.data.datasets import TrainImages
 from util.data.loaders import DeviceLoader
+from util.disk import raise_write_errors, write_text_whole
 from util.distributed import dist
 from util.misc import Checkpoints
-from util.report.boards import Board, TensorBoard, WeightsAndBiases
+from util.report.boards import Board, TensorBoard, WeightsAndBiases, events_suffix
 from util.report.flops import count_flops
 from util.updater import updates_per_epoch
 

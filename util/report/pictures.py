@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from util.checkpoint.output_dir import write_whole
+from util.disk import write_whole
 from util.errors import UserError
 
 COLUMNS = ("original", "masked", "reconstruction", "with visible")
