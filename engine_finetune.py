@@ -163,7 +163,7 @@ def _count(
 
     # Where images are few, a rank may have had none: its counts are zeros.
     if settings.distributed:
-        classes = max(dist.gather(len(scores.support) if scores else 0))
+        classes = max(dist.all_gather(len(scores.support) if scores else 0))
         scores = scores or settings.new_scores(classes, device)
         scores.add_up()
     return scores

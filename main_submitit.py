@@ -23,7 +23,7 @@ import models_mae
 import models_vit
 from util import checks, errors
 from util.command_line import Parser
-from util.errors import UserError
+from util.errors import UserError, raise_problems
 
 try:
     import submitit
@@ -126,8 +126,7 @@ def job_flags(args: argparse.Namespace) -> list[str]:
         )
     if not parsed.output_dir and not evaluation:
         problems.append("--output_dir '': a job that is queued again resumes from its checkpoints there; name a folder")
-    if problems:
-        raise UserError("; ".join(problems))
+    raise_problems(problems)
     return flags if evaluation else flags + ["--resume", "auto"]
 
 
@@ -137,9 +136,7 @@ def executor(args: argparse.Namespace) -> "submitit.AutoExecutor":
     Raises:
         UserError: The flags are wrong, or there is no SLURM on this machine.
     """
-    problems = _launcher_problems(args)
-    if problems:
-        raise UserError("; ".join(problems))
+    raise_problems(_launcher_problems(args))
     log_dir = Path(args.job_dir) / "submitit"
     try:
         result = submitit.AutoExecutor(log_dir, cluster=args.executor, slurm_max_num_timeout=999)

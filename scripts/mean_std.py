@@ -21,7 +21,7 @@ from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.datasets import TRIES
 from util.data.images import BadImage, Pixels, load_array
-from util.errors import UserError
+from util.errors import UserError, raise_problems
 
 SIDE = 1024  # largest side in pixels of the blocks that are converted to double precision at a time
 
@@ -115,8 +115,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     problems = checks.range_problems(args)
     if args.num is not None and args.num < 1:
         problems.append(f"--num {args.num} must be at least 1")
-    if problems:
-        raise UserError("; ".join(problems))
+    raise_problems(problems)
     return args
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import errors
 from util.command_line import Parser
 from util.data import splits, tar
-from util.data.listing import Listing, exists, join_names, read_folder
+from util.data.listing import Listing, exists, read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.disk import unwritable
 from util.errors import UserError
@@ -35,6 +35,7 @@ from util.packing.shards import PackedImages
 from util.packing.sources import check_images, from_listing, list_tars, readable
 from util.packing.streams import OPENERS, read_compressed, read_zips
 from util.packing.writing import index_archives, pack_split
+from util.words import join_names
 
 PARQUET = ".parquet"
 KINDS = {b"PK": "zip", b"PAR1": "parquet"} | dict.fromkeys(OPENERS, "compressed tar")  # by a file's first bytes

@@ -20,7 +20,7 @@ from util.command_line import Parser
 from util.data import datasets
 from util.data.images import Pixels
 from util.data.splits import DataSpec
-from util.errors import UserError
+from util.errors import UserError, raise_problems
 from util.report import knn
 
 
@@ -54,8 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     problems = checks.range_problems(args)
     if args.iterations < 1:
         problems.append(f"--iterations {args.iterations} must be at least 1")
-    if problems:
-        raise UserError("; ".join(problems))
+    raise_problems(problems)
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:

@@ -27,7 +27,7 @@ SAMPLES = ROOT / "samples" / "fashion_mnist"
 
 def pytest_xdist_auto_num_workers() -> int:
     """Take a worker more than there are cores, since a third of the tests' time is waiting; at most 8."""
-    from util.distributed.launchers import cores
+    from util.resources import cores
 
     return min(cores() + 1, 8)
 

@@ -25,7 +25,7 @@ def _rank(rank: int, world: int, port: int, work, args: tuple, out: Path) -> Non
     try:
         dist.init("cpu", 0, timeout_minutes=1)
         torch.save(work(*args), out / f"rank{rank}.pt")
-        dist.gather(None)  # waits until every rank is done, since one that leaves ends the others' connections
+        dist.all_gather(None)  # waits until every rank is done, since one that leaves ends the others' connections
     except BaseException:
         (out / f"rank{rank}.txt").write_text(traceback.format_exc())
         raise

@@ -14,7 +14,7 @@ from conftest import ROOT
 from runs import assert_same_end, job_argv
 
 import main_submitit
-from util import checks
+from util import checks, resources
 from util.distributed import launchers
 from util.errors import UserError
 
@@ -121,11 +121,11 @@ def test_a_world_size_without_a_rank_is_a_message(no_launcher):
 def test_the_cores_of_a_node_are_shared_out_once(no_launcher):
     no_launcher.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     no_launcher.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launchers.cores() == 4  # under torchrun every process may use all cores
+    assert resources.cores() == 4  # under torchrun every process may use all cores
     no_launcher.setenv("SLURM_CPUS_ON_NODE", "64")
-    assert launchers.cores() == 16  # srun has bound each task to cores of its own
+    assert resources.cores() == 16  # srun has bound each task to cores of its own
     no_launcher.setenv("SLURM_CPUS_ON_NODE", "8")
-    assert launchers.cores() == 2  # no binding, and the job has only half of the node
+    assert resources.cores() == 2  # no binding, and the job has only half of the node
 
 
 def submission(images, folder, *more, job="pretrain", executor="local", tasks=2):

@@ -23,7 +23,7 @@ import main_linprobe
 import main_pretrain
 import models_mae
 import models_vit
-from util import checks, errors
+from util import checks, errors, resources
 from util.amp import LossScaler
 from util.checkpoint import files
 from util.checkpoint.files import load_checkpoint
@@ -31,7 +31,7 @@ from util.data import datasets, loaders
 from util.data.images import Pixels
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop
-from util.distributed import dist, launchers
+from util.distributed import dist
 from util.errors import UserError
 from util.lr_sched import CosineSchedule
 from util.masking import MaskSettings
@@ -129,7 +129,7 @@ def run_with_open_files(job, argv, soft, hard, out):
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     torch.set_num_threads(1)
-    launchers.cores = lambda: 64
+    resources.cores = lambda: 64
     open_now = len(list(Path("/dev/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + soft, open_now + hard))
     errors.run(lambda: faults.MAINS[job](argv))

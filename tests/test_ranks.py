@@ -325,7 +325,7 @@ def warning_of_another_folder(folder):
     else:
         os.chdir(folder)
     checks.check_together(main_pretrain.get_args(["--data_path", str(folder), "--output_dir", "run"]))
-    dist.gather(None)
+    dist.all_gather(None)
     return said if dist.rank() == 0 else lock.lock_folder(str(folder / "run"))
 
 

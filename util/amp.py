@@ -21,7 +21,7 @@ def choose(amp: str, device: torch.device) -> str:
     if amp != "auto":
         return amp
     if device.type == "cuda":
-        return "bf16" if all(dist.gather(torch.cuda.is_bf16_supported(including_emulation=False))) else "fp16"
+        return "bf16" if all(dist.all_gather(torch.cuda.is_bf16_supported(including_emulation=False))) else "fp16"
     return "bf16" if device.type == "cpu" and dist.run_on_rank0(bf16_is_faster_on_cpu) else "off"
 
 

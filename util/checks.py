@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from util import disk, lock, masking, options
+from util import disk, lock, masking, options, resources
 from util.checkpoint.configurations import weights_in
 from util.checkpoint.files import is_url
 from util.data.transforms import FinetuneTransform
 from util.distributed import dist, launchers
-from util.errors import UserError
+from util.errors import UserError, raise_problems
 from util.misc import is_inside
 
 # Ranges of numbers: (test, message).
@@ -54,8 +54,7 @@ def check(args: argparse.Namespace, models: dict) -> None:
     """
     problems = launchers.set_torchrun_env(args.dist_on_itp, args.dist_url)
     problems += flag_problems(args, models) + _environment_problems(args)
-    if problems:
-        raise UserError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+    raise_problems(problems)
     for notice in launchers.notices():
         dist.print_rank0(f"notice: {notice}")
 
@@ -79,7 +78,7 @@ def check_together(args: argparse.Namespace) -> None:
         )
 
     # A folder that only some machines see is an error at the latest when the run is resumed.
-    sees = dist.gather(dist.rank() == 0 or lock.sees_mark(folder, mark))
+    sees = dist.all_gather(dist.rank() == 0 or lock.sees_mark(folder, mark))
     blind = [rank for rank, sees_it in enumerate(sees) if not sees_it]
     if blind:
         dist.print_rank0(
@@ -95,7 +94,7 @@ def _refuse_different_flags(args: argparse.Namespace) -> None:
         UserError: They were not; on all ranks.
     """
     flags = {name: str(value) for name, value in vars(args).items() if name not in OWN_FLAGS}
-    first, *others = dist.gather(flags)
+    first, *others = dist.all_gather(flags)
     for rank, other in enumerate(others, 1):
         names = [name for name in first if first[name] != other.get(name)]
         if names:
@@ -278,10 +277,10 @@ def _cuda_problems(name: str, device: torch.device) -> list[str]:
 
 def _open_file_problems(args: argparse.Namespace) -> list[str]:
     """Raise the limit of open files where it is too low for the run; return a message if it can't be raised enough."""
-    workers = min(args.num_workers, launchers.cores())
+    workers = min(args.num_workers, resources.cores())
     tensors = 4 if hasattr(args, "reprob") else 2  # erased boxes travel beside images and classes
-    needed = launchers.open_files_needed(workers, tensors)
-    allowed = launchers.allow_open_files(needed)
+    needed = resources.open_files_needed(workers, tensors)
+    allowed = resources.allow_open_files(needed)
     if allowed >= needed:
         return []
     remedy = "raise the limit, or lower --num_workers" if workers else "raise the limit"

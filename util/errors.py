@@ -43,6 +43,12 @@ class UserError(Exception):
         super().__init__(message)
 
 
+def raise_problems(problems: list[str]) -> None:
+    """Raise one UserError for all problems, each in a line of its own where there are several; none for []."""
+    if problems:
+        raise UserError(problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
 class LocalError(UserError):
     """A UserError that may occur on one rank alone, so that every rank that raises it prints the message."""
 

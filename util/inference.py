@@ -23,7 +23,7 @@ from util.data.images import BadImage, Pixels, load_array
 from util.data.transforms import CentreCrop
 from util.disk import unwritable, unwritable_file
 from util.distributed import dist
-from util.errors import Incomplete, UserError
+from util.errors import Incomplete, UserError, raise_problems
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -81,8 +81,7 @@ def check(args: argparse.Namespace) -> None:
             problems.append(f"--{name} {path} can't be written to: {reason}")
         if Path(path).resolve() in inputs:
             problems.append(f"--{name} {path} is one of the inputs, and would be replaced: choose another name")
-    if problems:
-        raise UserError("; ".join(problems))
+    raise_problems(problems)
 
 
 def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val_seed: int = 0) -> list[ImagePath]:
@@ -109,12 +108,12 @@ def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val
         found = _find_at(path, left_out)
         files += _training_part(found, path, val_fraction, val_seed) if val_fraction else found
     if not files:
-        there = f" The files there: {left_out}." if str(left_out) else ""
+        there = left_out.sentence()
         raise UserError(
             f"no images in {', '.join(map(str, paths))}: name a folder that holds some, or the files "
             f"themselves.{there} {splits.ENDINGS}"
         )
-    if str(left_out):
+    if left_out:
         print(f"notice: left out: {left_out}", file=sys.stderr)
     return [files[number] for number in loaders.spread(len(files), num or len(files))]
 

@@ -226,7 +226,7 @@ class Run:
         position = self.position
         position.images = len(self.loader) * self.checkpoints.images_per_step
         # All ranks use rank 0's figures: their own may be rounded differently, and they must agree on the best epoch.
-        stats = dist.gather(evaluate(position.epoch, self.poll))[0]
+        stats = dist.all_gather(evaluate(position.epoch, self.poll))[0]
         best_by = self.settings.best_by
         improved = stats.get(best_by, -1) > position.best
         if improved:
@@ -315,7 +315,7 @@ class Run:
 
         What is saved before the run ends is the state before the first update that lacks such images.
         """
-        problems = [(text, batch) for text, batch in dist.gather((self.loader.problem, self.loader.lost)) if text]
+        problems = [(text, batch) for text, batch in dist.all_gather((self.loader.problem, self.loader.lost)) if text]
         if problems:
             images = min(batch for _, batch in problems) * self.checkpoints.images_per_step
             while len(self.marks) > 1 and self.marks[-1].images > images:

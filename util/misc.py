@@ -193,7 +193,7 @@ class Checkpoints:
         Raises:
             UserError: It cannot be written; on all ranks.
         """
-        rng = dist.gather(get_rng_state() if rng is None else rng)
+        rng = dist.all_gather(get_rng_state() if rng is None else rng)
         if self.folder is None:
             return
         dist.gather_optimizer(self.optimizer)

@@ -36,7 +36,7 @@ from util.checkpoint.configurations import read_config
 from util.command_line import Parser
 from util.data.images import BadImage, Pixels, load_array
 from util.data.splits import is_image
-from util.errors import UserError
+from util.errors import UserError, raise_problems
 
 try:
     import segmentation_models_pytorch as smp
@@ -79,8 +79,7 @@ def get_args() -> argparse.Namespace:
         raise UserError("--data_path or --predict is needed")
     if not (2 <= args.classes <= IGNORED and min(args.epochs, args.eval_freq, args.batch_size, args.width) >= 1):
         raise UserError("--epochs, --eval_freq, --batch_size and --width must be at least 1, --classes 2 to 255")
-    if problems := checks.device_problems(args.device) + checks.range_problems(args):
-        raise UserError("; ".join(problems))
+    raise_problems(checks.device_problems(args.device) + checks.range_problems(args))
     return args
 
 

@@ -8,10 +8,10 @@ from torch import nn
 from util.checkpoint.configurations import known_config
 from util.checkpoint.files import checkpoint_args
 from util.checkpoint.formats import count_blocks, has_decoder, is_square
-from util.data.listing import join_names
 from util.data.transforms import CentreCrop
 from util.distributed import dist
 from util.errors import UserError
+from util.words import join_names
 
 # Names of weights that are no part of an encoder: decoders, heads, the token for masked patches, and the heads of
 # other self-supervised methods.

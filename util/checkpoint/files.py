@@ -22,10 +22,10 @@ from torch import Tensor
 
 from util.checkpoint import configurations, formats, wrappings
 from util.checkpoint.safe_types import SAFE_TYPES
-from util.data.listing import join_names
 from util.disk import fsync_path, is_utf8
 from util.distributed import dist
 from util.errors import UserError
+from util.words import join_names
 
 FOLDER_BIT = 0x10  # in a zip entry's external attributes
 CHUNK = 1 << 24  # bytes
@@ -410,7 +410,7 @@ def _download(url: str) -> object:
     try:
         content = load() if dist.rank() == 0 else None
     finally:
-        dist.gather(None)
+        dist.all_gather(None)
     return load() if content is None else content
 
 

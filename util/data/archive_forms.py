@@ -23,9 +23,10 @@ import numpy as np
 
 from util.data.archive_index import load_index
 from util.data.archives import Files, Members
-from util.data.listing import LeftOut, Listing, join_names
+from util.data.listing import LeftOut, Listing
 from util.data.tar import BadArchive
 from util.data.webdataset import LABELS, find_labels, read_classes, refuse_labels
+from util.words import join_names
 
 NameTest = Callable[[str], bool]  # tells from a file's name whether it is wanted
 
@@ -150,7 +151,7 @@ def _read_all(archives: list[Path], is_wanted: NameTest) -> tuple[Files, Files, 
 
 
 def _describe_empty(archives: list[Path], left_out: LeftOut) -> str:
-    there = f" The files there: {left_out}." if str(left_out) else ""
+    there = left_out.sentence()
     hint = ""
     if left_out.endings[".tar"]:
         hint = " Archives in archives are not opened: for ImageNet's, python scripts/prepare_imagenet.py --packed"

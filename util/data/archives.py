@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from util import resources
 from util.data import tar
-from util.distributed import launchers
 from util.errors import LocalError
 
 MOST_OPEN = 1024  # archives that a process keeps open, where the system allows it
@@ -31,7 +31,7 @@ def open_archive(path: str) -> int:
         return _descriptors[path]
 
     # A quarter of what the process may open: sockets, libraries and other files need some as well.
-    most = max(1, min(MOST_OPEN, launchers.allow_open_files(4 * MOST_OPEN) // 4))
+    most = max(1, min(MOST_OPEN, resources.allow_open_files(4 * MOST_OPEN) // 4))
     while len(_descriptors) >= most:
         os.close(_descriptors.popitem(last=False)[1])
     try:

@@ -5,8 +5,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from util.data.listing import join_names
 from util.errors import UserError
+from util.words import join_names
 
 FORMS = "it must hold one name per line, or JSON as timm or Hugging Face write it"  # for messages
 

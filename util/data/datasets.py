@@ -15,11 +15,12 @@ from torchvision.datasets import ImageFolder
 
 from util.data import splits
 from util.data.images import BadImage, Pixels, WrongChannels, load_array
-from util.data.listing import Listing, join_names
+from util.data.listing import Listing
 from util.data.splits import DataSpec
 from util.distributed import dist
 from util.errors import LocalError, UserError
 from util.rng import seed_all
+from util.words import join_names
 
 TRIES = 100  # unreadable images in a row before the disk is suspected
 Sample = tuple[Tensor, int]  # an image and the number of its class
@@ -287,7 +288,7 @@ def _check_not_empty(dataset: Images, named: bool) -> None:
 
     # A training class without any is more likely an unfinished copy than intended.
     left_out = dataset.listing.left_out
-    there = f" The files there: {left_out}." if str(left_out) else ""
+    there = left_out.sentence()
     instead = "take the class out of --class_names and" if named else "remove the folder from"
     raise UserError(f"no images in {folders}: add some, or {instead} every split.{there} {splits.ENDINGS}")
 

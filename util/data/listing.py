@@ -7,7 +7,7 @@ references to strings copies them page by page.
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,12 +17,7 @@ from util.data.archives import MemberPath, Members
 from util.data.pillow import EXTENSIONS, HEIC_ENDINGS, HEIC_REMEDY
 from util.errors import UserError
 from util.lock import LOCK
-
-
-def join_names(names: Iterable[str], shown: int = 10) -> str:
-    """Join names with commas for a message; only count those beyond the first few."""
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+from util.words import count_nouns, join_names
 
 
 class UnreadableFolder(UserError):
@@ -50,12 +45,19 @@ class LeftOut:
     apart: list[str] = field(default_factory=list)
 
     def sort_out(self, files: list[str], is_wanted: Callable[[str], bool]) -> list[str]:
-        """Return the wanted ones of some files, by their names, and count the others."""
+        """Return those of some file names that are wanted, and count the endings of the others."""
         wanted = [file for file in files if is_wanted(file)]
         if len(wanted) < len(files):
             others = set(files).difference(wanted)
             self.endings.update(os.path.splitext(file)[1].lower() for file in others)
         return wanted
+
+    def __bool__(self) -> bool:
+        return bool(str(self))
+
+    def sentence(self) -> str:
+        """Return a sentence for a message that says that no images were found; "" where nothing was left out."""
+        return f" The files there: {self}." if self else ""
 
     def __str__(self) -> str:
         """Return a phrase that counts everything; "" where nothing was left out."""
@@ -80,11 +82,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
-
-
-def count_nouns(number: int, noun: str, plural: str = "s") -> str:
-    """Return a number with its noun, in the plural where there is not exactly one."""
-    return f"{number:,} {noun}{plural * (number != 1)}"
 
 
 def list_endings(endings: Counter) -> str:
@@ -258,18 +255,17 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def read_folder(path: str, name: str = "", left_out: LeftOut | None = None) -> tuple[list[tuple[str, bool]], list[str]]:
-    """Return the folders in a folder, as (path, whether it is a link), and the sorted names of its files.
+def read_folder(path: str, left_out: LeftOut | None = None) -> tuple[list[tuple[str, bool]], list[str]]:
+    """Return the folders in a folder, as (name, whether it is a link), and the sorted names of its files.
 
     Args:
         path: The folder.
-        name: What the paths begin with.
         left_out: Takes what is neither a file nor a folder.
 
     Raises:
         UnreadableFolder: It can't be read.
     """
-    return scan_folder(path, name, left_out)[:2]
+    return scan_folder(path, "", left_out)[:2]
 
 
 def scan_folder(path: str, name: str, left_out: LeftOut | None) -> tuple[list[tuple[str, bool]], list[str], bool]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from util import resources
 from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
 from util.data.erasing import ErasableImage, erase_boxes, pack_boxes
 from util.data.images import Pixels
 from util.data.listing import UnreadableFolder
 from util.data.splits import DataSpec, find_split, similar
-from util.distributed import dist, launchers
+from util.distributed import dist
 from util.distributed.signals import shield_worker
 from util.errors import LocalError, UserError
 from util.rng import preserve_rng
@@ -200,7 +201,7 @@ def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
     Raises:
         UserError: A rank met a LocalError; raised at the end, on all ranks, so that none waits for another.
     """
-    longest, done, problem = max(dist.gather(len(loader))), 0, ""
+    longest, done, problem = max(dist.all_gather(len(loader))), 0, ""
     try:
         for batch in loader:
             yield batch
@@ -208,7 +209,7 @@ def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
     except LocalError as error:
         problem = str(error)
     yield from [None] * (longest - done)
-    if problems := list(filter(None, dist.gather(problem))):
+    if problems := list(filter(None, dist.all_gather(problem))):
         raise UserError(problems[0])
 
 
@@ -227,7 +228,7 @@ def _data_loader(dataset: Dataset, loading: Loading, sampler: Iterable, persiste
         persistent: Keep the loader processes from one epoch to the next.
     """
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
-    workers = min(loading.num_workers, launchers.cores())
+    workers = min(loading.num_workers, resources.cores())
     return DataLoader(
         dataset,
         loading.batch_size,

@@ -16,9 +16,10 @@ from util.data.archive_forms import list_members
 from util.data.archive_index import load_index
 from util.data.holdout import choose_held_out
 from util.data.images import EXTENSIONS
-from util.data.listing import Listing, join_names, list_files, read_folder
+from util.data.listing import Listing, list_files, read_folder
 from util.data.tar import BadArchive
 from util.errors import UserError
+from util.words import join_names
 
 # Names that folders or archives beside a missing one often have instead.
 OTHER_NAMES = {"train": ("training", "train2017"), "val": ("valid", "validation", "test", "testing", "eval", "dev")}

@@ -10,8 +10,8 @@ from collections import Counter
 from contextlib import suppress
 
 from util.data.archives import Files
-from util.data.listing import join_names
 from util.data.tar import BadArchive
+from util.words import join_names
 
 LABELS = (".cls", ".json")  # endings of the members that hold a sample's class
 CLASS_NAMES = "classes.txt"

@@ -266,7 +266,7 @@ def differentiable_sum(values: Tensor) -> Tensor:
     return _SumOverRanks.apply(values) if td.is_initialized() else values
 
 
-def gather(value: object) -> list:
+def all_gather(value: object) -> list:
     """Return the values of all ranks, in the order of the ranks, on every rank."""
     if not td.is_initialized():
         return [value]

@@ -14,11 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from util.data import pillow
-from util.data.listing import count_nouns, join_names
 from util.data.splits import NAMES, is_image
 from util.errors import UserError
 from util.packing.shards import PackedImages
 from util.packing.sources import readable
+from util.words import count_nouns, join_names
 
 
 class Columns(NamedTuple):

@@ -19,10 +19,11 @@ from typing import NamedTuple
 
 from util.data.archive_forms import common_prefix
 from util.data.archive_index import clean_names, has_current_index, load_index
-from util.data.listing import join_names, read_folder
+from util.data.listing import read_folder
 from util.data.splits import ARCHIVE, OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive
 from util.errors import UserError
+from util.words import join_names
 
 SHARD_SIZE = 1 << 30  # bytes of a shard, if nothing else is asked for
 # Names are stored as the bytes that they have on the disk, whatever Python takes the disk's encoding to be.

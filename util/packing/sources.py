@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from util.data.archive_forms import common_prefix, list_members
-from util.data.listing import Listing, join_names
+from util.data.listing import Listing
 from util.data.splits import ENDINGS, NAMES, SPLITS, is_image
 from util.errors import UserError
 from util.packing.shards import PackedImages
+from util.words import join_names
 
 # What libraries raise when a file is damaged or cut off.
 DAMAGE = (OSError, EOFError, ValueError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)

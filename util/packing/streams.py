@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from util.data.archive_forms import folder_and_file
 from util.data.archive_index import clean_names
-from util.data.listing import LeftOut, join_names
+from util.data.listing import LeftOut
 from util.data.splits import OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive, Member
 from util.data.webdataset import LABELS
 from util.packing.shards import PackedImages
 from util.packing.sources import droppable_prefix, readable
+from util.words import join_names
 
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # by an archive's first bytes
 UTF8_FLAG = 0x800  # of a zip archive's member: its name is UTF-8

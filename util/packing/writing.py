@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from util.data import splits
 from util.data.archive_index import has_current_index, write_index
-from util.data.listing import count_nouns
 from util.disk import raise_write_errors, remove_unfinished, write_whole
 from util.errors import UserError
 from util.lock import lock_folder
 from util.packing.shards import SHARD_SIZE, PackedImages, Shard, find_missing, plan_shards, write_shard
+from util.words import count_nouns
 
 FLAT = "images"  # folder for images that have no class
 

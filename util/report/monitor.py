@@ -93,7 +93,7 @@ class Monitor:
         # Every rank classifies its own share of val, by the neighbours of all ranks.
         classes = self.val.dataset.classes
         if len(classes) > 1 and classes == self.train.dataset.classes:
-            gathered = dist.gather((train_features, train_targets))
+            gathered = dist.all_gather((train_features, train_targets))
             neighbours = [torch.cat(parts).to(device) for parts in zip(*gathered, strict=True)]
             weighted = 0.0
             if len(features):
