@@ -1,6 +1,6 @@
 """One epoch of classifier training (fine-tuning and linear probing), and evaluation."""
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.amp import LossScaler
-from util.data.loaders import lockstep
+from util.data.loaders import DeviceLoader, lockstep
 from util.disk import write_csv
 from util.distributed import dist
 from util.loop import Run
@@ -20,7 +20,7 @@ from util.updater import Updater
 def train_one_epoch(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
-    loader: Sized,
+    loader: DeviceLoader,
     updater: Updater,
     epoch: int,
     *,
@@ -96,7 +96,7 @@ def head_losses(logits: Tensor, targets: Tensor, class_weights: Tensor | None = 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: Sized,
+    loader: DeviceLoader,
     device: torch.device,
     scaler: LossScaler,
     settings: Evaluation | None = None,
@@ -133,7 +133,8 @@ def evaluate(
     figures = scores.figures()
     best = max(range(len(figures)), key=lambda head: figures[head][settings.best_by])
     if settings.confusion:
-        write_confusion(settings, scores.table[best], loader.dataset.classes)
+        table = scores.sum_table(best, settings.distributed)
+        dist.run_on_rank0(lambda: write_confusion(Path(settings.confusion), table, loader.dataset.classes))
 
     remark = "; every image was given the same class" if scores.is_constant(best) else ""
     return _report(figures, best, settings.head_names, remark)
@@ -141,7 +142,7 @@ def evaluate(
 
 def _count(
     model: nn.Module,
-    loader: Sized,
+    loader: DeviceLoader,
     device: torch.device,
     scaler: LossScaler,
     settings: Evaluation,
@@ -185,20 +186,19 @@ def _line(stats: dict[str, float]) -> str:
     return f"Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
 
 
-def write_confusion(settings: Evaluation, table: Tensor, classes: list[str]) -> None:
+def write_confusion(file: Path, table: Tensor, classes: list[str]) -> None:
     """Write the confusion matrix as CSV: a row per true class, a column per predicted class, then accuracy in per cent.
 
     Args:
-        settings: Names the file, which rank 0 writes, and tells whether the ranks' counts are to be added up.
-        table: This rank's counts [C * C], by class and predicted class.
+        file: File to write.
+        table: Counts by class and predicted class [C, C].
         classes: Names of the C classes.
+
+    Raises:
+        UserError: The file can't be written.
     """
-    counts = table.tolist()
-    if settings.distributed:
-        counts = dist.sum_over_ranks(counts, table.device)
     rows = [["class", *classes, "accuracy"]]
-    for number, name in enumerate(classes):
-        row = counts[number * len(classes) : (number + 1) * len(classes)]
-        accuracy = f"{100 * row[number] / sum(row):.2f}" if sum(row) else ""  # none of a class without images
-        rows.append([name, *map(int, row), accuracy])
-    dist.run_on_rank0(lambda: write_csv(Path(settings.confusion), rows))
+    for number, (name, counts) in enumerate(zip(classes, table.tolist(), strict=True)):
+        accuracy = f"{100 * counts[number] / sum(counts):.2f}" if sum(counts) else ""  # none of a class without images
+        rows.append([name, *counts, accuracy])
+    write_csv(file, rows)

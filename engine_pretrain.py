@@ -1,10 +1,9 @@
 """One epoch of masked pre-training."""
 
-from collections.abc import Sized
-
 from torch import nn
 
 from util import masking
+from util.data.loaders import DeviceLoader
 from util.distributed import dist
 from util.loop import Run
 from util.report.meters import Meters
@@ -13,7 +12,7 @@ from util.updater import Updater
 
 def train_one_epoch(
     model: nn.Module,
-    loader: Sized,
+    loader: DeviceLoader,
     updater: Updater,
     epoch: int,
     *,

@@ -69,7 +69,7 @@ def kill_after_rename(number: int) -> None:
 
 def kill_after_log_line(number: int) -> None:
     """Kill the process right after so many lines of log.txt."""
-    lines, epoch = [0], log.RunLog.epoch
+    lines, epoch = [0], log.RunLog.write_epoch
 
     def dying(self, values):
         epoch(self, values)
@@ -77,7 +77,7 @@ def kill_after_log_line(number: int) -> None:
         if lines[0] == number:
             _kill()
 
-    log.RunLog.epoch = dying
+    log.RunLog.write_epoch = dying
 
 
 def fill_disk(megabytes: float) -> None:

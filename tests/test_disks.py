@@ -9,10 +9,12 @@ import sys
 
 import faults
 import pytest
+import torch
 from conftest import ROOT
 from runs import EVERY_STEP, assert_same_end, finish, job_argv, log, state, wait_for
 
 from util import lock
+from util.checkpoint import files
 
 LATER = [("kill_while_writing", 1), *(("kill_after_rename", n) for n in range(4, 8))]
 WRITING = [
@@ -42,6 +44,18 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, undisturbed, tmp_path)
     assert state(tmp_path, "0")["epoch"] == 0 and not list(tmp_path.glob("*.tmp"))
     finish(images, tmp_path, "--num_workers", 0)
     assert_same_end(tmp_path, undisturbed / "pretrain")
+
+
+def test_what_a_signals_handler_raises_amid_saving_is_not_hidden_by_the_saving(tmp_path, monkeypatch):
+    """torch raises the death of a loader process wherever Python is; torch.save then fails at closing its file, too."""
+
+    def write(self, data):
+        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+
+    monkeypatch.setattr(files._NotingErrors, "write", write)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        files.write({"model": torch.ones(1000)}, [tmp_path / "checkpoint-0.pth"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.tmpfs
@@ -143,6 +157,7 @@ def test_a_folder_in_use_is_refused_until_its_run_is_gone(images, tmp_path):
 HOLDER = """
 import sys
 from util import lock
+from util.checkpoint import files
 
 lock.lock_folder(sys.argv[1])
 print("held", flush=True)

@@ -162,17 +162,17 @@ def test_meters_leave_out_and_count_what_is_not_finite():
     meters = Meters(CPU)
     for value in (1.0, float("nan"), 3.0, float("inf")):
         meters.update(loss=torch.tensor(value))
-    assert meters.window() == ({"loss": 2.0}, [2]) and meters.averages() == {"loss": 2.0}
+    assert meters.close_window() == ({"loss": 2.0}, [2]) and meters.averages() == {"loss": 2.0}
 
 
 def test_meters_average_windows_and_epoch():
     meters = Meters(CPU)
     meters.update(loss=torch.tensor(1.0), lr=0.5)
     meters.update(loss=torch.tensor(2.0), lr=0.5)
-    assert meters.window() == ({"loss": 1.5, "lr": 0.5}, [0])
+    assert meters.close_window() == ({"loss": 1.5, "lr": 0.5}, [0])
     meters.update(loss=torch.tensor(6.0), lr=0.2)
     assert meters.totals_so_far() == {"loss": [9.0, 3.0], "lr": pytest.approx([1.2, 3.0])}
-    assert meters.window()[0] == pytest.approx({"loss": 6.0, "lr": 0.2})
+    assert meters.close_window()[0] == pytest.approx({"loss": 6.0, "lr": 0.2})
     assert meters.averages() == pytest.approx({"loss": 3.0, "lr": 0.4})
 
 

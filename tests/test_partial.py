@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -170,7 +171,7 @@ def test_of_several_heads_the_confusion_matrix_is_the_best_ones(tmp_path):
 
 def test_a_class_without_images_has_no_accuracy_in_the_confusion_matrix(tmp_path):
     file = tmp_path / "confusion.csv"
-    engine_finetune.write_confusion(Evaluation(confusion=str(file)), torch.tensor([3, 1, 0, 0]), ["a", "absent"])
+    engine_finetune.write_confusion(file, torch.tensor([[3, 1], [0, 0]]), ["a", "absent"])
     assert file.read_text().split() == ["class,a,absent,accuracy", "a,3,1,75.00", "absent,0,0,"]
 
 
@@ -189,7 +190,7 @@ def test_requests_to_stop_are_looked_for_while_the_ema_is_evaluated_too():
 
 def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_was_trained():
     with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
-        engine_finetune.write_confusion(Evaluation(confusion="/dev/full"), torch.zeros(4), ["a", "b"])
+        engine_finetune.write_confusion(Path("/dev/full"), torch.zeros(2, 2), ["a", "b"])
 
 
 def test_a_run_too_short_for_its_ema_is_warned_of(capsys):

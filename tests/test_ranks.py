@@ -272,7 +272,7 @@ def message_of_a_full_disk(folder):
     if logs.file:
         logs.file = Path("/dev/full")
     try:
-        logs.epoch({"epoch": 0})
+        logs.write_epoch({"epoch": 0})
     except UserError as error:
         return str(error)
 

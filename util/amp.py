@@ -139,25 +139,25 @@ class BadSteps:
             device: Where the model is trained.
             amp: "bf16", "fp16" or "off".
         """
-        self.limit, self.absorbed = limit, 16 if amp == "fp16" else 0
+        self.limit, self.tolerated = limit, 16 if amp == "fp16" else 0
         self.streak, self.count, self.first = (torch.zeros((), dtype=torch.long, device=device) for _ in range(3))
-        self.tripped = torch.zeros((), dtype=torch.bool, device=device)
+        self.limit_reached = torch.zeros((), dtype=torch.bool, device=device)
 
     def update(self, skipped: Tensor, step: int) -> None:
         """Record whether the update made at batch `step` of the epoch was skipped, without waiting for the device."""
         self.streak = torch.where(skipped, self.streak + 1, 0)
-        counts = self.streak > self.absorbed
+        counts = self.streak > self.tolerated
         self.first = torch.where(counts & (self.count == 0), step, self.first)
         self.count = self.count + counts
-        self.tripped = self.tripped | (self.streak >= self.limit + self.absorbed)
+        self.limit_reached = self.limit_reached | (self.streak >= self.limit + self.tolerated)
 
     def read(self) -> tuple[int, int, bool]:
         """Return what was counted, and set the number back to zero; waits for the device.
 
         Returns:
-            The number of skipped updates since the last call, beyond those that fp16 absorbs, the batch of the first
+            The number of skipped updates since the last call, beyond those that fp16 is allowed, the batch of the first
             one (meaningless if there is none), and whether the limit was ever reached, in this or an earlier call.
         """
         count, first = self.count.item(), self.first.item()
         self.count = torch.zeros_like(self.count)
-        return count, first, bool(self.tripped)
+        return count, first, bool(self.limit_reached)

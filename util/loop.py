@@ -10,7 +10,7 @@ from signal import Signals
 from torch import Tensor
 
 from util.amp import BadSteps
-from util.data.loaders import DeviceLoader
+from util.data.loaders import TrainLoader
 from util.distributed import dist
 from util.distributed.signals import Requests
 from util.errors import Stopped, UserError, is_on_every_rank
@@ -72,7 +72,7 @@ class Run:
 
     def __init__(
         self,
-        loader: DeviceLoader,
+        loader: TrainLoader,
         checkpoints: Checkpoints,
         log: RunLog | None,
         position: Position,
@@ -89,11 +89,12 @@ class Run:
         self.updates = 0  # how many of them are made, and noted here
         # The last points of the epoch under way. Two updates may turn out to be void (see TrainLoader): keep a third.
         self.marks: deque[Mark] = deque(maxlen=3)
+        self.requests: Requests | None = None  # signals and times at which to save, while `fit` runs
         self.speed: Stats = {}  # data_wait and tflops of the last epoch's training
 
     @classmethod
     def start(
-        cls, checkpoints: Checkpoints, loader: DeviceLoader, source: str, settings: RunSettings, lrs: list[float]
+        cls, checkpoints: Checkpoints, loader: TrainLoader, source: str, settings: RunSettings, lrs: list[float]
     ) -> "Run":
         """Resume from a checkpoint or start afresh; then prepare output_dir, open the logs, print what will be trained.
 
@@ -113,16 +114,15 @@ class Run:
         done = position.images / loader.sampler.images_per_epoch
         log = RunLog(args["output_dir"], args["log_dir"], position.epoch, done)
         log.mirror_to_wandb(args)
-        log.summary(checkpoints, loader, lrs)
+        log.write_summary(checkpoints, loader, lrs)
         return cls(loader, checkpoints, log, position, settings)
 
     @property
     def first_step(self) -> int:
         """Return the number of batches of the epoch that are done already.
 
-        Runs are saved only after updates. A position within an accumulation group can therefore only be the end of an
-        epoch, whose last group may be smaller: all batches then count as done, even if a few more would fit in with the
-        present number of ranks.
+        Runs are saved only after updates. So if the position is no multiple of accum_iter, it is the end of an epoch
+        whose last group was smaller: every batch counts as done, even if the present number of ranks would allow more.
         """
         done = self.position.images // self.checkpoints.images_per_step
         return len(self.loader) if done % self.checkpoints.args["accum_iter"] else done
@@ -147,14 +147,7 @@ class Run:
                 saved only where every rank meets the error.
         """
         start, first_epoch = time.time(), self.position.epoch
-        if len(self.position.rng) > dist.rank():
-            set_rng_state(self.position.rng[dist.rank()])
-        if self.checkpoints.goes_back:
-            # The run restarts from an older checkpoint: save now, so that --resume auto, if this run is killed, does
-            # not take one of the later checkpoints that it abandons.
-            self.position.branch = self.checkpoints.next_branch()
-            self.checkpoints.save(self.position, whole_epoch=False)
-
+        self._begin()
         with Requests(self.settings.save_minutes) as self.requests, self._saved_on_error():
             for epoch in range(first_epoch, self.settings.epochs):
                 self.position.epoch = epoch
@@ -166,9 +159,29 @@ class Run:
                     stats |= {f"test_{name}": value for name, value in tested.items()}
                 self._end_epoch(stats, improved)
         self.log.close()
-        epochs, images = max(0, self.settings.epochs - first_epoch), describe_images(self.loader.dataset)
-        if epochs:
-            dist.print_rank0(f"trained {epochs} epochs in {time.time() - start:.0f} s, on {images}")
+        self._print_end(self.settings.epochs - first_epoch, time.time() - start)
+
+    def _begin(self) -> None:
+        """Restore the random streams; if the run restarts from an older checkpoint, save at once.
+
+        Otherwise --resume auto, if this run is killed, would take one of the later checkpoints that it abandons.
+        """
+        if len(self.position.rng) > dist.rank():
+            set_rng_state(self.position.rng[dist.rank()])
+        if self.checkpoints.goes_back:
+            self.position.branch = self.checkpoints.next_branch()
+            self.checkpoints.save(self.position, whole_epoch=False)
+
+    def _print_end(self, epochs: int, seconds: float) -> None:
+        """Print how long training took, on which images, and the best figure.
+
+        Args:
+            epochs: Epochs that were trained now; 0 or less: none were left.
+            seconds: Time that they took.
+        """
+        images = describe_images(self.loader.dataset)
+        if epochs > 0:
+            dist.print_rank0(f"trained {epochs} epochs in {seconds:.0f} s, on {images}")
         else:
             dist.print_rank0(f"nothing left to train: all {self.settings.epochs} epochs are done, on {images}")
         if self.position.best_epoch >= 0:
@@ -245,7 +258,7 @@ class Run:
         """Log the epoch; save a checkpoint if it is time for one."""
         position, log = self.position, self.log
         speed = {name: float(f"{value:.4g}") for name, value in self.speed.items()}
-        log.epoch({**stats, "epoch": position.epoch, "n_parameters": log.n_parameters, **speed})
+        log.write_epoch({**stats, "epoch": position.epoch, "n_parameters": log.n_parameters, **speed})
         position.stats = {name: float(value) for name, value in stats.items()}
         tested = {name: value for name, value in position.stats.items() if name.startswith("test_")}
         position.tested = tested or position.tested
@@ -267,7 +280,7 @@ class Run:
             # Whatever the engine puts into its meters goes to TensorBoard, the loss under its published name.
             figures = {loss_tag if name == "loss" else name: value for name, value in means.items()}
             timed = {f"speed/{name}": value for name, value in speed.items()}
-            self.log.scalars(self.position.epoch + step / steps, figures | timed)
+            self.log.write_scalars(self.position.epoch + step / steps, figures | timed)
             self.report(step, not_finite)
 
         self.meters = Meters(
@@ -300,7 +313,9 @@ class Run:
         self._mark()
         self.updates = self.updater.begun
         signum, due, failed = self.requests.poll(bool(self.loader.problem))
-        if failed or signum or due:  # a rank's problem may be newer than the ranks' exchange, and what is saved void
+        if failed or signum or due:
+            # A rank may have failed to load images since the ranks' last exchange: find out before saving, or the
+            # checkpoint would hold updates of void batches.
             self._raise_loading_problem()
         if signum or due:
             self._store_totals()
@@ -315,7 +330,8 @@ class Run:
 
         What is saved before the run ends is the state before the first update that lacks such images.
         """
-        problems = [(text, batch) for text, batch in dist.all_gather((self.loader.problem, self.loader.lost)) if text]
+        found = dist.all_gather((self.loader.problem, self.loader.first_lost_batch))
+        problems = [(text, batch) for text, batch in found if text]
         if problems:
             images = min(batch for _, batch in problems) * self.checkpoints.images_per_step
             while len(self.marks) > 1 and self.marks[-1].images > images:
@@ -346,14 +362,14 @@ class Run:
             FloatingPointError: Too many updates in a row were skipped; on all ranks.
             UserError: Too many images can't be read; on all ranks.
         """
-        epoch, (count, first, tripped) = self.position.epoch, self.bad_steps.read()
-        if count or tripped:
-            self._raise_loading_problem()  # whose void updates are skipped
+        epoch, (count, first, too_many) = self.position.epoch, self.bad_steps.read()
+        if count or too_many:
+            self._raise_loading_problem()  # a rank without images is why updates were skipped: report that instead
             ranks = [str(rank) for rank, values in enumerate(not_finite) if values]
             who = f"the loss was not finite on rank {', '.join(ranks)}" if ranks else "every rank's loss was finite"
             what = f"{count} updates up to step {step} of epoch {epoch}, from step {first} on, had gradients that "
             what += f"were not finite ({who}) and were skipped"
-            if tripped:
+            if too_many:
                 newest = self.checkpoints.newest or "none was written yet"
                 raise FloatingPointError(
                     f"{what}; --max_bad_steps {self.bad_steps.limit} in a row is the limit. The parameters are as "

@@ -88,8 +88,10 @@ def write(state: dict, paths: list[Path]) -> None:
             fsync_path(path.parent)
             digest_file(path).unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        # The user needs the disk's error, not the RuntimeError that torch.save makes of it. Any other is a bug.
-        cause = (noting and noting.error) or error
+        # The user needs the error of the disk, or what a handler of signals raised meanwhile, such as the death of a
+        # loader process; not the RuntimeError that torch.save makes of it at closing the file. Any other is a bug.
+        closing = isinstance(error, RuntimeError) and "inline_container" in str(error)
+        cause = (noting and noting.error) or (closing and error.__context__) or error
         for temporary in unfinished:
             temporary.unlink(missing_ok=True)
         if not isinstance(cause, OSError):

@@ -3,7 +3,7 @@
 import gc
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,8 +110,6 @@ class DeviceLoader:
             pixels: Mean and standard deviation to normalise with.
         """
         self.loader, self.dataset, self.sampler = loader, loader.dataset, loader.sampler
-        self.problem = ""  # why this rank can't load any more training images; "": it can
-        self.lost = 0  # the first batch of the epoch that it could not load
         self.device, self.normalise = device, Normalise(pixels, device)
 
     def __len__(self) -> int:
@@ -143,10 +141,16 @@ class TrainLoader(DeviceLoader):
     """Loader of training batches that yields the same number on every rank, even if a rank can't load its images.
 
     A rank that can't load any more must not simply stop, since the others would wait for it. It stores the message in
-    `problem`, the batch in `lost`, and yields void batches, of NaN, until all ranks stop together: with them, updates
-    are skipped on every rank. Before the process's first batch, or with a single process, it raises the error instead.
+    `problem` and yields void batches, of NaN, until all ranks stop together: with them, updates are skipped on every
+    rank. Before the process's first batch, or with a single process, it raises the error instead.
+
+    Attributes:
+        problem: Why this rank can't load any more training images; "": it can.
+        first_lost_batch: The first batch of the epoch that it could not load.
     """
 
+    problem = ""
+    first_lost_batch = 0
     last: tuple[Tensor, Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,7 +162,7 @@ class TrainLoader(DeviceLoader):
         except LocalError as error:
             if self.last is None or dist.world_size() == 1:
                 raise
-            self.problem, self.lost = str(error), len(self) - left
+            self.problem, self.first_lost_batch = str(error), len(self) - left
         if self.problem:
             imgs, targets = self.last
             yield from [(torch.full_like(imgs, math.nan), targets)] * left
@@ -170,7 +174,8 @@ class TrainLoader(DeviceLoader):
             kind: "balanced" or "none".
 
         Returns:
-            Of the balanced kind [C], images / (C * images of the class), which is 1 where all have as many; else None.
+            "balanced": a weight per class [C], images / (C * images of the class), which is 1 where all classes have
+            equally many images. "none": None.
         """
         if kind == "none":
             return None
@@ -195,7 +200,7 @@ def collate(samples: list[tuple[Tensor | ErasableImage, int]]) -> tuple[Tensor, 
     return default_collate(imgs), torch.tensor([target for _, target in samples]), *boxes
 
 
-def lockstep(loader: Sized) -> Iterator[tuple[Tensor, Tensor] | None]:
+def lockstep(loader: DeviceLoader) -> Iterator[tuple[Tensor, Tensor] | None]:
     """Yield the loader's batches, then None until every rank has yielded as often as the one with the most batches.
 
     Raises:

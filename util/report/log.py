@@ -4,11 +4,11 @@ import json
 import math
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.checkpoint.files import effective_batch
 from util.data.datasets import TrainImages
-from util.data.loaders import DeviceLoader
+from util.data.loaders import TrainLoader
 from util.disk import raise_write_errors, write_text_whole
 from util.distributed import dist
 from util.misc import Checkpoints
@@ -62,10 +62,10 @@ class RunLog:
         if args.get("wandb"):
             dist.run_on_rank0(lambda: self.boards.append(WeightsAndBiases(args["wandb"], args["output_dir"], args)))
 
-    def summary(self, checkpoints: Checkpoints, loader: DeviceLoader, lrs: list[float]) -> None:
-        """Print what is about to be trained; keep its numbers of trained parameters and of operations for the reports.
+    def write_summary(self, checkpoints: Checkpoints, loader: TrainLoader, lrs: list[float]) -> None:
+        """Print what is about to be trained, and notices; keep the numbers of parameters and operations for later.
 
-        Operations that can't be counted are 0, with a notice. Call it before `util.speed.prepare`.
+        Call it before `util.speed.prepare`.
 
         Args:
             checkpoints: The run's checkpoints, which know its model, precision and flags.
@@ -73,11 +73,7 @@ class RunLog:
             lrs: Learning rate after warm-up, of each head of a sweep.
         """
         model, args = checkpoints.model, checkpoints.args
-        self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        try:
-            self.flops_per_image = count_flops(model, args.get("mask_ratio"))
-        except Exception as error:  # code that needs values, in a model of the user's, is no reason not to train it
-            dist.print_rank0(f"notice: no TFLOP/s, since the model's operations could not be counted: {error}")
+        self._measure(model, args.get("mask_ratio"))
         work = f", {self.flops_per_image / 1e9:.3g} GFLOP per image" if self.flops_per_image else ""
         total = sum(p.numel() for p in model.parameters())
         dist.print_rank0(f"data      {describe_images(loader.dataset)}")
@@ -92,6 +88,19 @@ class RunLog:
         )
         dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
+        self._print_notices(checkpoints, loader)
+
+    def _measure(self, model: nn.Module, mask_ratio: float | None) -> None:
+        """Count the trained parameters, and the operations of a training step per image; 0 and a notice if it fails."""
+        self.n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        try:
+            self.flops_per_image = count_flops(model, mask_ratio)
+        except Exception as error:  # code that needs values, in a model of the user's, is no reason not to train it
+            dist.print_rank0(f"notice: no TFLOP/s, since the model's operations could not be counted: {error}")
+
+    def _print_notices(self, checkpoints: Checkpoints, loader: TrainLoader) -> None:
+        """Say where an epoch has fewer batches than an update is made of, or leaves out many images."""
+        args = checkpoints.args
         if args["accum_iter"] > len(loader):
             dist.print_rank0(
                 f"notice: an epoch has {len(loader)} batches, fewer than --accum_iter {args['accum_iter']}: its one "
@@ -105,11 +114,11 @@ class RunLog:
                 "they don't fill a batch"
             )
 
-    def scalars(self, epoch: float, values: dict[str, float]) -> None:
+    def write_scalars(self, epoch: float, values: dict[str, float]) -> None:
         """Write values, by their tags, to the boards at a fractional epoch."""
         self._to_boards("scalars", epoch, values)
 
-    def picture(self, epoch: float, tag: str, pixels: Tensor) -> None:
+    def write_picture(self, epoch: float, tag: str, pixels: Tensor) -> None:
         """Write a picture, [3, H, W] of 8 bits, to the boards under a tag at a fractional epoch."""
         self._to_boards("picture", epoch, tag, pixels)
 
@@ -124,11 +133,11 @@ class RunLog:
     def flush_held(self) -> None:
         """Write the values that were held back, after a checkpoint was written."""
         for epoch, values in self.held:
-            self.scalars(epoch, values)
+            self.write_scalars(epoch, values)
         self.held = []
         self._to_boards("flush")
 
-    def epoch(self, values: dict[str, float]) -> None:
+    def write_epoch(self, values: dict[str, float]) -> None:
         """Append an epoch's values, "epoch" among them, to log.txt as a JSON line; flush the boards.
 
         A value that is not finite becomes null, since JSON has no NaN and no infinity. All ranks must call.

@@ -3,12 +3,13 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from util.data.loaders import DeviceLoader
 from util.distributed import dist
 
 # Called at every logging step with (step, steps, means of the window, losses that were not finite by rank, speed).
@@ -65,7 +66,7 @@ class Meters:
             else:
                 self._window[name] = (total + value, count + 1)
 
-    def window(self) -> tuple[dict[str, float], list[int]]:
+    def close_window(self) -> tuple[dict[str, float], list[int]]:
         """Close the window: return its means over all ranks, and how many losses were not finite on each rank.
 
         The window is added to `totals`. A mean is NaN where no value was finite. All ranks must call; waits for the
@@ -93,7 +94,7 @@ class Meters:
         The window goes on: the next report covers it from its beginning.
         """
         before = self.snapshot()
-        self.window()
+        self.close_window()
         result = self.totals
         self.restore(before)
         return result
@@ -124,7 +125,7 @@ class Meters:
         images = self.steps_done * self.images_per_step
         return {"data_wait": self.waited / seconds, "tflops": images * self.flops_per_image / seconds / 1e12}
 
-    def log_every(self, loader: Sized, print_freq: int, epoch: int) -> Iterator[tuple[int, object]]:
+    def log_every(self, loader: DeviceLoader, print_freq: int, epoch: int) -> Iterator[tuple[int, object]]:
         """Yield (step, batch) for every batch that is left, and report every print_freq batches and after the last.
 
         A report closes the window, shows its means and the speed, and calls on_report. All ranks must iterate alike.
@@ -139,7 +140,7 @@ class Meters:
             if step % print_freq and step != steps - 1:
                 continue
 
-            means, not_finite = self.window()
+            means, not_finite = self.close_window()
             now = time.perf_counter()
             images_per_s = window_steps * self.images_per_step / (now - window_start)
             speed = {
@@ -165,7 +166,7 @@ class Meters:
             words.append(f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}G")
         return words
 
-    def _timed(self, loader: Sized) -> Iterator[object]:
+    def _timed(self, loader: DeviceLoader) -> Iterator[object]:
         """Yield the loader's batches; record the seconds waited for them, those of the whole loop, and the steps."""
         batches, begun = iter(loader), time.perf_counter()
         while True:

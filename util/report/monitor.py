@@ -152,4 +152,4 @@ class Monitor:
         sheet = pictures.grid(rows, pictures.COLUMNS, caption)
         file = Path(self.output_dir) / "reconstructions" / f"epoch-{epoch:04d}.png"
         pictures.save(sheet, file)
-        self.log.picture(epoch, "reconstructions", pil_to_tensor(sheet))
+        self.log.write_picture(epoch, "reconstructions", pil_to_tensor(sheet))

@@ -79,11 +79,21 @@ class Scores:
             self.table.scatter_add_(1, by_head * C + answers, ones)
 
     def add_up(self) -> None:
-        """Add up the counts of all ranks in place, all but `table` (see write_confusion); all ranks must call."""
+        """Add up the counts of all ranks in place; all ranks must call.
+
+        `table` is left out: it is large, and only the best head's is needed (`sum_table`).
+        """
         for name in ("sums", "hits", "predicted", "support"):
             values = getattr(self, name)
             total = dist.sum_over_ranks(values.flatten().tolist(), values.device)
             setattr(self, name, torch.tensor(total, dtype=values.dtype, device=values.device).view(values.shape))
+
+    def sum_table(self, head: int, distributed: bool) -> Tensor:
+        """Return a head's confusion matrix [C, C], of all ranks together if `distributed`; all ranks must call then."""
+        counts = self.table[head].tolist()
+        if distributed:
+            counts = dist.sum_over_ranks(counts, self.table.device)
+        return torch.tensor(counts, dtype=torch.long).view(len(self.support), -1)
 
     def is_constant(self, head: int) -> bool:
         """Return whether a head gave all images, of several classes, the same answer."""
