@@ -49,10 +49,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, undisturbed, tmp_path)
 def test_what_a_signals_handler_raises_amid_saving_is_not_hidden_by_the_saving(tmp_path, monkeypatch):
     """torch raises the death of a loader process wherever Python is; torch.save then fails at closing its file, too."""
 
-    def write(self, data):
-        raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+    write, calls = files._NotingErrors.write, []
 
-    monkeypatch.setattr(files._NotingErrors, "write", write)
+    def interrupted(self, data):
+        calls.append(data)
+        if len(calls) == 2:
+            raise RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+        return write(self, data)
+
+    monkeypatch.setattr(files._NotingErrors, "write", interrupted)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         files.write({"model": torch.ones(1000)}, [tmp_path / "checkpoint-0.pth"])
     assert not list(tmp_path.iterdir())

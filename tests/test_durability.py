@@ -11,7 +11,8 @@ import torch
 import main_export
 import models_mae
 from scripts import pack
-from util.checkpoint import files, output_dir
+from util import disk
+from util.checkpoint import files
 from util.errors import UserError
 from util.report.log import RunLog
 
@@ -70,8 +71,8 @@ def test_checkpoints_are_on_the_disk_before_they_have_their_names(recorder, tmp_
 
 
 def test_small_files_are_on_the_disk_before_they_have_their_names(recorder, tmp_path):
-    output_dir.write_text_whole(tmp_path / "log.txt", "one\n")
-    output_dir.write_text_whole(tmp_path / "log.txt", "two\n")
+    disk.write_text_whole(tmp_path / "log.txt", "one\n")
+    disk.write_text_whole(tmp_path / "log.txt", "two\n")
     recorder.check(tmp_path / "log.txt")
 
 
@@ -85,11 +86,11 @@ def test_a_disk_that_cannot_flush_folders_is_no_reason_to_stop(tmp_path, monkeyp
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    output_dir.write_text_whole(tmp_path / "log.txt", "whole")
+    disk.write_text_whole(tmp_path / "log.txt", "whole")
     assert (tmp_path / "log.txt").read_text() == "whole"
     refused.append(True)
     with pytest.raises(UserError, match="Invalid argument"):
-        output_dir.write_text_whole(tmp_path / "log.txt", "other")
+        disk.write_text_whole(tmp_path / "log.txt", "other")
     assert (tmp_path / "log.txt").read_text() == "whole"
 
 
