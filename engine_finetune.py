@@ -72,16 +72,20 @@ def weighted_cross_entropy(
 ) -> Tensor:
     """Return the mean over the images of the cross-entropy, times the weight of each image's class.
 
-    PyTorch's own mean divides by the sum of the weights instead, which differs from batch to batch: gradients would
-    depend on how the images are split among ranks and accumulated batches.
+    PyTorch's own weights are not used. Under label smoothing they weigh each class's part of an image's target, so that
+    the parts of rare classes would outweigh the image's own class. And its mean divides by the sum of the weights,
+    which differs from batch to batch: gradients would depend on how images are split among ranks and batches.
 
     Args:
         logits: [N, classes].
-        targets: Class numbers [N], or shares of the classes [N, classes].
+        targets: Class numbers [N], or shares of the classes [N, classes], which mix the classes' weights, too.
         class_weights: [classes], with a mean of 1 over the training images; None: all images weigh alike.
         smoothing: Label smoothing.
     """
-    return F.cross_entropy(logits, targets, class_weights, label_smoothing=smoothing, reduction="none").mean()
+    losses = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
+    if class_weights is not None:
+        losses = losses * (class_weights[targets] if targets.ndim == 1 else targets @ class_weights)
+    return losses.mean()
 
 
 def head_losses(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:

@@ -106,13 +106,12 @@ def build_mixup_and_loss(
             prob=args.mixup_prob,
             switch_prob=args.mixup_switch_prob,
             mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
+            label_smoothing=0.0,
             num_classes=args.nb_classes,
         )
 
-    # Labels that Mixup makes are smoothed already.
-    smoothing = 0.0 if mixup else args.smoothing
-    return mixup, partial(weighted_cross_entropy, class_weights=class_weights, smoothing=smoothing)
+    # The loss smooths the labels, of Mixup as well: before, the smoothing would count in the weights of the classes.
+    return mixup, partial(weighted_cross_entropy, class_weights=class_weights, smoothing=args.smoothing)
 
 
 def build_ema(model: nn.Module, decay: float, updates: int) -> ModelEmaV3:

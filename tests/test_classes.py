@@ -9,6 +9,8 @@ import pytest
 import ranks
 import torch
 from conftest import SAMPLES, link_images
+from timm.data.mixup import mixup_target
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import engine_finetune
@@ -312,27 +314,64 @@ def test_balanced_weights_are_scikit_learns(tmp_path):
     assert part.class_weights("balanced").tolist() == pytest.approx([25 / 60, 25 / 12, 25 / 3])
 
 
-def test_weights_weigh_every_loss(tmp_path):
-    """Of hard, smoothed and mixed labels the weighted loss is that of the labels' classes, times their weights."""
+def build_loss(class_weights, *flags):
+    argv = ["--nb_classes", "3", "--data_path", "x", *map(str, flags)]
+    return main_finetune.build_mixup_and_loss(main_finetune.get_args(argv), class_weights)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_weigh_images_by_their_classes(smoothing):
+    """The loss of hard, smoothed and mixed labels is that of each image, times the weight of its class or classes."""
     torch.manual_seed(0)
     logits, targets, class_weights = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0.5, 1.0, 4.0])
-    log_p, w = logits.log_softmax(dim=1), class_weights[targets]
-    expected = -(w * log_p[range(6), targets]).sum() / 6
-    for smoothing, mixup in ((0, 0), (0.1, 0), (0.1, 0.8)):
-        argv = ["--smoothing", str(smoothing), "--mixup", str(mixup), "--nb_classes", "3", "--data_path", "x"]
-        mix, criterion = main_finetune.build_mixup_and_loss(main_finetune.get_args(argv), class_weights)
-        assert (mix is not None) == bool(mixup)
-        if not smoothing:
-            assert criterion(logits, targets) == pytest.approx(float(expected))
-        elif not mixup:
-            smooth = -(log_p * class_weights).sum(dim=1).sum() / 3 / 6
-            assert criterion(logits, targets) == pytest.approx(float(0.9 * expected + 0.1 * smooth))
-        else:
-            mixed = torch.rand(6, 3)
-            assert criterion(logits, mixed) == pytest.approx(float(-(mixed * log_p * class_weights).sum() / 6))
-    assert engine_finetune.head_losses(logits, targets, class_weights) == pytest.approx(float(expected))
+    log_p, one_hot = logits.log_softmax(dim=1), torch.eye(3)[targets]
+
+    mixup, loss = build_loss(class_weights, "--smoothing", smoothing)
+    own = -((1 - smoothing) * one_hot + smoothing / 3).mul(log_p).sum(dim=1)
+    assert mixup is None and loss(logits, targets) == pytest.approx(float((class_weights[targets] * own).mean()))
+
+    mixup, loss = build_loss(class_weights, "--smoothing", smoothing, "--mixup", 0.8)
+    mixed = 0.7 * one_hot + 0.3 * one_hot.flip(0)
+    own = -((1 - smoothing) * mixed + smoothing / 3).mul(log_p).sum(dim=1)
+    assert mixup is not None and loss(logits, mixed) == pytest.approx(float(((mixed @ class_weights) * own).mean()))
+
+
+def test_weights_weigh_each_head():
+    torch.manual_seed(0)
+    logits, targets, class_weights = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([0.5, 1.0, 4.0])
+    expected = float(-(class_weights[targets] * logits.log_softmax(dim=1)[range(6), targets]).mean())
+    assert engine_finetune.head_losses(logits, targets, class_weights) == pytest.approx(expected)
     several = torch.stack([logits, logits], dim=1)
-    assert engine_finetune.head_losses(several, targets, class_weights) == pytest.approx(2 * float(expected))
+    assert engine_finetune.head_losses(several, targets, class_weights) == pytest.approx(2 * expected)
+
+
+@pytest.mark.parametrize("mixup", [0, 0.8])
+def test_an_image_of_a_frequent_class_is_best_answered_by_its_own_class(mixup):
+    """Whatever the weight of a rare class: else its share of the smoothed label would outweigh the image's class."""
+    mix, loss = build_loss(torch.tensor([0.5, 50.0, 1.0]), "--mixup", mixup)  # with the default label smoothing
+    targets = torch.zeros(2, dtype=torch.long)
+    labels = mix(torch.rand(2, 3, 8, 8), targets)[1] if mix else targets
+    logits = torch.zeros(2, 3, requires_grad=True)
+    for _ in range(300):
+        (gradient,) = torch.autograd.grad(loss(logits, labels), logits)
+        logits = (logits - gradient).detach().requires_grad_()
+    assert logits.softmax(dim=1)[:, 0].min() > 0.9
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_without_weights_the_losses_are_timms(smoothing):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 0, 0, 1, 1, 2])
+    _, loss = build_loss(None, "--smoothing", smoothing)
+    timms = LabelSmoothingCrossEntropy(smoothing)
+    assert loss(logits, targets) == pytest.approx(float(timms(logits, targets)), rel=1e-6)
+
+    # timm's Mixup smooths the labels itself.
+    mixup, loss = build_loss(None, "--smoothing", smoothing, "--mixup", 0.8)
+    labels = mixup_target(targets, 3, 0.7, 0.0)
+    smoothed = mixup_target(targets, 3, 0.7, smoothing)
+    expected = float(SoftTargetCrossEntropy()(logits, smoothed))
+    assert mixup.label_smoothing == 0 and loss(logits, labels) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weighted_gradients_do_not_depend_on_the_size_of_batches():
