@@ -88,13 +88,16 @@ def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind
     Raises:
         UserError: No image can be read.
     """
-    parts, readable = [], []
+    features, readable = torch.empty(0), []
     for files, imgs in batches:
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
-        part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[kind]
-        parts.append(part.float().cpu())
+        part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[kind].float().cpu()
+        batches.check_output(part, files)
+        if not readable:  # room for all images, of which a second copy might not fit into the memory
+            features = part.new_empty(len(batches.files), *part.shape[1:])
+        features[len(readable) : len(readable) + len(files)] = part
         readable += files
-    return Encoded(torch.cat(parts), readable)
+    return Encoded(features[: len(readable)], readable)
 
 
 def draw(
@@ -181,24 +184,37 @@ def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = No
 
 
 def print_knn(
-    features: Tensor, labels: Tensor, others: Encoded | None, neighbours: Path | None, classes: list[str]
+    encoded: Encoded, labels: Tensor, others: Encoded | None, args: argparse.Namespace, classes: list[str]
 ) -> None:
-    """Print how well nearest neighbours tell the classes apart; nothing for all tokens or a single image.
+    """Print how well nearest neighbours tell the classes apart; nothing for all tokens, one image or one class.
 
     Args:
-        features: Features to classify [M, D].
+        encoded: The images to classify.
         labels: Their true classes [M].
         others: The images that classify them; None: every image is classified by all the others.
-        neighbours: Folder of those images.
+        args: The script's flags.
         classes: Names of the classes, in the order of their numbers.
     """
+    if encoded.features.ndim > 2 or len(labels) < 2 or len(classes) < 2:
+        return
+    features, labels = encoded.features.to(args.device), labels.to(args.device)
     if others:
-        other_labels, _ = labels_of(others.files, neighbours, classes)
-        accuracy = knn.accuracy(others.features, other_labels, features, labels)
-        print(f"k-NN among {len(others.files)} images of {neighbours.name}: {accuracy:.2f} %")
-    elif features.ndim == 2 and len(features) > 1:
+        other_labels, _ = labels_of(others.files, args.neighbours, classes)
+        accuracy = knn.accuracy(others.features.to(args.device), other_labels.to(args.device), features, labels)
+        print(f"k-NN among {len(others.files)} images of {args.neighbours.name}: {accuracy:.2f} %")
+    else:
         accuracy = knn.accuracy(features, labels, features, labels, same=True)
         print(f"k-NN accuracy, each image classified by all others: {accuracy:.2f} %")
+
+
+def refuse_shared(files: list[ImagePath], neighbours: list[ImagePath], args: argparse.Namespace) -> None:
+    """Raise a UserError if an image would be its own neighbour, and be classified by itself."""
+    own = {Path(str(path)).absolute() for path in files}
+    if shared := [path for path in neighbours if Path(str(path)).absolute() in own]:
+        raise UserError(
+            f"--neighbours {args.neighbours} and --data_path {args.data_path} share {len(shared)} images, such as "
+            f"{shared[0]}, which would be their own neighbours: omit --neighbours, or name other images"
+        )
 
 
 @torch.inference_mode()
@@ -212,10 +228,13 @@ def main(argv: list[str] | None = None) -> None:
         pictures.refuse_other_formats("--pictures", args.pictures)
 
     # Find the images and their classes; the numbers of the classes are those of the neighbours, where there are any.
-    files, neighbours, classes = inference.find([args.data_path]), [], None
+    files, neighbours = inference.find([args.data_path]), []
+    inference.refuse_replacing(filter(None, (args.output, args.pictures)), files)
+    classes = inference.archived_classes(args.neighbours or args.data_path)
     if args.neighbours:
         neighbours = inference.find([args.neighbours])
-        neighbour_labels, classes = labels_of(neighbours, args.neighbours)
+        refuse_shared(files, neighbours, args)
+        neighbour_labels, classes = labels_of(neighbours, args.neighbours, classes)
         if neighbour_labels is None:
             raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>, and no images beside them")
     labels, classes = labels_of(files, args.data_path, classes)
@@ -232,20 +251,20 @@ def main(argv: list[str] | None = None) -> None:
         inference.Batches(paths, model.patch_embed.img_size, preprocessing) for paths in (files, neighbours)
     )
     encoded = encode(model, batches, args.tokens)
-    features, files = encoded
+    files = encoded.files
     relative = [str(path.relative_to(args.data_path)) if path != args.data_path else path.name for path in files]
-    arrays = {"features": features.numpy(), "files": np.array(relative)}
-    encoded_others = encode(model, others, args.tokens) if neighbours else None
-
-    # With classes, tell how well nearest neighbours separate them.
+    arrays = {"features": encoded.features.numpy(), "files": np.array(relative)}
     if labels is not None:
         labels, _ = labels_of(files, args.data_path, classes)
         arrays |= {"labels": labels.numpy(), "classes": np.array(classes)}
-        print_knn(features, labels, encoded_others, args.neighbours, classes)
-
     with write_whole(args.output) as unfinished:
         np.savez(unfinished, **arrays)
-    print(f"{tuple(features.shape)} features of {len(files)} images in {args.output}")
+    print(f"{tuple(encoded.features.shape)} features of {len(files)} images in {args.output}")
+
+    # With classes, tell how well nearest neighbours separate them.
+    encoded_others = encode(model, others, args.tokens) if neighbours else None
+    if labels is not None:
+        print_knn(encoded, labels, encoded_others, args, classes)
     if args.pictures:
         draw(model, preprocessing, encoded, encoded_others, args)
     inference.check_complete([batches, others], args.output)

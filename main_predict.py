@@ -55,7 +55,9 @@ def predict(
         UserError: No image can be read.
     """
     for paths, imgs in batches:
-        top = model(imgs).float().softmax(dim=1).topk(k)
+        probabilities = model(imgs).float().softmax(dim=1)
+        batches.check_output(probabilities, paths)
+        top = probabilities.topk(k)
         yield from zip(paths, top.values.tolist(), top.indices.tolist(), strict=True)
 
 

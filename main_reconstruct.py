@@ -43,23 +43,22 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def save_panels(folder: Path, files: list[ImagePath], rows: Tensor) -> None:
-    """Write every panel to folder/<file name without extension>-<panel>.png.
+def panel_files(folder: Path, files: list[ImagePath]) -> dict[ImagePath, list[Path]]:
+    """Return for each image the files of its panels: folder/<file name without extension>-<panel>.png.
 
-    If any two files share that name, the names of all panels start with the image's number.
-
-    Args:
-        folder: Created if it does not exist.
-        files: N image files.
-        rows: Their panels, [N, 4, C, H, W].
+    If any two images share that name, the names of all panels start with the image's number.
     """
-    # Images of several folders may share a name: a number keeps their files apart.
     has_duplicates = len({path.stem for path in files}) < len(files)
-    for number, (path, row) in enumerate(zip(files, rows, strict=True)):
-        stem = f"{number:04d}-{path.stem}" if has_duplicates else path.stem
-        for title, panel in zip(pictures.COLUMNS, row, strict=True):
-            with write_whole(folder / f"{stem}-{title.replace(' ', '_')}.png") as unfinished:
-                pictures.to_picture(panel).save(unfinished)
+    stems = [f"{number:04d}-{path.stem}" if has_duplicates else path.stem for number, path in enumerate(files)]
+    endings = [f"-{title.replace(' ', '_')}.png" for title in pictures.COLUMNS]
+    return {path: [folder / f"{stem}{ending}" for ending in endings] for path, stem in zip(files, stems, strict=True)}
+
+
+def save_panels(targets: list[Path], panels: Tensor) -> None:
+    """Write the panels of an image [4, C, H, W] to files, whose folder is made if needed."""
+    for target, panel in zip(targets, panels, strict=True):
+        with write_whole(target) as unfinished:
+            pictures.to_picture(panel).save(unfinished)
 
 
 @torch.no_grad()
@@ -70,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.separate:
         pictures.refuse_other_formats("--output", args.output, ", or pass --separate and a folder")
     files = inference.find(args.images, args.num)
+    targets = panel_files(args.output, files) if args.separate else {}
+    inference.refuse_replacing(sum(targets.values(), []) if args.separate else [args.output], files)
 
     # Load the autoencoder. How many patches there are, and so which mask ratios are possible, is known only now.
     checkpoint = load_checkpoint(args.resume)
@@ -78,27 +79,26 @@ def main(argv: list[str] | None = None) -> None:
     if problems := masking.ratio_problems(args.mask_ratio, num_patches):
         raise UserError(problems[0])
 
-    # Load the images, remove patches, and reconstruct. The masks are the same in every call.
+    # Load the images, remove patches, and reconstruct. The masks are the same in every call. Panels of a grid are kept.
     batches = inference.Batches(files, size, inference.preprocessing_as_trained(checkpoint, model.in_chans, args))
-    files, parts, normalise = [], [], batches.normalise
+    count, parts, normalise = 0, [], batches.normalise
     for paths, imgs in batches:
         noise = masking.fixed_noise(args.mask_sampling, [path.name for path in paths], args.seed, grid, imgs.device)
         panels = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
-        parts.append(panels.cpu())
-        files += paths
-    rows = torch.cat(parts)
+        count += len(paths)
+        for path, row in zip(paths, panels.cpu(), strict=True) if args.separate else ():
+            save_panels(targets[path], row)
+        parts += [] if args.separate else [panels.cpu()]
 
-    # Write the panels under a caption that tells where they come from.
+    # Write the grid under a caption that tells where they come from.
     epoch = checkpoint.get("epoch")
     of_epoch = f", epoch {epoch}" if epoch is not None else ""
     caption = [f"{Path(args.resume).name}{of_epoch}, {args.mask_ratio:.0%} masked ({args.mask_sampling})"]
     if model.norm_pix_loss:
         caption.append(pictures.NORMALISED)
-    if args.separate:
-        save_panels(args.output, files, rows)
-    else:
-        pictures.save(pictures.grid(rows, pictures.COLUMNS, caption), args.output)
-    print(f"{', '.join(caption)}: {len(files)} images in {args.output}")
+    if not args.separate:
+        pictures.save(pictures.grid(torch.cat(parts), pictures.COLUMNS, caption), args.output)
+    print(f"{', '.join(caption)}: {count} images in {args.output}")
     inference.check_complete([batches], args.output)
 
 

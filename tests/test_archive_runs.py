@@ -96,6 +96,19 @@ def test_the_scripts_read_archives_as_folders(images, undisturbed, tmp_path, cap
     assert (tmp_path / "archive/r.png").read_bytes() == (tmp_path / "folder/r.png").read_bytes()
 
 
+def test_labels_of_features_are_the_archives_numbers(undisturbed, tmp_path):
+    """As those of the jobs are: the names of classes may have any order."""
+    members = {}
+    for number in range(12):
+        members |= archives.sample(f"{number:02d}", number)
+    archives.write(tmp_path / "val/0.tar", members)
+    checkpoint = undisturbed / "pretrain" / "checkpoint-last.pth"
+    main_features.main(words("--resume", checkpoint, "--data_path", tmp_path / "val", "--output", tmp_path / "f.npz"))
+    with np.load(tmp_path / "f.npz") as found:
+        assert found["labels"].tolist() == list(range(12))
+        assert found["classes"].tolist() == [f"class_{number}" for number in range(12)]
+
+
 def test_the_pixel_baseline_reads_archives(images, tmp_path, capsys):
     pytest.importorskip("sklearn")
     for data in (images, archives.pack(images, tmp_path / "packed", "classes")):

@@ -1,5 +1,7 @@
 """Pictures of features: components, attention and neighbours are what they are called."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -148,9 +150,34 @@ def test_neighbours_come_from_the_other_folder(checkpoint, images, tmp_path, mon
                 pixels = torch.from_numpy(np.asarray(file.convert("L")) / 255).float()
             torch.testing.assert_close(panel, pixels.expand(3, -1, -1), atol=1e-5, rtol=0)
 
-    # Of an image that is among the others, too, the nearest is itself.
-    draw(checkpoint, images / "val", tmp_path, "--crop_pct", 1, "--num", 3, "--neighbours", images / "val")
+    # Of an image of which the others hold a copy, that is the nearest.
+    shutil.copytree(images / "val", tmp_path / "copy")
+    draw(checkpoint, images / "val", tmp_path, "--crop_pct", 1, "--num", 3, "--neighbours", tmp_path / "copy")
     assert torch.equal(drawn[2][:, 3], drawn[2][:, 0])
+
+
+def test_neighbours_that_are_the_images_themselves_are_refused(checkpoint, images, tmp_path, refusal):
+    said = refusal(lambda: draw(checkpoint, images / "val", tmp_path, "--neighbours", images / "val"))
+    assert "share 30 images" in said and "would be their own neighbours: omit --neighbours" in said
+
+
+def test_features_are_saved_before_neighbours_are_looked_for(checkpoint, images, tmp_path, monkeypatch):
+    """Of many images that takes long."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_features.knn, "accuracy", stop)
+    with pytest.raises(KeyboardInterrupt):
+        draw(checkpoint, images / "val", tmp_path)
+    with np.load(tmp_path / "f.npz") as found:
+        assert len(found["features"]) == len(found["labels"]) == 30
+
+
+def test_one_class_has_no_accuracy(checkpoint, images, tmp_path, capsys):
+    shutil.copytree(images / "val" / "bag", tmp_path / "one" / "bag")
+    draw(checkpoint, tmp_path / "one", tmp_path)
+    assert "k-NN" not in capsys.readouterr().out
 
 
 def test_all_tokens_are_compared_by_the_mean_of_the_patches():

@@ -26,7 +26,7 @@ import main_pretrain
 import main_reconstruct
 from util import disk, errors
 from util.disk import remove_unfinished, write_whole
-from util.errors import UserError
+from util.errors import Incomplete, UserError
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,35 @@ def test_an_input_is_not_replaced(script, name, trained, images, tmp_path, refus
         said = refusal(lambda file=file: script.main(arguments(script, trained, picture, file)))
         assert f"{file} is one of the inputs, and would be replaced" in said
         assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_an_image_in_the_folder_is_not_replaced(separate, trained, images, tmp_path, refusal):
+    shutil.copytree(images / "val" / "bag", tmp_path / "photos")
+    first = sorted((tmp_path / "photos").iterdir())[0]
+    panel = Path(shutil.copy(first, tmp_path / "photos" / f"{first.stem}-with_visible.png"))
+    before = panel.read_bytes()
+    words = arguments(main_reconstruct, trained, tmp_path / "photos", panel)
+    if separate:
+        words = arguments(main_reconstruct, trained, first, panel.parent) + [
+            "--separate",
+            "--images",
+            str(first),
+            str(panel),
+        ]
+    said = refusal(lambda: main_reconstruct.main(words))
+    assert f"{panel} is one of the images, and would be replaced: choose another --output" in said
+    assert panel.read_bytes() == before and len(list((tmp_path / "photos").iterdir())) == 4
+
+
+@pytest.mark.parametrize(("script", "name"), SCRIPTS[:2])
+def test_an_output_that_is_not_finite_is_named(script, name, trained, images, tmp_path, capsys):
+    shutil.copytree(images / "val" / "bag", tmp_path / "photos" / "bag")
+    np.save(tmp_path / "photos" / "bag" / "huge.npy", np.full((28, 28, 3), 1e30))
+    with pytest.raises(Incomplete, match="the model's output for 1 of 4 images is not finite"):
+        script.main(arguments(script, trained, tmp_path / "photos", tmp_path / name))
+    assert "the model's output is not finite: " + str(tmp_path / "photos/bag/huge.npy") in capsys.readouterr().err
+    assert (tmp_path / name).is_file()
 
 
 @pytest.mark.parametrize(("script", "name"), SCRIPTS)

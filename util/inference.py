@@ -6,7 +6,7 @@ main_predict.py, main_features.py and main_reconstruct.py see images as the eval
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,14 @@ def check(args: argparse.Namespace) -> None:
     raise_problems(problems)
 
 
+def refuse_replacing(outputs: Iterable[Path], files: list[ImagePath]) -> None:
+    """Raise a UserError if one of some files that are to be written is one of the image files that are read."""
+    there = {output.resolve(): output for output in outputs if output.is_file()}
+    for path in files if there else ():
+        if isinstance(path, Path) and (output := there.get(path.resolve())):
+            raise UserError(f"{output} is one of the images, and would be replaced: choose another --output")
+
+
 def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val_seed: int = 0) -> list[ImagePath]:
     """List image files, and those that training would find in folders and archives.
 
@@ -118,16 +126,28 @@ def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val
     return [files[number] for number in loaders.spread(len(files), num or len(files))]
 
 
+def archived_classes(path: Path) -> list[str] | None:
+    """Return the names of the classes in an archive, or a folder of archives, by their numbers; None for others."""
+    members = _list_archives(path)
+    return members.classes if members else None
+
+
+def _list_archives(path: Path) -> listing.Listing | None:
+    """Return the images in an archive, or in a folder of archives; None for anything else."""
+    is_archive = path.is_file() and path.name.lower().endswith((splits.ARCHIVE, *splits.OTHER_ARCHIVES))
+    if not is_archive and not (path.is_dir() and splits.holds_archives(path)):
+        return None
+    return splits.list_split(splits.source_at(path), path.absolute().stem, flat=True)
+
+
 def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:
     """List the images of a file, folder or archive, and count in left_out what is not listed."""
-    is_archive = path.name.lower().endswith((splits.ARCHIVE, *splits.OTHER_ARCHIVES))
-    if path.is_file() and not is_archive:
-        return [path]
-    if path.is_file() or splits.holds_archives(path):
-        members = splits.list_split(splits.source_at(path), path.absolute().stem, flat=True)
+    if members := _list_archives(path):
         left_out.endings += members.left_out.endings
         left_out.no_end += members.left_out.no_end
         return [member for member, _ in members]
+    if path.is_file():
+        return [path]
     files = []
     for folder, names in listing.walk(str(path), left_out):
         files += [path / folder / name for name in left_out.sort_out(names, splits.is_image)]
@@ -191,7 +211,8 @@ class Batches:
             size: Height and width of the model's images in pixels.
             preprocessing: Settings for loading, cropping and normalising.
         """
-        self.files, self.preprocessing, self.bad = files, preprocessing, 0
+        self.files, self.preprocessing = files, preprocessing
+        self.bad = self.not_finite = 0  # images that can't be read, and those for which the model's output is no use
         self.crop = CentreCrop(size, preprocessing.crop_pct)
         self.normalise = loaders.Normalise(preprocessing.pixels, preprocessing.device)
 
@@ -201,7 +222,7 @@ class Batches:
         Raises:
             UserError: At the end, if no file at all was readable.
         """
-        self.bad = 0
+        self.bad = self.not_finite = 0
         for start in range(0, len(self.files), self.preprocessing.batch_size):
             paths, samples = [], []
             for path in self.files[start : start + self.preprocessing.batch_size]:
@@ -217,9 +238,24 @@ class Batches:
         if self.bad == len(self.files):
             raise UserError(f"none of {self.bad} images can be read (named above): fix them, or name others")
 
+    def check_output(self, values: Tensor, paths: list[ImagePath]) -> None:
+        """Name on stderr, and count, the images for which a model's output is not finite.
+
+        Args:
+            values: The model's output for a batch [N, ...].
+            paths: The batch's files.
+        """
+        finite = values.flatten(1).isfinite().all(dim=1).tolist()
+        for path in (path for path, is_finite in zip(paths, finite, strict=True) if not is_finite):
+            self.not_finite += 1
+            print(f"the model's output is not finite: {path}", file=sys.stderr, flush=True)
+
 
 def check_complete(parts: list[Batches], output: Path) -> None:
-    """Raise Incomplete if images were left out of an output, which is written already."""
+    """Raise Incomplete if an output, which is written already, lacks images, or holds values that are not finite."""
     bad, total = sum(batches.bad for batches in parts), sum(len(batches.files) for batches in parts)
-    if bad:
-        raise Incomplete(f"{bad} of {total} images cannot be read (named above); {output} is made of the others")
+    problems = [f"{bad} of {total} images cannot be read (named above); {output} is made of the others"] if bad else []
+    if not_finite := sum(batches.not_finite for batches in parts):
+        problems.append(f"the model's output for {not_finite} of {total} images is not finite (named above)")
+    if problems:
+        raise Incomplete("; ".join(problems))

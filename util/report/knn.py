@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 K, TEMPERATURE = 20, 0.07
+LARGEST = 1 << 26  # similarities that are computed at a time
 
 
 def nearest(train: Tensor, features: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -27,7 +29,7 @@ def nearest(train: Tensor, features: Tensor, k: int, own: Tensor | None = None) 
 
 
 def accuracy(
-    train: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor, chunk: int = 1024, same: bool = False
+    train: Tensor, train_targets: Tensor, features: Tensor, targets: Tensor, chunk: int = 0, same: bool = False
 ) -> float:
     """Classify features by their nearest neighbours, and return the top-1 accuracy in per cent.
 
@@ -38,14 +40,15 @@ def accuracy(
         train_targets: Their classes [N].
         features: Features to classify [M, D].
         targets: Their true classes [M].
-        chunk: Features that are compared with all neighbours at a time, which bounds the memory.
+        chunk: Features that are compared with all neighbours at a time, which bounds the memory; 0: at most 1024, and
+            fewer where there are more than 65,536 neighbours.
         same: The features are the labelled ones, and none may be its own neighbour.
     """
     # The product of normalised features is their cosine similarity.
     train, features = F.normalize(train.float(), dim=1), F.normalize(features.float(), dim=1)
     classes = int(max(train_targets.max(), targets.max())) + 1
-    correct = 0
-    for start in range(0, len(features), chunk):
+    correct, chunk = 0, chunk or max(1, min(1024, LARGEST // len(train)))
+    for start in tqdm(range(0, len(features), chunk), "nearest neighbours", leave=False, disable=None):
         part = features[start : start + chunk]
         own = start + torch.arange(len(part), device=part.device) if same else None
         cosine, index = nearest(train, part, K, own)
