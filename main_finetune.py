@@ -132,10 +132,15 @@ def evaluate_both(
     settings: Evaluation,
     poll: Callable[[], None],
 ) -> Stats:
-    """Evaluate the model and, if there is one, its EMA, whose figures are named ema_*; the arguments are evaluate's."""
+    """Evaluate the model and, if there is one, its EMA, whose figures are named ema_*.
+
+    See engine_finetune.evaluate for the other arguments, and what it raises.
+    """
     stats = evaluate(model, loader, loader.device, scaler, settings, poll)
-    without_table = replace(settings, confusion="")
-    averaged = evaluate(ema.module, loader, loader.device, scaler, without_table, poll) if ema else {}
+    if not ema:
+        return stats
+    dist.print_rank0("the EMA of the weights:")
+    averaged = evaluate(ema.module, loader, loader.device, scaler, replace(settings, confusion=""), poll)
     return stats | {f"ema_{name}": value for name, value in averaged.items()}
 
 

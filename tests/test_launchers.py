@@ -109,6 +109,32 @@ def test_ranks_without_an_address_to_meet_at_are_told(no_launcher):
     assert launchers.set_torchrun_env() == [] and os.environ["MASTER_PORT"] == "29500"
 
 
+@pytest.mark.parametrize(
+    ("rank", "world"), [("x", "2"), ("0", "x"), ("2", "2"), ("-1", "2"), ("0", "0"), ("0", "-2"), ("0", "")]
+)
+def test_ranks_that_are_none_are_a_message(rank, world, no_launcher):
+    no_launcher.setenv("RANK", rank)
+    no_launcher.setenv("WORLD_SIZE", world)
+    no_launcher.setenv("MASTER_ADDR", "node1")
+    assert f"RANK is '{rank}' and WORLD_SIZE '{world}': they must be" in launchers.set_torchrun_env()[0]
+
+
+def test_empty_variables_of_slurm_are_no_numbers(no_launcher):
+    for name, value in {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "", "SLURM_CPUS_ON_NODE": ""}.items():
+        no_launcher.setenv(name, value)
+    assert launchers.set_torchrun_env() == [] and os.environ["LOCAL_WORLD_SIZE"] == "1"
+    no_launcher.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert resources.cores() == 16
+
+
+def test_torchruns_processes_do_not_have_a_gpu_each_in_a_task_of_srun(no_launcher):
+    for name, value in {**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        no_launcher.setenv(name, value)
+    assert launchers.gpu_index(1) == 0
+    no_launcher.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launchers.gpu_index(1) == 1 and launchers.gpus_needed(1) == 2
+
+
 def test_a_world_size_without_a_rank_is_a_message(no_launcher):
     no_launcher.setenv("WORLD_SIZE", "8")
     assert "WORLD_SIZE is 8, and RANK is not set" in launchers.set_torchrun_env()[0]
@@ -241,6 +267,21 @@ def slurm(tmp_path, monkeypatch):
 def test_sbatchs_refusal_is_a_message(images, tmp_path, slurm, submit_refused):
     slurm("echo invalid partition specified: typo >&2; exit 1")
     assert "invalid partition specified: typo" in submit_refused(images, tmp_path / "job", executor="slurm")
+
+
+def test_sbatchs_options_are_written_once_and_by_either_name(images, tmp_path, slurm, no_launcher, submit_refused):
+    no_launcher.setenv("PYTHONPATH", "")  # the launcher extends it
+    slurm("echo Submitted batch job 7")
+    job, *flags = submission(images, tmp_path / "job", executor="slurm")
+    main_submitit.main([job, "--slurm", "job-name=mine", "mem_per_cpu=2G", *flags])
+    lines = (tmp_path / "job" / "submitit" / "7_submission.sh").read_text().splitlines()
+    assert [line for line in lines if "job-name" in line] == ["#SBATCH --job-name=mine"]
+    assert "#SBATCH --mem-per-cpu=2G" in lines
+    refused = {"cpus-per-task=2": "--slurm cpus_per_task: use --cpus", "=5": "--slurm =5: needs KEY=VALUE"}
+    for option, said in refused.items():
+        argv = ["pretrain", "--job_dir", str(tmp_path), "--slurm", option, "--", "--data_path", str(images)]
+        with pytest.raises(UserError, match=said):
+            main_submitit.executor(main_submitit.get_args(argv))
 
 
 def test_the_batch_script_gives_the_cores_to_srun_too(images, tmp_path, slurm, no_launcher):

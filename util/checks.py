@@ -22,6 +22,7 @@ from util.misc import is_inside
 AT_LEAST_1 = (lambda x: x >= 1, "must be at least 1")
 NOT_NEGATIVE = (lambda x: 0 <= x < math.inf, "must be at least 0 and finite")
 POSITIVE = (lambda x: 0 < x < math.inf, "must be greater than 0 and finite")
+MINUTES = (lambda x: 0 < x <= 10**6, "must be greater than 0, and at most 1000000")
 SHARE = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
 POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1")
 MASK_RATIO = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove at least one patch")
@@ -34,7 +35,8 @@ FLAGS_BY_RANGE = [
     (AT_LEAST_1, "input_size patch_size in_chans decoder_dim decoder_depth decoder_heads recount"),
     (NOT_NEGATIVE, "warmup_epochs num_workers start_epoch weight_decay min_lr save_minutes monitor_freq"),
     (NOT_NEGATIVE, "mixup cutmix color_jitter lr blr"),
-    (POSITIVE, "clip_grad layer_decay dist_timeout max_megapixels"),
+    (POSITIVE, "clip_grad layer_decay max_megapixels"),
+    (MINUTES, "dist_timeout"),
     (POSITIVE_SHARE, "crop_pct train_fraction"),
     (SEED, "seed val_seed"),
     (SHARE, "max_bad_images reprob mixup_prob mixup_switch_prob"),
@@ -78,7 +80,8 @@ def check_together(args: argparse.Namespace) -> None:
         )
 
     # A folder that only some machines see is an error at the latest when the run is resumed.
-    sees = dist.all_gather(dist.rank() == 0 or lock.sees_mark(folder, mark))
+    patience = min(60.0, args.dist_timeout * 60 / 2)  # seconds; the others wait for the answer
+    sees = dist.all_gather(dist.rank() == 0 or lock.sees_mark(folder, mark, patience))
     blind = [rank for rank, sees_it in enumerate(sees) if not sees_it]
     if blind:
         dist.print_rank0(
@@ -155,6 +158,8 @@ def _model_problems(args: argparse.Namespace, models: dict) -> list[str]:
     ratio = getattr(args, "mask_ratio", None)
     if ratio is not None and 0 < ratio < 1:
         problems += masking.ratio_problems(ratio, patches)
+    if getattr(args, "norm_pix_loss", False) and patch**2 * args.in_chans == 1:
+        problems.append("--norm_pix_loss: a patch of one value has no variance; omit it, or take a larger --patch_size")
     return problems
 
 

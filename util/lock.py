@@ -60,7 +60,7 @@ def lock_mark(folder: str) -> str:
     return os.pread(descriptor, 200, 0).decode() if descriptor is not None else ""
 
 
-def sees_mark(folder: str, mark: str, patience: float = 60.0) -> bool:
+def sees_mark(folder: str, mark: str, patience: float) -> bool:
     """Return whether this process finds another's mark, made perhaps on another machine, in a folder's lock file.
 
     Args:

@@ -13,7 +13,7 @@ except ImportError:  # Windows
 def cores() -> int:
     """Return the number of CPU cores for this process alone: its share, where the processes of a node share them."""
     visible = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores_of_job = int(os.environ.get("SLURM_CPUS_ON_NODE", visible))
+    cores_of_job = int(os.environ.get("SLURM_CPUS_ON_NODE") or visible)
     # With fewer than the job has on this node, srun has bound the process to cores of its own.
     if visible < cores_of_job:
         return visible

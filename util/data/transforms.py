@@ -80,7 +80,8 @@ def random_box(
 def to_size(pixels: np.ndarray, size: tuple[int, int], channels_last: bool = False) -> Tensor:
     """Resize an array [H, W, C] to a tensor [C, *size] of the same type, 8 bits or float32.
 
-    Bicubic and antialiased; 8-bit values are within one level of Pillow's.
+    Bicubic and antialiased, first in width, then in height; 8-bit values are within one level of Pillow's where it does
+    the same (newer versions begin with the height of some shapes).
 
     Args:
         pixels: The image.

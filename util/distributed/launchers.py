@@ -57,6 +57,8 @@ def set_torchrun_env(dist_on_itp: bool = False, dist_url: str = "env://") -> lis
         _copy_variables(OPEN_MPI)
     elif {"RANK", "WORLD_SIZE"} <= env.keys():
         env.setdefault("MASTER_PORT", DEFAULT_PORT)
+        if problems := _rank_problems():
+            return problems
         return [] if env["WORLD_SIZE"] == "1" or "MASTER_ADDR" in env or dist_url != "env://" else [NO_HOST]
     elif env.keys() >= set(SUBMITIT.values()):
         _copy_variables(SUBMITIT)
@@ -80,6 +82,17 @@ def set_torchrun_env(dist_on_itp: bool = False, dist_url: str = "env://") -> lis
     env.setdefault("MASTER_PORT", str(15000 + (job * 101 + step) % 17000))
     env["MASTER_ADDR"] = "127.0.0.1" if env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"] else _first_host()
     return [] if env["MASTER_ADDR"] else [NO_HOST]
+
+
+def _rank_problems() -> list[str]:
+    """Check RANK, WORLD_SIZE and LOCAL_RANK, which anyone may set; return a list with one message, or an empty one."""
+    values = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if all(value.isdecimal() for value in values) and int(values[0]) < int(values[1]):
+        return []
+    return [
+        f"RANK is {values[0]!r} and WORLD_SIZE {values[1]!r}: they must be whole numbers, RANK from 0 and below "
+        "WORLD_SIZE; unset both for a single process, or start the processes with torchrun or srun"
+    ]
 
 
 def notices() -> list[str]:
@@ -112,9 +125,9 @@ def _copy_variables(names: dict[str, str]) -> None:
 def _tasks_on_this_node() -> int:
     """Return this node's entry in SLURM_STEP_TASKS_PER_NODE, of the form 4(x2),3: two nodes of 4 tasks, one of 3."""
     tasks_of_nodes = []
-    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "1"):
         tasks_of_nodes += [int(tasks)] * int(nodes or 1)
-    return tasks_of_nodes[min(int(os.environ.get("SLURM_NODEID", 0)), len(tasks_of_nodes) - 1)]
+    return tasks_of_nodes[min(int(os.environ.get("SLURM_NODEID") or 0), len(tasks_of_nodes) - 1)]
 
 
 def _first_host() -> str:
@@ -150,4 +163,5 @@ def gpus_needed(gpus: int) -> int:
 
 
 def _sees_only_its_own_gpu(gpus: int) -> bool:
-    return gpus == 1 and "SLURM_STEP_NUM_TASKS" in os.environ
+    """Return whether SLURM shows this process one GPU; torchrun's processes share those of a task."""
+    return gpus == 1 and "SLURM_STEP_NUM_TASKS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
