@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -90,9 +91,13 @@ def run(step: str, command: str, output_dir: Path, seed: int) -> dict[str, float
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     with process, (folder / "out.txt").open("w") as out, tqdm(desc=step, total=epochs, bar_format=layout) as bar:
-        for line in process.stdout:
-            out.write(line)
-            show(bar, line, folder)
+        try:
+            for line in process.stdout:
+                out.write(line)
+                show(bar, line, folder)
+        except BaseException:
+            process.terminate()  # else it would go on when the demo is stopped
+            raise
     if process.returncode:
         message = (folder / "out.txt").read_text()[-3000:]
         raise SystemExit(f"{step} failed with exit code {process.returncode}:\n{message}")
@@ -160,6 +165,7 @@ def main() -> None:
     if args.output_dir != parser.get_default("output_dir"):
         args.output_dir = args.output_dir.resolve()
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the job under way is ended, too
     start = time.time()
     pretrain = PRETRAIN + (QUICK_PRETRAIN if args.quick else "")
     probe, finetune = (command + (QUICK_TRAIN if args.quick else "") for command in (PROBE, FINETUNE))

@@ -8,6 +8,7 @@ those of --class_names, which released files need. Of a learning-rate sweep the 
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
 
     batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
     write_csv(args.output, rows(model, batches, classes))
-    print(f"classes of {len(files) - batches.bad} images written to {args.output}")
+    # Where the table goes through a pipe, such as /dev/stdout, nothing else may.
+    where = sys.stdout if args.output.is_file() else sys.stderr
+    print(f"classes of {len(files) - batches.bad} images written to {args.output}", file=where)
     inference.check_complete([batches], args.output)
 
 

@@ -47,7 +47,7 @@ ABLATIONS = {
 TRAINABLE = ("0", "0.5", "1", "2", "4")
 
 
-def run(step: str, command: str, output: Path, log: Path) -> None:
+def run(step: str, command: str, output: Path, log: Path, needed: bool = False) -> None:
     """Run one script unless its log has been stored already, and print the figures of its last epoch.
 
     A run that was interrupted is resumed.
@@ -57,11 +57,12 @@ def run(step: str, command: str, output: Path, log: Path) -> None:
         command: Script and flags, without --output_dir.
         output: The run's --output_dir; what it prints goes to out.txt there.
         log: Where a complete run's log.txt is stored.
+        needed: Run it in any case: what it writes to `output` is needed, and not there.
 
     Raises:
         SystemExit: The run failed.
     """
-    stored = log.exists()
+    stored = log.exists() and not needed
     if not stored:
         _train(step, command, output, log)
     last = json.loads(log.read_text().splitlines()[-1])
@@ -97,7 +98,8 @@ def chain(variant: str, flags: str, seed: int, output: Path, results: Path, part
     """
     folder, logs = output / variant / f"seed{seed}", results / variant / f"seed{seed}"
     epochs = demo.epochs_of(flags if "--epochs" in flags else demo.PRETRAIN)
-    encoder = f"--finetune {shlex.quote(str(folder / 'pretrain' / f'checkpoint-{epochs - 1}.pth'))} --seed {seed}"
+    checkpoint = folder / "pretrain" / f"checkpoint-{epochs - 1}.pth"
+    encoder = f"--finetune {shlex.quote(str(checkpoint))} --seed {seed}"
     steps = {
         "pretrain": f"{demo.PRETRAIN} {flags} --seed {seed}",
         "probe": f"{demo.PROBE} {encoder}",
@@ -105,8 +107,11 @@ def chain(variant: str, flags: str, seed: int, output: Path, results: Path, part
     }
     if partial:
         steps |= {f"partial{blocks}": f"{steps['finetune']} --trainable_blocks {blocks}" for blocks in TRAINABLE}
+    # A stored log of pre-training is of no use to later steps without its checkpoint.
+    incomplete = not all((logs / f"{step}.jsonl").exists() for step in steps)
     for step, command in steps.items():
-        run(f"{variant} seed {seed} {step}", command, folder / step, logs / f"{step}.jsonl")
+        needed = step == "pretrain" and incomplete and not checkpoint.exists()
+        run(f"{variant} seed {seed} {step}", command, folder / step, logs / f"{step}.jsonl", needed)
 
 
 def main() -> None:

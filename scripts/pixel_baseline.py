@@ -25,18 +25,17 @@ from util.report import knn
 
 
 def pixels(images: datasets.Images) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels of a split, [N, H*W*C] from 0 to 1, and its classes [N].
+    """Return the pixels of a split [N, H*W*C], float32, of 8-bit images from 0 to 1, and its classes [N].
 
     Raises:
         UserError: The images differ in size.
     """
-    try:
-        values = np.stack([images[index][0] for index in range(len(images))]).reshape(len(images), -1)
-    except ValueError as error:
-        raise UserError(
-            f"{images.root} holds images of different sizes, and this baseline needs one size: resize them"
-        ) from error
-    return values.astype(np.float32) / 255, images.targets
+    # As in training, 8 bits are scaled to 0 to 1, and the values of float files are taken as they are.
+    loaded = (images[index][0] for index in range(len(images)))
+    values = [pixels / np.float32(255) if pixels.dtype == np.uint8 else pixels for pixels in loaded]
+    if len({array.shape for array in values}) > 1:
+        raise UserError(f"{images.root} holds images of different sizes, and this baseline needs one size: resize them")
+    return np.stack(values).reshape(len(images), -1), images.targets
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         datasets.open_split(datasets.EvalImages, data, split, None, Pixels()) for split in ("train", "val")
     )
     datasets.check_classes(train_images, val_images, len(val_images.classes))
-    if len(val_images.classes) < 2:
-        raise UserError(f"{args.data_path} has one class, and this baseline needs two or more to tell apart")
+    if len(np.unique(train_images.targets)) < 2:
+        raise UserError(f"{args.data_path} has images of one class, and this baseline needs two or more to tell apart")
 
     # Standardise both splits by the statistics of the training images.
     (train, train_targets), (val, val_targets) = pixels(train_images), pixels(val_images)

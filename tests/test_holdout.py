@@ -242,6 +242,8 @@ def test_the_scripts_divide_the_images_as_training_does(folder, tmp_path, capsys
     flags = "--val_fraction", 0.25
     told = printed(mean_std.main, folder / "train", *flags)
     assert told == printed(mean_std.main, tmp_path / "train") != printed(mean_std.main, folder / "train")
+    with pytest.raises(UserError, match="holds train, of which --val_fraction holds out images: name .*train"):
+        mean_std.main([str(folder), *map(str, flags)])
     one = folder / "train" / train[0]  # the only image that is given is held out by no share
     assert printed(mean_std.main, one, *flags) == printed(mean_std.main, one)
     baseline = printed(pixel_baseline.main, "--data_path", folder, "--iterations", 5, *flags)

@@ -119,6 +119,12 @@ BAD = [
     ("pretrain", "--model vit_base_patch16", "choose one of mae_vit_base_patch16_dec512d8b"),
     ("pretrain", "--input_size 225", "not a multiple of the patch size, 16"),
     ("pretrain", "--input_size 28 --patch_size 8", "not a multiple of the patch size, 8"),
+    (
+        "pretrain",
+        "--model mae_vit_demo_patch4 --patch_size 1 --input_size 8 --in_chans 1 --norm_pix_loss",
+        "a patch of one value has no variance",
+    ),
+    ("pretrain", "--dist_timeout 1e10", "--dist_timeout 10000000000.0 must be greater than 0, and at most 1000000"),
     ("pretrain", "--mask_ratio 1", "keep and remove at least one"),
     ("pretrain", "--mask_ratio 0", "keep and remove at least one"),
     ("pretrain", "--mask_ratio 0.999", "must keep and remove at least one of 196"),
@@ -167,6 +173,14 @@ def test_bad_arguments(job, flags, message):
         checks.check(args, MODELS[job])
     assert time.perf_counter() - start < 1
     assert re.search(message, str(caught.value)) and "--data_path x: no such folder" in str(caught.value)
+
+
+def test_a_confusion_matrix_replaces_no_input(tmp_path):
+    file = tmp_path / "checkpoint-0.pth"
+    file.write_bytes(b"weights")
+    args = main_finetune.get_args(["--data_path", "x", "--eval", "--resume", str(file), "--confusion", str(file)])
+    with pytest.raises(UserError, match=f"--confusion {file} is one of the inputs, and would be replaced"):
+        checks.check(args, MODELS["finetune"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,7 +176,7 @@ def test_a_class_without_images_has_no_accuracy_in_the_confusion_matrix(tmp_path
     assert file.read_text().split() == ["class,a,absent,accuracy", "a,3,1,75.00", "absent,0,0,"]
 
 
-def test_requests_to_stop_are_looked_for_while_the_ema_is_evaluated_too():
+def test_requests_to_stop_are_looked_for_while_the_ema_is_evaluated_too(capsys):
     class Loader(list):
         dataset, device = None, torch.device("cpu")
 
@@ -186,6 +187,7 @@ def test_requests_to_stop_are_looked_for_while_the_ema_is_evaluated_too():
         torch.nn.Identity(), ema, batches, scaler, Evaluation(), lambda: polls.append(1)
     )
     assert stats["acc1"] == stats["ema_acc1"] == 100 and len(polls) == 6
+    assert re.findall(r"^(\*|the EMA)", capsys.readouterr().out, re.M) == ["*", "the EMA", "*"]
 
 
 def test_a_confusion_matrix_that_cannot_be_written_is_an_error_that_keeps_what_was_trained():

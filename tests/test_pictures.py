@@ -296,6 +296,17 @@ def test_the_best_head_of_a_sweep_is_known_after_epochs_without_evaluation(image
     assert f"keeping the head of --blr {best} (the best one" in capsys.readouterr().out
 
 
+def test_a_sweeps_heads_are_evaluated_under_their_own_rates(images, tmp_path, capsys, refusal):
+    argv = job_argv(images, tmp_path, "--num_workers", 0, "--epochs", 1, "--warmup_epochs", 0, job="linprobe")
+    main_linprobe.main([str(word) for word in [*argv, "--blr", 1e-6, 1]])
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("blr")]
+    evaluate = [*argv, "--eval", "--resume", tmp_path / "checkpoint-0.pth", "--blr"]
+    main_linprobe.main([str(word) for word in [*evaluate, 1e-6, 1]])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("blr")] == said
+    message = refusal(lambda: main_linprobe.main([str(word) for word in [*evaluate, 1, 1e-6]]))
+    assert "checkpoint-0.pth has the heads of --blr 1e-06 1: pass these" in message
+
+
 def test_predictions_bear_the_checkpoints_names(images, tmp_path):
     torch.manual_seed(0)
     model = models_vit.MODELS["vit_demo_patch4"](img_size=28, num_classes=3)

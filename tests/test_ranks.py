@@ -332,7 +332,9 @@ def test_an_output_dir_that_is_not_shared_is_warned_of(tmp_path):
     # There an earlier run has left its lock file.
     (tmp_path / "elsewhere" / "run").mkdir(parents=True)
     (tmp_path / "elsewhere" / "run" / lock.LOCK).write_text("process 1 on another machine")
+    start = time.monotonic()
     said, holder = ranks.run(2, tmp_path / "out", warning_of_another_folder, tmp_path)
+    assert time.monotonic() - start < 50, "the rank looked for the folder for longer than the others wait"
     assert len(said) == 1 and "--output_dir run of rank 1 is another folder than rank 0's" in said[0]
     assert holder.startswith("process ")  # rank 0 still has its lock
     shutil.rmtree(tmp_path / "elsewhere" / "run")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -163,10 +164,53 @@ def test_what_raw_pixels_cannot_be_compared_by(kind, tmp_path):
             for number in range(4):
                 size = (28, 14) if kind == "sizes" and number % 2 else (14, 28)
                 Image.new("L", size, 9 * number).save(tmp_path / split / name / f"{number}.png")
-    message = {"sizes": "of different sizes", "one class": "has one class", "iterations": "--iterations 0 must be"}
+    message = {
+        "sizes": "of different sizes",
+        "one class": "has images of one class",
+        "iterations": "--iterations 0 must be",
+    }
     with pytest.raises(UserError, match=message[kind]):
         words = ["--data_path", str(tmp_path), "--iterations", "0" if kind == "iterations" else "5"]
         pixel_baseline.main(words)
+
+
+def test_raw_pixels_of_float_files_count_as_those_of_pictures(images, tmp_path, capsys):
+    """Half of the files become arrays from 0 to 1, which 8 bits are scaled to."""
+    shutil.copytree(images, tmp_path / "mixed")
+    for file in sorted((tmp_path / "mixed").rglob("*.png"))[::2]:
+        np.save(file.with_suffix(".npy"), np.asarray(Image.open(file).convert("RGB")).astype(np.float32) / 255)
+        file.unlink()
+    found = []
+    for folder in (images, tmp_path / "mixed"):
+        pixel_baseline.main(["--data_path", str(folder), "--iterations", "20"])
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["test_knn"] == found[1]["test_knn"]
+
+
+def test_one_class_with_images_beside_an_empty_one_is_no_baseline(images, tmp_path):
+    shutil.copytree(images / "val" / "bag", tmp_path / "train" / "bag")
+    (tmp_path / "train" / "coat").mkdir()
+    shutil.copytree(images / "val" / "bag", tmp_path / "val" / "bag")
+    shutil.copytree(images / "val" / "coat", tmp_path / "val" / "coat")
+    with pytest.raises(UserError, match="has images of one class"):
+        pixel_baseline.main(["--data_path", str(tmp_path), "--iterations", "5"])
+
+
+def test_an_ablation_whose_checkpoint_is_gone_is_pretrained_again_if_later_steps_need_it(tmp_path, monkeypatch):
+    done = []
+
+    def train(step, command, output, log):
+        done.append(step.rpartition(" ")[2])
+        write_log(log, 60.0)
+
+    monkeypatch.setattr(ablations, "_train", train)
+    folders = tmp_path / "output", tmp_path / "results"
+    ablations.chain("x", "", 0, *folders, partial=False)
+    ablations.chain("x", "", 0, *folders, partial=False)  # all logs are there
+    assert done == ["pretrain", "probe", "finetune"]
+    (tmp_path / "results/x/seed0/finetune.jsonl").unlink()
+    ablations.chain("x", "", 0, *folders, partial=False)
+    assert done[3:] == ["pretrain", "finetune"]
 
 
 def write_log(path, accuracy):

@@ -130,6 +130,8 @@ def spoil(data, kind):
         Image.new("RGB", (28, 28)).save(mask)
     elif kind == "class 3":
         Image.fromarray(np.full((28, 28), 3, np.uint8)).save(mask)
+    elif kind == "turned mask":
+        Image.fromarray(np.zeros((14, 28), np.uint8)).save(mask)
     elif kind == "broken mask":
         mask.write_bytes(mask.read_bytes()[:40])
     elif kind == "two images of a mask":
@@ -149,6 +151,7 @@ def spoil(data, kind):
         ("two images of a mask", "that differ by their ending only have one mask, as .*png"),
         ("colour mask", "has RGB pixels, not one number each"),
         ("class 3", "has class 3: --classes 3 allows 0 to 2"),
+        ("turned mask", "masks/.*png is 14 x 28 pixels and its image 28 x 28: make both alike"),
         ("no image", "not an image, or empty: remove it"),
         ("none", "val/images holds no images"),
     ],
@@ -179,6 +182,8 @@ def test_deep_images_keep_their_depth_and_other_files_are_left_out(data):
         ({"device": "foo"}, "--device foo"),
         ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
         ({"epochs": 0}, "--epochs, --eval_freq, --batch_size and --width must be at least 1"),
+        ({"encoder_lr": -1}, "--encoder_lr -1.0 must be at least 0"),
+        ({"batch_size": 1}, "BatchNorm needs two images in a batch"),
         ({"data_path": None}, "--data_path or --predict is needed"),
         ({"data_path": None, "predict": "here"}, "model.pth does not exist: train first"),
     ],
@@ -236,6 +241,7 @@ def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch
     log = [json.loads(line) for line in (tmp_path / "out" / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in log] == list(range(6))
     assert [line["epoch"] for line in log if "test_miou" in line] == [3, 5]
+    assert "holds a run: choose another folder, or pass --overwrite" in refusal(train.main)
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"] and log[-1]["test_miou"] > 40
     state = torch.load(tmp_path / "out" / "model.pth", weights_only=True)
     model = train.Segmenter(arguments(exported[1]))
@@ -255,3 +261,18 @@ def test_the_recipe_learns_and_keeps_a_log(exported, data, tmp_path, monkeypatch
     assert not torch.equal(state["encoder.model.blocks.0.mlp.fc1.weight"], exported[0].blocks[0].mlp.fc1.weight)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--width=32"])
     assert "is of another model than the flags describe: pass --encoder, --classes" in refusal(train.main)
+    (tmp_path / "out" / "model.pth").write_bytes(b"damaged")
+    assert "model.pth can't be read (UnpicklingError): train again" in refusal(train.main)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--predict={tmp_path / 'out' / 'predicted'}"])
+    assert "is where the masks are written: choose another --output_dir" in refusal(train.main)
+
+
+def test_a_batch_without_pixels_that_count_changes_nothing(exported):
+    model = train.Segmenter(arguments(exported[1]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    images, masks = torch.zeros(2, 1, 32, 32, dtype=torch.uint8), torch.full((2, 32, 32), train.IGNORED)
+    assert train.update(model, optimizer, images, masks) == 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    masks[0, 0, 0] = 1
+    assert train.update(model, optimizer, images, masks) > 0

@@ -321,8 +321,12 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         problems.append(str(error))
 
     # Output. Evaluation writes into no folder of a run.
-    if (table := getattr(args, "confusion", "")) and (reason := disk.unwritable_file(Path(table))):
-        problems.append(f"--confusion {table} can't be written to: {reason}")
+    if table := getattr(args, "confusion", ""):
+        if reason := disk.unwritable_file(Path(table)):
+            problems.append(f"--confusion {table} can't be written to: {reason}")
+        inputs = [getattr(args, name, "") for name in ("resume", "finetune", "class_names")]
+        if Path(table).resolve() in (Path(source).resolve() for source in inputs if source and not is_url(source)):
+            problems.append(f"--confusion {table} is one of the inputs, and would be replaced: choose another name")
     problems += _wandb_problems(args.wandb)
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks for checkpoints in --output_dir, which is '': name the run's folder")

@@ -113,6 +113,10 @@ def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val
         raise UserError(f"neither a file nor a folder: {', '.join(special)}")
     files, left_out = [], listing.LeftOut()
     for path in paths:
+        if val_fraction and path.is_dir() and splits.find_split(str(path), "train"):
+            raise UserError(
+                f"{path} holds train, of which --val_fraction holds out images: name {path / 'train'}, or its archive"
+            )
         found = _find_at(path, left_out)
         files += _training_part(found, path, val_fraction, val_seed) if val_fraction else found
     if not files:

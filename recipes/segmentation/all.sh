@@ -6,7 +6,7 @@
 # Train on a folder of masks for some epochs: train ROW FOLDER EPOCHS FLAGS
 train() {
     python recipes/segmentation/train.py --encoder "$out/encoder-seed$seed" --data_path "$2" --classes 11 --size 32 \
-        --epochs "$3" --seed $seed --output_dir "$out/$1-seed$seed" "${@:4}"
+        --epochs "$3" --seed $seed --output_dir "$out/$1-seed$seed" --overwrite "${@:4}"
     keep "$1"
 }
 

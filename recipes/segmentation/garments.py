@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("target", type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--images", type=int, metavar="N", help="training images of each class; default: all 200")
     args = parser.parse_args()
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images {args.images} must be at least 1")
 
     # List the samples to use, with the number of their class, the image and the mask to write for each.
     jobs = []

@@ -36,6 +36,7 @@ from util.checkpoint.configurations import read_config
 from util.command_line import Parser
 from util.data.images import BadImage, Pixels, load_array
 from util.data.splits import is_image
+from util.disk import write_whole
 from util.errors import UserError, raise_problems
 
 try:
@@ -57,6 +58,7 @@ def get_args() -> argparse.Namespace:
     add("--classes", required=True, type=int, metavar="N", help="number of classes, the background among them")
     add("--size", required=True, type=int, metavar="SIDE", help="side of the images in pixels")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder of log.txt and model.pth")
+    add("--overwrite", action="store_true", help="replace an earlier run in --output_dir")
     add("--epochs", default=30, type=int, help="length of the run")
     add("--eval_freq", default=1, type=int, metavar="N", help="evaluate every N epochs, and after the last one")
     add("--batch_size", default=32, type=int, help="images per batch")
@@ -79,6 +81,12 @@ def get_args() -> argparse.Namespace:
         raise UserError("--data_path or --predict is needed")
     if not (2 <= args.classes <= IGNORED and min(args.epochs, args.eval_freq, args.batch_size, args.width) >= 1):
         raise UserError("--epochs, --eval_freq, --batch_size and --width must be at least 1, --classes 2 to 255")
+    if args.encoder_lr < 0:
+        raise UserError(f"--encoder_lr {args.encoder_lr} must be at least 0")
+    if not args.predict and not args.overwrite and (args.output_dir / "log.txt").exists():
+        raise UserError(f"--output_dir {args.output_dir} holds a run: choose another folder, or pass --overwrite")
+    if args.predict and (args.output_dir / "predicted").resolve() == args.predict.resolve():
+        raise UserError(f"--predict {args.predict} is where the masks are written: choose another --output_dir")
     raise_problems(checks.device_problems(args.device) + checks.range_problems(args))
     return args
 
@@ -123,6 +131,9 @@ class MaskedImages(Dataset):
         except BadImage as error:
             raise UserError(f"{error}: remove it") from error
         mask = self._load_mask(self.masks[index]) if self.masked else torch.zeros(image.shape[1:], dtype=torch.uint8)
+        if mask.shape != image.shape[1:]:
+            sizes = (" x ".join(map(str, shape)) for shape in (mask.shape, image.shape[1:]))
+            raise UserError("{} is {} pixels and its image {}: make both alike".format(self.masks[index], *sizes))
         image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor).long()
 
@@ -183,11 +194,13 @@ def mean_iou(model: Segmenter, loader: DataLoader, classes: int, device: str) ->
 
 
 def train(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> None:
-    """Train the model, evaluate it now and then, and write log.txt and model.pth."""
+    """Train the model; at each evaluation write model.pth, and after every epoch a line into log.txt."""
     flip = v2.Compose([resize, v2.RandomHorizontalFlip()])
     train_images = MaskedImages(args.data_path / "train", model.pixels, args.classes, flip)
     val_images = MaskedImages(args.data_path / "val", model.pixels, args.classes, resize)
     batch_size = min(args.batch_size, len(train_images))
+    if batch_size < 2:
+        raise UserError("the decoder's BatchNorm needs two images in a batch: raise --batch_size, or add images")
     loader = DataLoader(train_images, batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers)
     val_loader = DataLoader(val_images, args.batch_size, num_workers=args.num_workers)
 
@@ -204,23 +217,30 @@ def train(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> N
             model.train()
             total = 0.0
             for images, masks in loader:
-                logits = model(images.to(args.device))
-                loss = F.cross_entropy(logits, masks.to(args.device), ignore_index=IGNORED)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                total += update(model, optimizer, images.to(args.device), masks.to(args.device))
                 schedule.step()
-                total += loss.item()
             line = {"epoch": epoch, "train_loss": total / len(loader)}
             words = f"epoch {epoch}: loss {line['train_loss']:.4f}"
             if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
                 miou, each = mean_iou(model, val_loader, args.classes, args.device)
                 line |= {"test_miou": miou, "test_iou": each}
                 words += f", mean IoU {miou:.2f} %"
+                with write_whole(args.output_dir / "model.pth") as unfinished:
+                    torch.save(model.net.state_dict(), unfinished)
             log.write(json.dumps(line) + "\n")
             log.flush()
             print(words, flush=True)
-    torch.save(model.net.state_dict(), args.output_dir / "model.pth")
+
+
+def update(model: Segmenter, optimizer: torch.optim.Optimizer, images: Tensor, masks: Tensor) -> float:
+    """Make an update on a batch, and return its loss; without pixels that count there is none, and the loss is 0."""
+    if (masks == IGNORED).all():
+        return 0.0
+    loss = F.cross_entropy(model(images), masks, ignore_index=IGNORED)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
 
 
 @torch.inference_mode()
@@ -229,7 +249,10 @@ def predict(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) ->
     weights = args.output_dir / "model.pth"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist: train first, with the same --output_dir")
-    state = torch.load(weights, map_location=args.device, weights_only=True)
+    try:
+        state = torch.load(weights, map_location=args.device, weights_only=True)
+    except Exception as error:  # whatever torch and pickle raise at a damaged file
+        raise UserError(f"{weights} can't be read ({type(error).__name__}): train again") from error
     try:
         model.net.load_state_dict(state)
     except RuntimeError as error:

@@ -126,6 +126,13 @@ def refuse_other_pooling(source: str, checkpoint: dict) -> None:
         )
 
 
+def refuse_other_rates(source: str, checkpoint: dict, args: dict) -> None:
+    """Raise a UserError for a sweep's heads where --blr would give them the names of others."""
+    stored, rates = checkpoint_args(checkpoint).get("blr"), args.get("blr")
+    if isinstance(stored, list) and isinstance(rates, list) and len(stored) == len(rates) and stored != rates:
+        raise UserError(f"{source} has the heads of --blr {' '.join(f'{rate:g}' for rate in stored)}: pass these")
+
+
 def compare_flags(source: str, checkpoint: dict, args: dict, names: tuple[str, ...]) -> None:
     """Print a notice for each of these flags that differs from what the checkpoint was made with.
 

@@ -80,6 +80,7 @@ def load_for_eval(
         )
     checkpoint = load_checkpoint(source, ema=args.get("model_ema", False))
     comparison.refuse_other_pooling(source, checkpoint)
+    comparison.refuse_other_rates(source, checkpoint, args)
     load_model(source, checkpoint, model, args)
     names = classes.class_names(source, checkpoint, model.config["num_classes"], class_names)
     numbers = classes.match_classes(source, names, folders, model.config["num_classes"])
