@@ -15,10 +15,10 @@ import pytest
 from archives import PNG, good, listed, opened, png, save_index
 from runs import assert_same_end, finish, job_argv
 
+from util import resources
 from util.data import archives as reading
 from util.data import splits, tar
 from util.data.images import BadImage
-from util.distributed import launchers
 from util.errors import LocalError
 
 # Reading.
@@ -105,7 +105,7 @@ def test_hundreds_of_archives_with_few_open_files(tmp_path):
 
 def test_archives_used_last_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_descriptors", type(reading._descriptors)())
-    monkeypatch.setattr(launchers, "allow_open_files", lambda _: 16)
+    monkeypatch.setattr(resources, "allow_open_files", lambda _: 16)
     paths = [archives.write(tmp_path / f"{number}.tar", {"a/1.png": PNG}) for number in range(6)]
     for number in (0, 1, 2, 3, 0, 4, 5):
         reading.open_archive(str(paths[number]))
