@@ -14,9 +14,12 @@ in `model.pretrained_cfg`, in timm's form:
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
 """
 
+import collections.abc
 import functools
 import os
 import pathlib
+
+from torch import nn
 
 import models_load
 import models_mae
@@ -38,50 +41,65 @@ def encoder(weights: str | os.PathLike = "included") -> models_vit.VisionTransfo
         weights: File, folder or address of the checkpoint; default: the small encoder of this repository.
 
     Returns:
-        The encoder. It returns the class token after `norm` if the checkpoint has that layer, else the mean of the
-        patch tokens after `fc_norm`; `forward_features` returns all tokens [N, 1+L, D].
+        The encoder, in training mode. It returns the class token after `norm` if the checkpoint has that layer, else
+        the mean of the patch tokens after `fc_norm`, [N, D]; `forward_features` returns all tokens [N, 1+L, D].
+
+    Raises:
+        UserError: The weights can't be read, or are those of no encoder that the models here have.
     """
     source, checkpoint = _load("demo", weights)
-    return _described(models_load.encoder(checkpoint, source), checkpoint)
+    return _with_pretrained_cfg(models_load.encoder(checkpoint, source), checkpoint)
 
 
 def _autoencoder(
-    name: str, weights: str | os.PathLike | None = "included", **arguments
+    _name: str, weights: str | os.PathLike | None = "included", **arguments
 ) -> models_mae.MaskedAutoencoderViT:
     """Load a masked autoencoder, encoder and decoder.
 
     Args:
-        name: Name of the model, which `_entry` fills in.
         weights: File, folder or address of a checkpoint with its decoder; None: random values.
         **arguments: For the constructor of a model with random values. With weights, only norm_pix_loss, for a file
             that does not tell it.
+
+    Returns:
+        The autoencoder, in training mode. For images [N, C, H, W] it returns the loss, the predictions [N, L, p*p*C]
+        and the masks [N, L].
+
+    Raises:
+        UserError: The weights can't be read, or are of another size; or an argument is one that the file decides.
     """
-    factory = models_mae.MODELS[name]
+    factory = models_mae.MODELS[_name]
     if weights is None:
         return factory(**arguments)
-    source, checkpoint = _load(name.split("_")[2], weights)
+    source, checkpoint = _load(_name.split("_")[2], weights)
     _refuse_arguments(arguments, {"norm_pix_loss"})
     model = models_load.autoencoder(checkpoint, source, arguments.get("norm_pix_loss", False))
-    _refuse_other_sizes(name, factory.keywords, model.config, source)
-    return _described(model, checkpoint)
+    _refuse_other_sizes(_name, factory.keywords, model.config, source)
+    return _with_pretrained_cfg(model, checkpoint)
 
 
 def _classifier(
-    name: str, weights: str | os.PathLike | None = "included", num_classes: int | None = None, **arguments
+    _name: str, weights: str | os.PathLike | None = "included", num_classes: int | None = None, **arguments
 ) -> models_vit.VisionTransformer:
     """Load a classifier, or put a new head on a pre-trained encoder.
 
     Args:
-        name: Name of the model, which `_entry` fills in.
         weights: File, folder or address of a checkpoint; None: random values.
         num_classes: Outputs of a new head; None, or the number of the file's head: the head is the file's.
         **arguments: For the constructor, of a model with random values or a new head (global_pool, drop_path_rate,
             img_size, ...). A new head's model takes what is not given from the file.
+
+    Returns:
+        The classifier, in training mode. For images [N, C, H, W] it returns logits [N, classes].
+
+    Raises:
+        UserError: The weights can't be read, have no head where num_classes is None, or are of another size; or an
+            argument is one that the file decides.
     """
-    factory = models_vit.MODELS[name]
+    factory = models_vit.MODELS[_name]
     if weights is None:
         return factory(**arguments, **({} if num_classes is None else {"num_classes": num_classes}))
-    source, checkpoint = _load(name.split("_")[1], weights)
+    source, checkpoint = _load(_name.split("_")[1], weights)
     classes = comparison.count_classes(checkpoint["model"])
     if num_classes is None or (classes == num_classes > 0 and not arguments):
         if not classes:
@@ -95,8 +113,8 @@ def _classifier(
         kept |= {"global_pool": config["global_pool"]} if "global_pool" in config else {}
         model = models_vit.VisionTransformer(**{**kept, **arguments, "num_classes": num_classes})
         loading.load_pretrained(source, model)
-    _refuse_other_sizes(name, factory.keywords, model.config, source)
-    return _described(model, checkpoint)
+    _refuse_other_sizes(_name, factory.keywords, model.config, source)
+    return _with_pretrained_cfg(model, checkpoint)
 
 
 def _load(size: str, weights: str | os.PathLike | None) -> tuple[str, dict]:
@@ -130,7 +148,7 @@ def _refuse_other_sizes(name: str, expected: dict, config: dict, source: str) ->
         )
 
 
-def _described(model, checkpoint: dict):
+def _with_pretrained_cfg(model: nn.Module, checkpoint: dict) -> nn.Module:
     """Return the model, with pretrained_cfg as timm's models have it."""
     settings = configurations.evaluation_settings(files.checkpoint_args(checkpoint), model.config)
     model.pretrained_cfg = configurations.timm_pretrained_cfg(
@@ -139,8 +157,8 @@ def _described(model, checkpoint: dict):
     return model
 
 
-def _entry(load, name: str):
-    """Return the function that torch.hub finds for a model."""
+def _entry(load: collections.abc.Callable[..., nn.Module], name: str) -> collections.abc.Callable[..., nn.Module]:
+    """Return the function that torch.hub finds for a model, with the help of the function that loads it."""
     entry = functools.partial(load, name)
     entry.__doc__ = load.__doc__
     return entry

@@ -34,7 +34,7 @@ import models_load
 import models_vit
 from util import errors, inference
 from util.checkpoint import comparison, configurations, formats
-from util.checkpoint.classes import class_names
+from util.checkpoint.classes import resolve_class_names
 from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load_checkpoint
 from util.command_line import Parser
 from util.data.class_names import read_class_names
@@ -42,6 +42,13 @@ from util.data.images import Pixels
 from util.disk import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.errors import UserError
 
+# Files that tell a library that a folder holds a model for it.
+EXPORTED = (
+    *("model.safetensors", "encoder.safetensors", "model.onnx", "model.onnx.data"),
+    *("config.json", "preprocessor_config.json"),
+)
+# By these words of its README.md an earlier export is recognised, which may be replaced.
+CREDIT = "Masked autoencoding: He et al., *Masked Autoencoders Are"
 # Flags that the model card repeats as the recipe.
 RECIPE = {
     *("model", "probe", "trainable_blocks", "drop_path", "mask_sampling"),
@@ -116,7 +123,7 @@ class Source:
         classes = None
         if has_head:
             numbered = [f"LABEL_{number}" for number in range(config["num_classes"])]
-            classes = class_names(path, checkpoint, config["num_classes"], names) or numbered
+            classes = resolve_class_names(path, checkpoint, config["num_classes"], names) or numbered
         elif names:
             raise UserError(f"{path} has no head, so there are no classes to name: omit --class_names")
 
@@ -152,29 +159,6 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     return folded
 
 
-def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
-    """Return Hugging Face's preprocessor_config.json: the resizing, cropping and normalisation of evaluation.
-
-    Args:
-        side: Height and width of the model's images in pixels.
-        pixels: Mean and standard deviation of the images.
-        crop_pct: Share of the image that the centre crop keeps.
-    """
-    return {
-        "image_processor_type": "BitImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": int(side / crop_pct)},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": pixels.mean,
-        "image_std": pixels.std,
-    }
-
-
 def to_timm(folder: Path, source: Source) -> None:
     """Write the classifier, or else the encoder, for timm."""
     description = configurations.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
@@ -205,7 +189,8 @@ def to_hf(folder: Path, source: Source) -> None:
     config = source.config | {"img_size": height}
     description = configurations.hugging_face_config(config, source.classes, source.flags.get("mask_ratio", 0.75))
     save(folder, formats.to_hugging_face(state), description)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(height, source.pixels, source.crop_pct))
+    settings = configurations.preprocessor_config(height, source.pixels, source.crop_pct)
+    write_json(folder / "preprocessor_config.json", settings)
 
 
 def to_encoder(folder: Path, source: Source) -> None:
@@ -241,16 +226,6 @@ def to_onnx(folder: Path, source: Source) -> None:
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )
     program.save(folder / "model.onnx")
-
-
-# Files that tell a library that a folder holds a model for it.
-EXPORTED = (
-    *("model.safetensors", "encoder.safetensors", "model.onnx", "model.onnx.data"),
-    *("config.json", "preprocessor_config.json"),
-)
-# By these words of its README.md an earlier export is recognised, which may be replaced.
-CREDIT = "Masked autoencoding: He et al., *Masked Autoencoders Are"
-EXPORTERS = {"timm": to_timm, "hf": to_hf, "encoder": to_encoder, "onnx": to_onnx}
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
@@ -421,6 +396,9 @@ def exported_figures(checkpoint: dict, ema: bool) -> dict[str, str]:
         if isinstance(value, float) and "_blr" not in name and not of_other_weights:
             figures[name] = f"{value:.6g}"
     return figures
+
+
+EXPORTERS = {"timm": to_timm, "hf": to_hf, "encoder": to_encoder, "onnx": to_onnx}
 
 
 @torch.no_grad()

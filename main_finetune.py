@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # With --eval: evaluate the checkpoint, and stop.
     if args.eval:
-        numbers = weights.load_for_eval(source, model, vars(args), list(classes), options.class_names(args))
+        numbers = weights.load_for_eval(source, model, vars(args), list(classes), options.given_class_names(args))
         models_vit.select_classes(model, numbers)
         speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
         evaluate(model, val_loader, device, scaler, settings)

@@ -17,7 +17,7 @@ import torch
 import models_load
 import models_vit
 from util import errors, inference
-from util.checkpoint.classes import class_names
+from util.checkpoint.classes import resolve_class_names
 from util.checkpoint.files import load_checkpoint
 from util.command_line import Parser
 from util.data.archives import ImagePath
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load_checkpoint(args.resume)
     model = models_load.classifier(checkpoint, args.resume).to(args.device).eval()
     given = read_class_names(args.class_names) if args.class_names else None
-    classes = class_names(args.resume, checkpoint, model.config["num_classes"], given)
+    classes = resolve_class_names(args.resume, checkpoint, model.config["num_classes"], given)
     if classes is None:
         raise UserError(f"{args.resume} holds no class names: pass --class_names FILE, with one name per line")
     preprocessing = inference.preprocessing_as_trained(checkpoint, model.config["in_chans"], args)

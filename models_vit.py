@@ -89,7 +89,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
 
 def head_name(blr: float) -> str:
-    """Return the name of a sweep's head in the log: `test_acc1_blr0.1` is the accuracy of the head of --blr 0.1."""
+    """Return the suffix that names a sweep's head in the log: blr0.1, as in test_acc1_blr0.1, for --blr 0.1."""
     return f"blr{blr:g}"
 
 

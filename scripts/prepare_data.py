@@ -30,6 +30,7 @@ from util import errors
 from util.command_line import Parser
 from util.data.listing import exists
 from util.data.splits import SPLITS, is_image
+from util.disk import UNFINISHED
 from util.errors import UserError
 from util.packing.sources import DAMAGE
 
@@ -202,7 +203,7 @@ def prepare(
     # Everything is written on the output's file system first, where moving it at the end is instant: inside the output
     # if that is there, since it may be a disk of its own.
     place = output if output.exists() else output.parent
-    with tempfile.TemporaryDirectory(dir=place, prefix=".unfinished-") as temporary:
+    with tempfile.TemporaryDirectory(dir=place, prefix=UNFINISHED) as temporary:
         folder = source
         if source.is_file():
             folder = Path(temporary) / "source"

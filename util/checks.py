@@ -295,6 +295,11 @@ def _open_file_problems(args: argparse.Namespace) -> list[str]:
     ]
 
 
+def _is_there(source: str) -> bool:
+    """Return whether a checkpoint is an address, a file, or a folder that holds weights."""
+    return is_url(source) or Path(source).is_file() or bool(weights_in(Path(source)))
+
+
 def _environment_problems(args: argparse.Namespace) -> list[str]:
     """Return the problems that the flags have on this machine: device, files, folders."""
     # Device, open files, and input files.
@@ -303,20 +308,16 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         problems.append(
             f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>, or train.tar"
         )
-    for name in ("resume", "finetune", "init"):
+    # A run that resumes does not read the file that it once began with.
+    resumes = any(Path(args.output_dir).glob("checkpoint-*.pth")) if args.resume == "auto" else bool(args.resume)
+    for name in ("resume",) if resumes else ("resume", "finetune", "init"):
         source = getattr(args, name, "")
-        # Where a run goes on, the file that it began with is not needed any more.
-        resumes = any(Path(args.output_dir).glob("checkpoint-*.pth")) if args.resume == "auto" else bool(args.resume)
-        goes_on = name != "resume" and resumes
-        known = (
-            not source or goes_on or is_url(source) or Path(source).is_file() or (name == "resume" and source == "auto")
-        )
-        if not known and not weights_in(Path(source)):
+        if source and (name, source) != ("resume", "auto") and not _is_there(source):
             problems.append(f"--{name} {source}: no such file, nor a folder with model.safetensors")
 
     # Names of classes.
     try:
-        options.class_names(args)
+        options.given_class_names(args)
     except UserError as error:
         problems.append(str(error))
 

@@ -194,8 +194,8 @@ def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Nam
     Args:
         checkpoint: The loaded checkpoint.
         channels: Channels of the model's images.
-        args: The flags of `add_flags`; --crop_pct and --exif, if given, take precedence over the checkpoint.
-            --max_megapixels is a matter of trust in the files at hand: the checkpoint's does not count.
+        args: The flags of `add_flags`, which are parsed here, too. --crop_pct and --exif, if given, take precedence
+            over the checkpoint. --max_megapixels is a matter of trust in the files at hand: only the flag counts.
     """
     flags = checkpoint_args(checkpoint)
     pixels = Pixels.from_args(flags, channels)

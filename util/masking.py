@@ -70,6 +70,7 @@ def noise(
         rank = 2 * (odd_row ^ odd_column) + odd_row
         return rank.flatten() + uniform
     if kind == "block":
+        # Patches of the first rectangle, 0, get the largest noise and go first; uncovered ones, 24, the smallest.
         return uniform - _first_block(N, rows, columns, uniform.dtype, generator)
     raise ValueError(f"unknown kind of masks: {kind}")
 
@@ -124,6 +125,6 @@ def fixed_noise(kind: str, names: list[str], seed: int, grid: tuple[int, int], d
     """
     rows = []
     for name in names:
-        generator = torch.Generator().manual_seed(zlib.crc32(os.fsencode(f"{seed} {name}")))  # it takes 32 bits
+        generator = torch.Generator().manual_seed(zlib.crc32(os.fsencode(f"{seed} {name}")))  # a seed of 32 bits
         rows.append(noise(kind, 1, grid, torch.device("cpu"), generator))  # drawn on the CPU: the same for every device
     return torch.cat(rows).to(device)

@@ -312,11 +312,11 @@ def loading(args: argparse.Namespace, device: torch.device) -> Loading:
 
 def data(args: argparse.Namespace) -> DataSpec:
     """Return the run's images. With --eval the checkpoint gives the classes their numbers."""
-    names = None if getattr(args, "eval", False) else class_names(args)
+    names = None if getattr(args, "eval", False) else given_class_names(args)
     return DataSpec(args.data_path, args.val_fraction, args.val_seed, names)
 
 
-def class_names(args: argparse.Namespace) -> list[str] | None:
+def given_class_names(args: argparse.Namespace) -> list[str] | None:
     """Return the names in the file of --class_names; None without the flag.
 
     Raises:

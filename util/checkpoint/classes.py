@@ -16,7 +16,7 @@ def refuse_other_classes(source: str, stored: dict[str, int] | None, current: di
     )
 
 
-def class_names(source: str, checkpoint: dict, count: int, given: list[str] | None) -> list[str] | None:
+def resolve_class_names(source: str, checkpoint: dict, count: int, given: list[str] | None) -> list[str] | None:
     """Return the names of a classifier's classes in the order of their numbers.
 
     Args:

@@ -226,6 +226,29 @@ def _named_classes(names: dict[int, str]) -> dict[str, dict[str, int]]:
     return {"class_to_idx": {f"{name} ({n})" if name in twice else name: n for n, name in names.items()}}
 
 
+def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
+    """Return Hugging Face's preprocessor_config.json: the resizing, cropping and normalisation of evaluation.
+
+    Args:
+        side: Height and width of the model's images in pixels.
+        pixels: Mean and standard deviation of the images.
+        crop_pct: Share of the image that the centre crop keeps.
+    """
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": int(side / crop_pct)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": pixels.mean,
+        "image_std": pixels.std,
+    }
+
+
 def preprocessing(folder: Path, config: dict) -> dict:
     """Return the --mean, --std and --crop_pct that the model in a folder was made with, as far as they are stated.
 
@@ -233,32 +256,36 @@ def preprocessing(folder: Path, config: dict) -> dict:
         folder: Folder that Hugging Face, timm or main_export.py wrote.
         config: The content of its config.json.
     """
-    # Hugging Face has a file of its own for them, which states the crop by two sizes.
+    # Hugging Face has a file of its own for them; timm states them in config.json.
     processor = read_config(folder, "preprocessor_config.json")
     if processor and "model_type" in config:
-        channels = config.get("num_channels", 3)
-        config = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-        if not processor.get("do_normalize", True):
-            config = {"mean": 0.0, "std": 1.0}
-        config = {
-            name: [value] * channels if isinstance(value, (int, float)) else value for name, value in config.items()
-        }
-        size, crop_size = processor.get("size"), processor.get("crop_size")
-        if not (crop_size and processor.get("do_center_crop", True)):
-            # The whole image is resized. Here its longer side is cropped where it is not square.
-            config["crop_pct"] = 1.0
-        elif (
-            isinstance(size, dict) and "shortest_edge" in size and isinstance(crop_size, dict) and "height" in crop_size
-        ):
-            edge, crop = size["shortest_edge"], crop_size["height"]
-            config["crop_pct"] = crop / (edge + 0.5) if edge > crop else 1.0  # so that int(crop / crop_pct) is edge
-
-    # timm states them in config.json.
-    config = config.get("pretrained_cfg") or config
-    return drop_lone({name: config[name] for name in ("mean", "std", "crop_pct") if config.get(name)})
+        stated = _hugging_face_preprocessing(processor, config.get("num_channels", 3))
+    else:
+        stated = config.get("pretrained_cfg") or config
+    found = {name: stated[name] for name in ("mean", "std", "crop_pct") if stated.get(name)}
+    return drop_incomplete_normalisation(found)
 
 
-def drop_lone(flags: dict) -> dict:
+def _hugging_face_preprocessing(processor: dict, channels: int) -> dict:
+    """Return mean, std and crop_pct of a preprocessor_config.json: the inverse of `preprocessor_config`."""
+    normalisation = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    if not processor.get("do_normalize", True):
+        normalisation = {"mean": 0.0, "std": 1.0}
+    stated = {
+        name: [value] * channels if isinstance(value, (int, float)) else value for name, value in normalisation.items()
+    }
+
+    # The crop is stated by two sizes. Without one the whole image is resized; here its longer side is cropped then.
+    size, crop_size = processor.get("size"), processor.get("crop_size")
+    if not (crop_size and processor.get("do_center_crop", True)):
+        return stated | {"crop_pct": 1.0}
+    if isinstance(size, dict) and "shortest_edge" in size and isinstance(crop_size, dict) and "height" in crop_size:
+        edge, crop = size["shortest_edge"], crop_size["height"]
+        stated["crop_pct"] = crop / (edge + 0.5) if edge > crop else 1.0  # so that int(crop / crop_pct) is edge
+    return stated
+
+
+def drop_incomplete_normalisation(flags: dict) -> dict:
     """Return flags of preprocessing without a mean that has no standard deviation, or the other way round."""
     whole = {"mean", "std"} <= flags.keys()
     return {name: value for name, value in flags.items() if whole or name not in ("mean", "std")}

@@ -318,7 +318,7 @@ def _preprocessing(args: dict) -> dict:
             kept[name] = list(values)
     if isinstance(args.get("crop_pct"), float) and 0 < args["crop_pct"] <= 1:
         kept["crop_pct"] = args["crop_pct"]
-    return configurations.drop_lone(kept)
+    return configurations.drop_incomplete_normalisation(kept)
 
 
 def _read_folder(folder: Path, weight_files: list[Path]) -> dict:

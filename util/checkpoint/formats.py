@@ -91,7 +91,7 @@ class Recognised(NamedTuple):
 
 
 def recognise(state: dict[str, Tensor]) -> Recognised:
-    """Convert a state dict of Hugging Face's ViTMAE or ViT, or of mmpretrain, to the native names; return others."""
+    """Convert a state dict of Hugging Face's ViTMAE or ViT, or of mmpretrain, to the native names; others stay."""
     if "patch_embed.projection.weight" in state:
         return Recognised("mmpretrain's VisionTransformer", _from_mmpretrain(state), [])
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in state):

@@ -82,7 +82,7 @@ def load_for_eval(
     comparison.refuse_other_pooling(source, checkpoint)
     comparison.refuse_other_rates(source, checkpoint, args)
     load_model(source, checkpoint, model, args)
-    names = classes.class_names(source, checkpoint, model.config["num_classes"], class_names)
+    names = classes.resolve_class_names(source, checkpoint, model.config["num_classes"], class_names)
     numbers = classes.match_classes(source, names, folders, model.config["num_classes"])
     comparison.compare_flags(source, checkpoint, args, ("mean", "std", "crop_pct", "exif", "val_fraction", "val_seed"))
     dist.print_rank0(f"weights from {source}")

@@ -48,7 +48,7 @@ class Unwrapped(NamedTuple):
 
     Attributes:
         state: The weights under their own names, without prefix.
-        steps: Words for a message that say where they were; "": where the project's own checkpoints have them.
+        steps: Where in the file they were, as a phrase for a notice; "": where this project's checkpoints have them.
         outside: Names of the weights beside the Vision Transformer, without its prefix, which are not taken.
         prefix: What the names of the weights had in front, as it stands in the file.
     """

@@ -1,7 +1,9 @@
 """Random erasing, which is drawn when an image is loaded and applied when its batch is normalised on the device.
 
 Images are sent to the device as bytes. Erasing fills boxes with values of normalised images, which bytes can't hold:
-these values are sent separately, for those images only that are erased (by default a quarter of them).
+these values are sent separately, for those images only that are erased (by default a quarter of them). timm can erase a
+whole batch on the device, but draws from the training process's random stream; here an image's boxes follow from seed,
+epoch and image alone, whichever process loads it.
 """
 
 from typing import NamedTuple

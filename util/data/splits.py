@@ -61,7 +61,7 @@ class Source(NamedTuple):
     Attributes:
         root: Its folder, or its only archive.
         archives: Its archives; empty: it lies in folders.
-        apart: Names of folders in the root that are other splits'.
+        apart: Names of folders in the root that belong to other splits, and are not listed.
     """
 
     root: Path

@@ -45,7 +45,9 @@ def default_device() -> str:
 
 
 def init(device: str, seed: int, dist_url: str = "env://", timeout_minutes: float = 30) -> torch.device:
-    """Join the process group that the environment describes, and seed this rank's random numbers.
+    """Choose this rank's device, join the process group that the environment describes, and seed the random numbers.
+
+    On CUDA, cuDNN is restricted to deterministic algorithms.
 
     Args:
         device: "cuda", where each process takes a GPU of its own, or any other name of a device.

@@ -99,7 +99,11 @@ def write_saved_index(archive: Path) -> None:
 
 
 def index_archives(paths: list[Path]) -> None:
-    """Write the indexes of archives, and of the archives in folders, unless they are current; errors as above."""
+    """Write the indexes of archives, and of the archives in folders, unless they are current.
+
+    Raises:
+        UserError: A path holds no archives, an archive can't be used, or an index can't be written.
+    """
     archives = []
     for path in paths:
         found = splits.source_at(path).archives
