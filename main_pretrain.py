@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data.
     data, pixels, loading = options.data(args), options.pixels(args), options.loading(args, device)
-    loader = loaders.train_loader(data, Crop(args.input_size, args.crop_scale), pixels, loading, flat=True)
+    loader = loaders.train_loader(data, Crop(args.input_size, args.crop_scale), pixels, loading, classes_optional=True)
 
     # Model. A run that is resumed does not start from --init.
     source = misc.resolve_resume(args.resume, args.output_dir, "pretrain", args.model)

@@ -67,7 +67,7 @@ def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, Pack
         for name, source in _splits_in(files[0]):
             folder = output / name
             _check_apart(source.root, folder)
-            listing = splits.list_split(source, name or source.root.name, flat=True)
+            listing = splits.list_split(source, name or source.root.name, classes_optional=True)
             _refuse_mixture(listing)
             yield folder, from_listing(listing, [source.root])
     elif kind == "tar":
@@ -126,7 +126,7 @@ def _splits_in(folder: Path) -> list[tuple[str, splits.Source]]:
     """Return the splits train and val of a folder, or, as "", the folder itself; raises what find_split raises."""
     # Images or archives beside val are those of train.
     val = splits.find_split(str(folder), "val")
-    train = splits.find_split(str(folder), "train", flat=val is not None)
+    train = splits.find_split(str(folder), "train", whole_folder=val is not None)
     found = [(name, source) for name, source in (("train", train), ("val", val)) if source]
 
     # What else is there?

@@ -21,18 +21,19 @@ def png(value: int = 9, size: int = 8, form: str = "png") -> bytes:
 
 
 PNG = png()
+Listed = tuple[list[str], list[tuple[str, int, bytes]]]  # classes; name, class and content of each image
 
 
-def contents(source: splits.Source, split: str, flat: bool = False) -> tuple[list[str], list[tuple[str, int, bytes]]]:
+def contents(source: splits.Source, split: str, classes_optional: bool = False) -> Listed:
     """Return the classes of a split, and (name, class, content) of each of its images, in order."""
-    found = splits.list_split(source, split, flat)
+    found = splits.list_split(source, split, classes_optional)
     contents = [Path(path).read_bytes() if isinstance(path, str) else path.read_bytes() for path, _ in found]
     return found.classes, list(zip(map(found.name, range(len(found))), found.targets.tolist(), contents, strict=True))
 
 
-def listed(data: Path, split: str = "train", flat: bool = False) -> tuple[list[str], list[tuple[str, int, bytes]]]:
+def listed(data: Path, split: str = "train", classes_optional: bool = False) -> Listed:
     """Return what `contents` returns of a split in a data folder."""
-    return contents(splits.find_split(str(data), split, flat), split, flat)
+    return contents(splits.find_split(str(data), split, classes_optional), split, classes_optional)
 
 
 def opened(data: Path, split: str = "train", kind: type = datasets.Images, **more: object) -> datasets.Images:

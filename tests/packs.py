@@ -18,9 +18,9 @@ def run(*words):
     pack.main(list(map(str, words)))
 
 
-def listed(folder, split="train", flat=False):
+def listed(folder, split="train", classes_optional=False):
     """Return the classes of a split in a folder or in its archives, and (name, class, content) of each image."""
-    return archives.contents(splits.source_at(Path(folder)), split, flat)
+    return archives.contents(splits.source_at(Path(folder)), split, classes_optional)
 
 
 def tree(folder, members):

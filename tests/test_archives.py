@@ -165,7 +165,7 @@ def test_metadata_beside_images_in_folders_are_no_labels(tmp_path):
 def test_labels_beside_images_in_folders_matter_for_classes_only(ending, label, tmp_path):
     members = {"a/1.png": PNG, "b/2.png": PNG, f"b/2.{ending}": label}
     archives.write(tmp_path / "train/0.tar", members)
-    assert listed(tmp_path, flat=True)[0] == ["a", "b"]
+    assert listed(tmp_path, classes_optional=True)[0] == ["a", "b"]
     with pytest.raises(UserError, match=f"b/2.{ending} is the label of an image in a folder, .*without folders"):
         opened(tmp_path)
 
@@ -173,7 +173,7 @@ def test_labels_beside_images_in_folders_matter_for_classes_only(ending, label, 
 @pytest.mark.parametrize("label", [b'{"label": [1, 2]}', b'{"label": "a photograph / of"}', b'{"label": -1}'])
 def test_pretraining_needs_no_labels_that_are_classes(label, tmp_path):
     archives.write(tmp_path / "train/0.tar", {**sample("1", label, "json"), **sample("2", label, "json")})
-    assert listed(tmp_path, flat=True) == ([""], [("1.png", 0, PNG), ("2.png", 0, PNG)])
+    assert listed(tmp_path, classes_optional=True) == ([""], [("1.png", 0, PNG), ("2.png", 0, PNG)])
     with pytest.raises(UserError, match="which is no class|needs a .cls"):
         opened(tmp_path)
 
@@ -205,9 +205,9 @@ def test_images_without_classes_for_pretraining(place, tmp_path):
     if place != "train.tar":
         members |= {f"{number}.json": b'{"caption": "a photograph"}' for number in range(3)}
     archives.write(tmp_path / place, members)
-    assert listed(tmp_path, flat=True) == listed(tmp_path / "folder", flat=True)
+    assert listed(tmp_path, classes_optional=True) == listed(tmp_path / "folder", classes_optional=True)
     archives.write(tmp_path / "val.tar", {"a/1.png": PNG})  # is not one of the training archives
-    assert len(listed(tmp_path, flat=True)[1]) == 3
+    assert len(listed(tmp_path, classes_optional=True)[1]) == 3
     with pytest.raises(UserError, match="has no class folders|no label|no folder"):
         opened(tmp_path)
 
@@ -216,11 +216,11 @@ def test_images_and_archives_of_several_splits_in_data_path_are_refused(tmp_path
     archives.write(tmp_path / "in-train-0.tar", {"a/1.png": PNG})
     archives.write(tmp_path / "in-validation-0.TAR", {"a/1.png": PNG})
     with pytest.raises(UserError, match="archives of several splits, such as in-validation-0.TAR: move"):
-        opened(tmp_path, flat=True)
+        opened(tmp_path, classes_optional=True)
     (tmp_path / "in-validation-0.TAR").unlink()
     (tmp_path / "1.png").write_bytes(PNG)
     with pytest.raises(UserError, match=r"holds archives \(in-train-0.tar\) beside images \(1.png\)"):
-        opened(tmp_path, flat=True)
+        opened(tmp_path, classes_optional=True)
 
 
 def test_an_archive_without_end_mark_is_read_with_a_notice(tmp_path, capsys):

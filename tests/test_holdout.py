@@ -128,11 +128,11 @@ def test_folders_and_archives_are_divided_alike(folder, tmp_path, form):
 
 
 def test_pretraining_holds_out_what_fine_tuning_does_and_images_without_classes_too(folder, tmp_path):
-    assert parts(folder, flat=True) == parts(folder)
+    assert parts(folder, classes_optional=True) == parts(folder)
     (tmp_path / "loose").mkdir()
     for number, file in enumerate(sorted(folder.glob("train/*/*"))[:40]):
         (tmp_path / "loose" / f"{number}.png").symlink_to(file.resolve())
-    train, val = parts(tmp_path / "loose", flat=True)
+    train, val = parts(tmp_path / "loose", classes_optional=True)
     assert 0 < len(val) < 20 and len(train) + len(val) == 40 and not set(train) & set(val)
 
     # Images beside folders: the scripts leave out what pre-training holds out, as of one class.
@@ -141,7 +141,7 @@ def test_pretraining_holds_out_what_fine_tuning_does_and_images_without_classes_
         place = tmp_path / "mixed" / (f"{number // 4}" if number % 2 else "") / f"{number}.png"
         place.parent.mkdir(exist_ok=True)
         place.symlink_to(file.resolve())
-    train, _ = parts(tmp_path / "mixed", flat=True)
+    train, _ = parts(tmp_path / "mixed", classes_optional=True)
     found = inference.find([tmp_path / "mixed"], val_fraction=0.25)
     assert sorted(str(file.relative_to(tmp_path / "mixed")) for file in found) == sorted(train)
 

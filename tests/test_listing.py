@@ -104,7 +104,7 @@ def test_images_beside_a_validation_split_and_a_run_are_listed_without_theirs(tm
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), 9).save(tmp_path / name)
     (tmp_path / "output" / "run" / ".lock").touch()
-    _, train = splits.list_part(DataSpec(str(tmp_path)), "train", flat=True)
+    _, train = splits.list_part(DataSpec(str(tmp_path)), "train", classes_optional=True)
     assert [train.name(index) for index in range(len(train))] == names[:3]
     folders = ", ".join(str(tmp_path / name) for name in ("Testing", "output/run", "val"))
     assert str(train.left_out) == f"3 folders of other splits or of runs ({folders})"

@@ -184,8 +184,8 @@ def test_images_without_classes_go_into_one_folder(tmp_path, capsys):
     source = tree(tmp_path / "in", {f"{number}.png": png(number) + bytes(5000) for number in range(4)})
     run(source, "--output", tmp_path / "out/train", "--shard_size", "10K")
     assert len(list((tmp_path / "out/train").glob("*.tar"))) == 4
-    expected = [(f"images/{name}", *rest) for name, *rest in listed(source, flat=True)[1]]
-    assert listed(tmp_path / "out/train", flat=True) == (["images"], expected)
+    expected = [(f"images/{name}", *rest) for name, *rest in listed(source, classes_optional=True)[1]]
+    assert listed(tmp_path / "out/train", classes_optional=True) == (["images"], expected)
     printed = capsys.readouterr().out
     assert (
         "no class folders, and go into one folder, images/" in printed and "images without classes, 4 shards" in printed

@@ -179,7 +179,7 @@ def test_too_many_open_files_is_a_message(error, capsys):
 
 def test_monitoring_keeps_no_file_open_for_a_batch(images):
     """What a loader process sends is shared memory, an open file for each tensor that is kept."""
-    train = datasets.open_split(datasets.Images, DataSpec(str(images)), "train", None, Pixels(), flat=True)
+    train = datasets.open_split(datasets.Images, DataSpec(str(images)), "train", None, Pixels(), classes_optional=True)
     views = loaders.monitor_loaders(DataSpec(str(images)), train, CentreCrop(28), loaders.Loading(1, 1, False, 0, CPU))
     watch = monitor.Monitor(*views, "", None, LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
     counts = []

@@ -153,7 +153,7 @@ def test_ranks_whose_accuracies_differ_agree_on_the_best(images, tmp_path):
 
 def monitor_stats(data):
     """Return the figures of pre-training's monitor, whose masks follow from the file names."""
-    train = datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), flat=True)
+    train = datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), classes_optional=True)
     views = loaders.monitor_loaders(DataSpec(str(data)), train, CentreCrop(28), loaders.Loading(4, 0, False, 0, CPU))
     watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
     return watch(build_model("pretrain"), 0, lambda: None)

@@ -141,7 +141,7 @@ def _list_archives(path: Path) -> listing.Listing | None:
     is_archive = path.is_file() and path.name.lower().endswith((splits.ARCHIVE, *splits.OTHER_ARCHIVES))
     if not is_archive and not (path.is_dir() and splits.holds_archives(path)):
         return None
-    return splits.list_split(splits.source_at(path), path.absolute().stem, flat=True)
+    return splits.list_split(splits.source_at(path), path.absolute().stem, classes_optional=True)
 
 
 def _find_at(path: Path, left_out: listing.LeftOut) -> list[ImagePath]:

@@ -54,7 +54,7 @@ def list_members(
     split: str,
     is_wanted: NameTest,
     *,
-    flat: bool = False,
+    classes_optional: bool = False,
     single: bool = False,
     to_pack: bool = False,
 ) -> Listing:
@@ -64,9 +64,9 @@ def list_members(
         archives: The archives.
         split: Name of the split, train or val.
         is_wanted: Whether a name is that of an image.
-        flat: Where the images have no classes, take them all as one class.
+        classes_optional: Also accept images without classes; all then count as one class.
         single: The archive is the whole split, so that its name is no class.
-        to_pack: The images are to be packed, in which no class may get lost, whatever `flat` says.
+        to_pack: The images are to be packed, in which no class may get lost, whatever `classes_optional` says.
 
     Returns:
         The images in order of class, folder and name.
@@ -86,16 +86,16 @@ def list_members(
     prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
     if _are_in_folders(images, plain):
-        if not flat or to_pack:
+        if not classes_optional or to_pack:
             refuse_labels(images, [name.partition("/")[0] for name in plain], labels)
         folders += [name.rpartition("/")[0] for name in others.names]
         classes = _by_folder(plain, [name[len(prefix) :] for name in folders if name.startswith(prefix)])
     elif found := find_labels(images, labels):
-        classes = _by_label(images, labels, found, split, flat)
+        classes = _by_label(images, labels, found, split, classes_optional)
         for ending in LABELS:
             del left_out.endings[ending]
     elif single:
-        classes = _as_one_class(archives[0], plain, flat)
+        classes = _as_one_class(archives[0], plain, classes_optional)
     else:
         classes = _by_archive(images, plain)
     return _arrange(images, classes, prefix, left_out)
@@ -174,15 +174,15 @@ def _by_folder(names: list[str], folders: list[str]) -> Classes:
         names: Names of the images.
         folders: Names of all folders, since one without images is a class, too.
     """
-    owners = [name.partition("/")[0] for name in names]
-    classes = sorted({folder.partition("/")[0] for folder in folders if folder}.union(owners))
+    of_images = [name.partition("/")[0] for name in names]
+    classes = sorted({folder.partition("/")[0] for folder in folders if folder}.union(of_images))
     numbers = {name: number for number, name in enumerate(classes)}
-    return Classes(classes, [numbers[owner] for owner in owners], names)
+    return Classes(classes, [numbers[name] for name in of_images], names)
 
 
-def _as_one_class(archive: Path, names: list[str], flat: bool) -> Classes:
+def _as_one_class(archive: Path, names: list[str], classes_optional: bool) -> Classes:
     """Take the images of an archive, which has no folders, as one class; raises a BadArchive unless that is wanted."""
-    if not flat:
+    if not classes_optional:
         raise BadArchive(f"{archive} has no class folders: it must hold <class>/<images>")
     return Classes([""], [0] * len(names), names)
 
@@ -197,15 +197,15 @@ def _by_archive(images: Files, names: list[str]) -> Classes:
     stems = [archive.stem for archive in images.archives]
     classes = sorted(set(stems))
     numbers = [classes.index(stem) for stem in stems]
-    owners = images.numbers.tolist()
-    names = [f"{stems[owner]}/{name}" for owner, name in zip(owners, names, strict=True)]
-    return Classes(classes, [numbers[owner] for owner in owners], names, adds_class=True)
+    archive_ids = images.archive_ids.tolist()
+    names = [f"{stems[archive_id]}/{name}" for archive_id, name in zip(archive_ids, names, strict=True)]
+    return Classes(classes, [numbers[archive_id] for archive_id in archive_ids], names, adds_class=True)
 
 
-def _by_label(images: Files, labels: Files, found: list[int | None], split: str, flat: bool) -> Classes:
+def _by_label(images: Files, labels: Files, found: list[int | None], split: str, classes_optional: bool) -> Classes:
     """Take what the labels say as the images' classes, or all images as one class if `read_classes` says so."""
     names = [posixpath.basename(name) for name in images.names]
-    read = read_classes(images, labels, found, split, flat)
+    read = read_classes(images, labels, found, split, classes_optional)
     if read is None:
         return Classes([""], [0] * len(names), names, are_samples=True)
     classes, targets = read
@@ -240,7 +240,7 @@ def _arrange(images: Files, classes: Classes, prefix: str, left_out: LeftOut) ->
     # Two images of the same name could not lie in one folder, and it is unknown which of them is meant: refuse both.
     for first, second in pairwise(order):
         if keys[first] == keys[second] and not (
-            classes.are_samples and images.numbers[first] != images.numbers[second]
+            classes.are_samples and images.archive_ids[first] != images.archive_ids[second]
         ):
             raise BadArchive(
                 f"{images.path(first)} and {images.path(second)} have one name, {classes.images[first]}: pack the "
@@ -259,5 +259,5 @@ def _arrange(images: Files, classes: Classes, prefix: str, left_out: LeftOut) ->
         targets[order],
         left_out,
         classes.names,
-        Members(archives, images.numbers, images.offsets, images.sizes, prefix, classes.adds_class),
+        Members(archives, images.archive_ids, images.offsets, images.sizes, prefix, classes.adds_class),
     )

@@ -48,15 +48,15 @@ class Files:
     Attributes:
         archives: Paths of the archives.
         names: Name of each file.
-        numbers: Number of its archive [files].
+        archive_ids: Index of its archive in `archives` [files].
         offsets: Where its bytes begin there [files].
-        sizes: Number of its bytes [files].
+        sizes: Its length in bytes [files].
         unfinished: The archives that have no end mark.
     """
 
     archives: list[Path]
     names: list[str]
-    numbers: np.ndarray
+    archive_ids: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
     unfinished: list[Path] = field(default_factory=list)
@@ -64,16 +64,16 @@ class Files:
     def pick(self, chosen: list[int]) -> "Files":
         """Return the files of these indices, in their order."""
         names = [self.names[index] for index in chosen]
-        places = self.numbers[chosen], self.offsets[chosen], self.sizes[chosen]
+        places = self.archive_ids[chosen], self.offsets[chosen], self.sizes[chosen]
         return Files(self.archives, names, *places, self.unfinished)
 
     def path(self, index: int) -> str:
         """Return archive/name of a file, for messages."""
-        return f"{self.archives[self.numbers[index]]}/{self.names[index]}"
+        return f"{self.archives[self.archive_ids[index]]}/{self.names[index]}"
 
     def read(self, index: int) -> bytes:
         """Return the bytes of a file."""
-        archive = str(self.archives[self.numbers[index]])
+        archive = str(self.archives[self.archive_ids[index]])
         return os.pread(open_archive(archive), int(self.sizes[index]), int(self.offsets[index]))
 
 
@@ -83,15 +83,15 @@ class Members:
 
     Attributes:
         archives: Paths of the archives.
-        numbers: Number of each image's archive [images].
+        archive_ids: Index in `archives` of each image's archive [images].
         offsets: Where each image's bytes begin there [images].
-        sizes: Number of its bytes [images].
+        sizes: Its length in bytes [images].
         prefix: Leading folders of every name in the archives, which the names in the listing omit.
         adds_class: Whether the names in the listing begin with a class folder that the names in the archives lack.
     """
 
     archives: list[str]
-    numbers: np.ndarray
+    archive_ids: np.ndarray
     offsets: np.ndarray
     sizes: np.ndarray
     prefix: str
@@ -103,7 +103,7 @@ class Members:
 
     def select(self, wanted: np.ndarray) -> "Members":
         """Return where some of the images lie: those that `wanted` [images] marks."""
-        arrays = {name: getattr(self, name)[wanted] for name in ("numbers", "offsets", "sizes")}
+        arrays = {name: getattr(self, name)[wanted] for name in ("archive_ids", "offsets", "sizes")}
         return replace(self, **arrays)
 
     def read(self, index: int, name: str) -> bytes:
@@ -113,7 +113,7 @@ class Members:
             LocalError: The archive is not the one that was listed any more, or is gone.
             OSError: The disk can't read it.
         """
-        archive = self.archives[self.numbers[index]]
+        archive = self.archives[self.archive_ids[index]]
         offset, size, stored = int(self.offsets[index]), int(self.sizes[index]), self.stored_name(name)
         try:
             data = os.pread(open_archive(archive), tar.BLOCK + size, offset - tar.BLOCK)
@@ -149,7 +149,8 @@ class MemberPath:
 
     def __str__(self) -> str:
         """Return archive/name."""
-        return f"{self._members.archives[self._members.numbers[self._index]]}/{self._members.stored_name(self._name)}"
+        archive = self._members.archives[self._members.archive_ids[self._index]]
+        return f"{archive}/{self._members.stored_name(self._name)}"
 
     @property
     def name(self) -> str:

@@ -204,7 +204,7 @@ def open_split(
     transform: Callable | None,
     pixels: Pixels,
     *,
-    flat: bool = False,
+    classes_optional: bool = False,
 ) -> Images:
     """Open a split and check that there are images, and that the first, if readable, fits the model.
 
@@ -214,7 +214,7 @@ def open_split(
         split: Name of the split, train or val.
         transform: From an array [H, W, C] to a tensor [C, H, W]; None: the arrays are returned as they are.
         pixels: How files become the model's input.
-        flat: Also take images without classes, and those of data.path itself where there is no such split.
+        classes_optional: As in splits.list_part.
 
     Returns:
         The dataset.
@@ -224,7 +224,7 @@ def open_split(
             the first image can't be converted to the model's channels.
     """
     # Rank 0 reads folders and headers, and broadcasts the list.
-    source, found = dist.run_on_rank0(lambda: splits.list_part(data, split, flat))
+    source, found = dist.run_on_rank0(lambda: splits.list_part(data, split, classes_optional))
     dataset = kind(source.root, found, transform, pixels)
     _check_not_empty(dataset, named=bool(data.class_names))
     for notice in _notices(data, split, dataset):

@@ -262,7 +262,7 @@ def train_loader(
     loading: Loading,
     *,
     fraction: float = 1.0,
-    flat: bool = False,
+    classes_optional: bool = False,
 ) -> TrainLoader:
     """Open shuffled batches of the training images, each rank's from its own share of the images.
 
@@ -274,7 +274,7 @@ def train_loader(
         pixels: How files become the model's input.
         loading: How batches are loaded.
         fraction: Share of the images of every class to train on, chosen by the seed.
-        flat: Also take images without class folders.
+        classes_optional: Also accept images without classes; all then count as one class.
 
     Returns:
         The loader, whose batches are (imgs [N, C, H, W], class numbers [N]) on the device.
@@ -282,7 +282,7 @@ def train_loader(
     Raises:
         UserError: The folder does not hold images as it should, or too few to fill one batch on every rank.
     """
-    images = open_split(Images, data, "train", transform, pixels, flat=flat)
+    images = open_split(Images, data, "train", transform, pixels, classes_optional=classes_optional)
     dataset = TrainImages(images, loading.seed, fraction)
     sampler = EpochSampler(len(dataset), loading.batch_size, loading.seed)
     if not sampler.steps:
@@ -342,7 +342,8 @@ def monitor_loaders(
     try:
         val = None
         if data.val_fraction or dist.run_on_rank0(lambda: find_split(data.path, "val") is not None):
-            val = load_some(open_split(MonitorImages, data, "val", transform, train.pixels, flat=True), 5000)
+            images = open_split(MonitorImages, data, "val", transform, train.pixels, classes_optional=True)
+            val = load_some(images, 5000)
         else:
             hint = similar(data.path, "val")
             dist.print_rank0(f"notice: no val/ in {data.path}, so there will be no test_loss and no test_knn{hint}")

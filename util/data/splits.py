@@ -69,13 +69,13 @@ class Source(NamedTuple):
     apart: tuple[str, ...] = ()
 
 
-def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
+def find_split(data_path: str, split: str, whole_folder: bool = False) -> Source | None:
     """Find a split, and return None if it is missing.
 
     Args:
         data_path: Folder that holds the splits.
         split: Name of the split, train or val.
-        flat: Where there is no such split, take the images or archives in data_path.
+        whole_folder: Where there is no such split, take the images or archives in data_path itself.
 
     Raises:
         UserError: A folder can't be read, holds archives beside other things, or archives that can't be read in place.
@@ -86,7 +86,7 @@ def find_split(data_path: str, split: str, flat: bool = False) -> Source | None:
     for ending in (ARCHIVE, *OTHER_ARCHIVES):
         if (file := Path(data_path) / f"{split}{ending}").is_file():
             return source_at(file)
-    if not flat:
+    if not whole_folder:
         return None
 
     # In data_path itself, the folder or archive of another split does not count.
@@ -154,25 +154,25 @@ def holds_archives(folder: Path) -> bool:
     return any(name.lower().endswith(ARCHIVE) for name in files) and not folders and not any(map(is_image, files))
 
 
-def list_split(source: Source, split: str, flat: bool = False) -> Listing:
+def list_split(source: Source, split: str, classes_optional: bool = False) -> Listing:
     """List the images of a split.
 
     Args:
         source: Where the split lies.
         split: Name of the split, train or val.
-        flat: Where there are images without classes, take all of them as one class.
+        classes_optional: Also accept images without classes; all then count as one class.
 
     Raises:
         UserError: There are no class folders, or an archive can't be used.
     """
     if source.archives:
         single = not source.root.is_dir()
-        return list_members(source.archives, split, is_image, flat=flat, single=single)
+        return list_members(source.archives, split, is_image, classes_optional=classes_optional, single=single)
 
     # One class, "", is the folder itself.
     folders, files = read_folder(str(source.root))
     classes = sorted(name for name, _ in folders)
-    if flat and any(map(is_image, files)):
+    if classes_optional and any(map(is_image, files)):
         classes = [""]
     if not classes:
         raise UserError(f"{source.root} has no class folders: it must hold <class>/<images>, or archives of them")
@@ -181,19 +181,20 @@ def list_split(source: Source, split: str, flat: bool = False) -> Listing:
     return found
 
 
-def list_part(data: DataSpec, split: str, flat: bool = False) -> tuple[Source, Listing]:
+def list_part(data: DataSpec, split: str, classes_optional: bool = False) -> tuple[Source, Listing]:
     """List the images of a split, or, where images are held out, those of train that are, or are not, held out.
 
     Args:
         data: The run's images.
         split: Name of the split, train or val.
-        flat: Also take images without classes, and those of data.path itself where there is no such split.
+        classes_optional: Also accept images without classes, which then all count as one class; where there is no such
+            split, take the images of data.path itself.
 
     Raises:
         UserError: The split is missing, has no classes or other ones than data.class_names, or can't be read.
     """
     stored = "train" if data.val_fraction else split
-    source = find_split(data.path, stored, flat)
+    source = find_split(data.path, stored, classes_optional)
     if source is None:
         instead = ", or --val_fraction 0.1 holds out a tenth of the training images" if stored == "val" else ""
         raise UserError(
@@ -202,7 +203,7 @@ def list_part(data: DataSpec, split: str, flat: bool = False) -> tuple[Source, L
         )
     # Whatever becomes of the working directory, loader processes find the archives.
     source = source._replace(archives=[archive.absolute() for archive in source.archives])
-    found = list_split(source, stored, flat)
+    found = list_split(source, stored, classes_optional)
 
     if data.val_fraction:
         held_out = choose_held_out(found.names_as_bytes(), found.targets, data.val_fraction, data.val_seed)

@@ -21,7 +21,7 @@ MOST_CLASSES = 10**6  # a greater number is no class
 def _keys(files: Files) -> list[tuple[int, str]]:
     """Return the sample that each file belongs to, as WebDataset tells: archive, and name up to the first dot."""
     keys = []
-    for number, name in zip(files.numbers.tolist(), files.names, strict=True):
+    for number, name in zip(files.archive_ids.tolist(), files.names, strict=True):
         folder, _, file = name.rpartition("/")
         keys.append((number, f"{folder}/{file.partition('.')[0]}"))
     return keys
@@ -77,7 +77,7 @@ def refuse_labels(images: Files, folders: list[str], labels: Files) -> None:
 
 
 def read_classes(
-    images: Files, labels: Files, found: list[int | None], split: str, flat: bool
+    images: Files, labels: Files, found: list[int | None], split: str, classes_optional: bool
 ) -> tuple[list[str], list[int]] | None:
     """Read the labels of images.
 
@@ -86,26 +86,26 @@ def read_classes(
         labels: Members that may hold labels.
         found: What `find_labels` found.
         split: Name of the split.
-        flat: The images need no classes.
+        classes_optional: The images need no classes.
 
     Returns:
-        The names of the classes, and the number of each image's class; None where `flat`, and not every image has a
-        label that is a class.
+        The names of the classes, and the number of each image's class; None with `classes_optional` if not every image
+        has a label that is a class.
 
     Raises:
         BadArchive: Labels can't be read, are missing, or are no classes.
     """
     # Pre-training needs no classes: labels that are none, such as lists of several, do not matter there.
     try:
-        if not flat:
+        if not classes_optional:
             _check_samples(images, labels)
         values = [None if number is None else _read_label(labels, number) for number in found]
     except BadArchive:
-        if not flat:
+        if not classes_optional:
             raise
         return None
     if None in values:
-        if flat:
+        if classes_optional:
             return None
         raise BadArchive(
             f'{images.path(values.index(None))} has no label: each image needs a .cls, or a .json with "label", of the '

@@ -40,16 +40,16 @@ class Rows:
     """Rows of parquet files that hold an image.
 
     Attributes:
-        owners: Number of each one's file.
+        file_ids: Index of each one's file.
         numbers: Its number in the file.
-        sizes: Number of the image's bytes.
+        sizes: The image's length in bytes.
         names: File name that is stored with it; "" for none.
         endings: File name's ending that fits its content; "" if that is no known format.
         labels: Its label as it is stored.
         empty: Rows without an image, for a message.
     """
 
-    owners: list[int] = field(default_factory=list)
+    file_ids: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -74,13 +74,13 @@ def read_parquets(paths: list[Path]) -> PackedImages:
 
     # The first pass is for sizes and names; the second one will read what is to be written.
     rows = _list_rows(paths, columns)
-    owners, classes, notices = _name_classes(rows, columns, paths)
+    of_rows, classes, notices = _name_classes(rows, columns, paths)
 
     # With the stored names, files are kept whatever their content: training tells of bad images.
-    names = list(map(_join, owners, rows.names))
+    names = list(map(_join, of_rows, rows.names))
     chosen = list(range(len(names)))
     if not _are_file_names(names):
-        chosen, names = _make_names(rows, owners, paths)
+        chosen, names = _make_names(rows, of_rows, paths)
         if any(rows.names):
             notices.append(
                 "files are named by their rows' numbers, since their own names repeat, or are not all images'"
@@ -89,8 +89,8 @@ def read_parquets(paths: list[Path]) -> PackedImages:
         notices.append(f"left out: {count_nouns(len(left_out), 'row')} without an image ({join_names(left_out, 3)})")
 
     def read(numbers: list[int]) -> Iterator[bytes]:
-        for owner, path in enumerate(paths):
-            wanted = [chosen[number] for number in numbers if rows.owners[chosen[number]] == owner]
+        for file_id, path in enumerate(paths):
+            wanted = [chosen[number] for number in numbers if rows.file_ids[chosen[number]] == file_id]
             wanted = [rows.numbers[number] for number in wanted]
             for _, row in _read_rows(path, [columns.image], set(wanted)) if wanted else ():
                 yield row[columns.image]["bytes"]
@@ -198,7 +198,7 @@ def _list_rows(paths: list[Path], columns: Columns) -> Rows:
     """
     rows = Rows()
     names = [columns.image, columns.label] if columns.label else [columns.image]
-    for owner, path in enumerate(paths):
+    for file_id, path in enumerate(paths):
         listed = tqdm(_read_rows(path, names), desc=f"listing {path.name}", unit=" rows", leave=False, disable=None)
         for number, row in listed:
             image = row[columns.image] or {"bytes": None, "path": None}
@@ -209,7 +209,7 @@ def _list_rows(paths: list[Path], columns: Columns) -> Rows:
             if image["bytes"] is None:
                 rows.empty.append(f"{path}, row {number}")
                 continue
-            rows.owners.append(owner)
+            rows.file_ids.append(file_id)
             rows.numbers.append(number)
             rows.sizes.append(len(image["bytes"]))
             rows.names.append((image["path"] or "").rpartition("/")[2])
@@ -249,7 +249,7 @@ def _name_classes(rows: Rows, columns: Columns, paths: list[Path]) -> tuple[list
         is_number = type(label) is int and 0 <= label < count
         if not is_number and not (isinstance(label, str) and columns.classes is None):
             raise UserError(
-                f"{paths[rows.owners[number]]}, row {rows.numbers[number]}, has {label!r} as its {columns.label}, "
+                f"{paths[rows.file_ids[number]]}, row {rows.numbers[number]}, has {label!r} as its {columns.label}, "
                 "which is no class: remove the row, or all labels"
             )
 
@@ -279,25 +279,25 @@ def _are_file_names(names: list[str]) -> bool:
     return all(file and is_image(file) and "\0" not in file for file in files) and len(set(names)) == len(names)
 
 
-def _make_names(rows: Rows, owners: list[str], paths: list[Path]) -> tuple[list[int], list[str]]:
+def _make_names(rows: Rows, classes: list[str], paths: list[Path]) -> tuple[list[int], list[str]]:
     """Return which rows to pack, by their index, and <class>/<file> of each, made from the file and the row's number.
 
     Args:
         rows: The rows; those that are no images, for which there is no ending, are counted as empty.
-        owners: Class of each, or "".
+        classes: Class of each, or "".
         paths: The parquet files.
     """
     chosen, names = [], []
-    for index, (owner, ending) in enumerate(zip(owners, rows.endings, strict=True)):
-        path, number = paths[rows.owners[index]], rows.numbers[index]
+    for index, (name, ending) in enumerate(zip(classes, rows.endings, strict=True)):
+        path, number = paths[rows.file_ids[index]], rows.numbers[index]
         if ending:
             chosen.append(index)
-            names.append(_join(owner, f"{path.stem}-{number:06d}{ending}"))
+            names.append(_join(name, f"{path.stem}-{number:06d}{ending}"))
         else:
             rows.empty.append(f"{path}, row {number}")
     return chosen, names
 
 
-def _join(owner: str, name: str) -> str:
+def _join(folder: str, name: str) -> str:
     """Return <class>/<file>, or the file's name alone where there is no class."""
-    return f"{owner}/{name}" if owner else name
+    return f"{folder}/{name}" if folder else name

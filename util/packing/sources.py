@@ -81,7 +81,7 @@ def list_tars(archives: list[Path], alone: bool) -> Listing:
     Raises:
         BadArchive: An archive can't be read, or has none of the forms that training reads.
     """
-    how = {"flat": True, "single": alone, "to_pack": True}
+    how = {"classes_optional": True, "single": alone, "to_pack": True}
     listing = list_members(archives, archives[0].absolute().parent.name, is_image, **how)
     if len(listing.classes) > 1 or listing.classes == [""]:
         return listing
@@ -145,7 +145,7 @@ def _make_unique(names: list[str], listing: Listing) -> list[str]:
         return names
     stems = [Path(archive).stem for archive in listing.members.archives]
     unique = []
-    for name, owner in zip(names, listing.members.numbers.tolist(), strict=True):
+    for name, archive_id in zip(names, listing.members.archive_ids.tolist(), strict=True):
         folder, slash, file = name.rpartition("/")
-        unique.append(f"{folder}{slash}{stems[owner]}/{file}" if name in repeated else name)
+        unique.append(f"{folder}{slash}{stems[archive_id]}/{file}" if name in repeated else name)
     return unique

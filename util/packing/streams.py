@@ -34,15 +34,15 @@ class Found:
 
     Attributes:
         names: <class>/<file> of each, or <file> alone.
-        owners: Number of each one's archive.
+        archive_ids: Index of each one's archive.
         positions: Its position among the archive's members.
-        sizes: Number of its bytes.
+        sizes: Its length in bytes.
         classes: As in PackedImages.
         notices: As in PackedImages.
     """
 
     names: list[str] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
+    archive_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ def select_images(archives: list[Path], tables: list[list[Member]]) -> Found:
         UserError: A name leads out of the archive, or an image is a link, encrypted, or has no class while others do.
     """
     found, folders, others = Found(), set(), []
-    for owner, (archive, members) in enumerate(zip(archives, tables, strict=True)):
+    for archive_id, (archive, members) in enumerate(zip(archives, tables, strict=True)):
         names = clean_names(archive, [member.name.rstrip(b"/") for member in members])
         members = [(name, member) for name, member in zip(names, members, strict=True) if _is_shown(name)]
         images = [(name, member) for name, member in members if member.kind != "folder" and is_image(name)]
@@ -73,7 +73,7 @@ def select_images(archives: list[Path], tables: list[list[Member]]) -> Found:
         names = [name for name, _ in images]
         prefix = droppable_prefix(names, [*SPLITS, _stem(archive)]) if names else ""
         found.names += [name[len(prefix) :] for name in names]
-        found.owners += [owner] * len(images)
+        found.archive_ids += [archive_id] * len(images)
         found.positions += [member.offset for _, member in images]
         found.sizes += [member.size for _, member in images]
         folders |= {
@@ -127,12 +127,12 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
 
     # Without class folders, several archives are classes.
     if not any(in_folders) and len(archives) > 1:
-        pairs = zip(found.owners, found.names, strict=True)
-        found.names = [f"{_stem(archives[owner])}/{name}" for owner, name in pairs]
+        pairs = zip(found.archive_ids, found.names, strict=True)
+        found.names = [f"{_stem(archives[archive_id])}/{name}" for archive_id, name in pairs]
 
     # Folders without images are classes, too.
-    owners = {name.partition("/")[0] for name in found.names}
-    classes = owners | {folder.partition("/")[0] for folder in folders} - {""}
+    with_images = {name.partition("/")[0] for name in found.names}
+    classes = with_images | {folder.partition("/")[0] for folder in folders} - {""}
     found.classes = sorted(classes) if "/" in "".join(found.names[:1]) else [""]
     left_out = LeftOut()
     left_out.sort_out(others, is_image)
@@ -161,16 +161,16 @@ def read_zips(paths: list[Path]) -> PackedImages:
 
     # Any member can be read at any time, so that the order may be that of folders.
     def order_key(number: int) -> tuple[str, ...]:
-        owner, _, rest = found.names[number].partition("/")
-        return owner, *folder_and_file(rest)
+        class_name, _, rest = found.names[number].partition("/")
+        return class_name, *folder_and_file(rest)
 
     order = sorted(range(len(found.names)), key=order_key)
 
     def read(numbers: list[int]) -> Iterator[bytes]:
         for number in numbers:
-            owner, position = found.owners[order[number]], found.positions[order[number]]
-            with readable(paths[owner]):
-                data = archives[owner].read(archives[owner].infolist()[position])  # checks the CRC-32 as well
+            archive_id, position = found.archive_ids[order[number]], found.positions[order[number]]
+            with readable(paths[archive_id]):
+                data = archives[archive_id].read(archives[archive_id].infolist()[position])  # checks the CRC-32 as well
             yield data
 
     names, sizes = [found.names[number] for number in order], [found.sizes[number] for number in order]
@@ -253,8 +253,8 @@ def read_compressed(paths: list[Path]) -> PackedImages:
     found = select_images(paths, tables)
 
     def read(numbers: list[int]) -> Iterator[bytes]:
-        for owner, path in enumerate(paths):
-            wanted = {found.positions[number] for number in numbers if found.owners[number] == owner}
+        for archive_id, path in enumerate(paths):
+            wanted = {found.positions[number] for number in numbers if found.archive_ids[number] == archive_id}
             if not wanted:
                 continue
             with readable(path), closing(_stream(path)) as members:
