@@ -31,8 +31,7 @@ from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist
 from util.loop import Run
 from util.lr_sched import CosineSchedule
-from util.masking import MaskSettings
-from util.report.monitor import Monitor
+from util.report.monitor import FixedMasks, Monitor
 from util.updater import Updater
 
 
@@ -107,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     # Monitoring every few epochs: reconstructions, loss and k-NN accuracy on val/.
     evaluate = None
     if args.monitor_freq:
-        views = loaders.monitor_loaders(data, loader.dataset.images, CentreCrop(args.input_size), loading)
-        masks = MaskSettings(args.mask_ratio, args.mask_sampling, args.seed)
-        monitor = Monitor(*views, args.output_dir, run.log, scaler, masks)
+        val, train = loaders.monitor_loaders(data, loader.dataset.images, CentreCrop(args.input_size), loading)
+        masks = FixedMasks(args.mask_ratio, args.mask_sampling, args.seed)
+        monitor = Monitor(val, train, args.output_dir, run.log, scaler, masks)
         evaluate = partial(monitor, model)
 
     # Epochs.

@@ -129,7 +129,6 @@ def main() -> None:
         "torch": torch.__version__,
     }
 
-    # Print the table.
     print(f"batch {args.batch_size}, n = {args.steps}, {result['amp']}; {result['device']}; torch {result['torch']}")
     print(f"{'':24} {'row':>7} {'images/s':>9} {'spread':>7} {'ratio':>6} {'paper':>6}")
     for row in result["rows"]:

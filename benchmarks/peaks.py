@@ -24,7 +24,6 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
 
-    # Time the three by turns.
     steps = {
         "bf16": matmul_step(torch.bfloat16, device),
         "fp32": matmul_step(torch.float32, device),

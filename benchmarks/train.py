@@ -102,7 +102,6 @@ def main() -> None:
     rates = [rate for rate, _ in windows]
     run = statistics.median(rates)
 
-    # Report both.
     result = {
         "job": args.job,
         "model": args.model,

@@ -194,7 +194,6 @@ def main() -> None:
         "rows": measure_steps(args, sys.argv[1:]),
     }
 
-    # Print the tables.
     base = result["rows"][0]["images_per_s"]
     for row in result["rows"]:
         rate = row["images_per_s"]

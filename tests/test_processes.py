@@ -34,7 +34,6 @@ from util.data.transforms import CentreCrop
 from util.distributed import dist
 from util.errors import UserError
 from util.lr_sched import CosineSchedule
-from util.masking import MaskSettings
 from util.report import monitor
 from util.updater import Updater
 
@@ -181,7 +180,7 @@ def test_monitoring_keeps_no_file_open_for_a_batch(images):
     """What a loader process sends is shared memory, an open file for each tensor that is kept."""
     train = datasets.open_split(datasets.Images, DataSpec(str(images)), "train", None, Pixels(), classes_optional=True)
     views = loaders.monitor_loaders(DataSpec(str(images)), train, CentreCrop(28), loaders.Loading(1, 1, False, 0, CPU))
-    watch = monitor.Monitor(*views, "", None, LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
+    watch = monitor.Monitor(*views, "", None, LossScaler("off", CPU), monitor.FixedMasks(0.75, "random", 0))
     counts = []
     watch(models_mae.mae_vit_demo_patch4(img_size=28), 0, lambda: counts.append(len(list(Path("/dev/fd").iterdir()))))
     assert len(counts) == 110 and max(counts) - counts[0] < 20, counts

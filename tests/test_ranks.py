@@ -28,9 +28,8 @@ from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist, signals
 from util.errors import UserError
 from util.lr_sched import CosineSchedule
-from util.masking import MaskSettings
 from util.report.log import RunLog
-from util.report.monitor import Monitor
+from util.report.monitor import FixedMasks, Monitor
 from util.report.scores import Evaluation
 from util.updater import Updater
 
@@ -155,7 +154,7 @@ def monitor_stats(data):
     """Return the figures of pre-training's monitor, whose masks follow from the file names."""
     train = datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), classes_optional=True)
     views = loaders.monitor_loaders(DataSpec(str(data)), train, CentreCrop(28), loaders.Loading(4, 0, False, 0, CPU))
-    watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), MaskSettings(0.75, "random", 0))
+    watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), FixedMasks(0.75, "random", 0))
     return watch(build_model("pretrain"), 0, lambda: None)
 
 

@@ -6,27 +6,11 @@ Shapes: N images, a grid of h x w patches, L = h*w.
 import math
 import os
 import zlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 KINDS = ("random", "block", "grid")
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """Fixed masks under which a model is monitored.
-
-    Attributes:
-        ratio: Share of the patches that is removed.
-        sampling: One of KINDS.
-        seed: Fixes the masks, together with the images' names.
-    """
-
-    ratio: float
-    sampling: str
-    seed: int
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -149,7 +149,8 @@ def resize_part(pixels: np.ndarray, resized: tuple[int, int], corner: tuple[int,
         margin = 2 * max(1, step) + 1
         before, end = max(0, int(first * step - margin)), math.ceil((first + count) * step + margin)
 
-        # Begin where a pixel of the original and one of the resized image begin together, as nearly as possible.
+        # Begin where a pixel of the original and one of the resized image begin together, as nearly as possible; of
+        # places that do so to a thousandth of a pixel, at the nearest.
         starts = np.arange(before, max(-1, before - math.ceil(LONG * count * step)), -1)
         offsets = starts / step
         nearest = np.argmin(np.maximum(abs(offsets - np.rint(offsets)), 1e-3))

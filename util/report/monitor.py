@@ -6,6 +6,7 @@ log.txt and TensorBoard: test_loss (masks fixed by seed and file name, so that e
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -17,11 +18,25 @@ from util import masking
 from util.amp import LossScaler
 from util.data.loaders import DeviceLoader, lockstep
 from util.distributed import dist
-from util.masking import MaskSettings
 from util.report import knn, pictures
 from util.report.log import RunLog
 
 PICTURES = 8  # images whose reconstructions are shown
+
+
+@dataclass(frozen=True)
+class FixedMasks:
+    """Fixed masks under which a model is monitored.
+
+    Attributes:
+        ratio: Share of the patches that is removed.
+        sampling: One of KINDS.
+        seed: Fixes the masks, together with the images' names.
+    """
+
+    ratio: float
+    sampling: str
+    seed: int
 
 
 class Monitor:
@@ -37,7 +52,7 @@ class Monitor:
         output_dir: str,
         log: RunLog,
         scaler: LossScaler,
-        masks: MaskSettings,
+        masks: FixedMasks,
     ) -> None:
         """Collect what the measurements need.
 
