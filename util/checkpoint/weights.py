@@ -92,9 +92,9 @@ def load_for_eval(
 def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
     """Load a pre-trained encoder into a classifier, before its head is prepared for training (paper, A.1).
 
-    The weights that only the classifier has must be the head's or fc_norm's. Those that only the file has
-    must be no part of an encoder (a head is never loaded), or the norm's of the other pooling. Positions are resized to
-    the model's grid.
+    A weight that only the classifier has must belong to its head or to `fc_norm`. One that only the file has must lie
+    outside the encoder (in a decoder or a head, which are not loaded), or belong to the norm of the other pooling.
+    Positions are resized to the model's grid.
 
     Args:
         source: File, folder or address of the checkpoint.

@@ -85,7 +85,7 @@ def list_members(
     # Find out which form it is, and with it the classes.
     prefix = common_prefix(images.names, split)
     plain = [name[len(prefix) :] for name in images.names]
-    if _are_in_folders(images, plain):
+    if are_in_folders(plain, images.path, "pack them anew, all in class folders"):
         if not classes_optional or to_pack:
             refuse_labels(images, [name.partition("/")[0] for name in plain], labels)
         folders += [name.rpartition("/")[0] for name in others.names]
@@ -110,18 +110,21 @@ def _divide(files: Files, belongs: NameTest) -> tuple[Files, Files]:
     )
 
 
-def _are_in_folders(images: Files, names: list[str]) -> bool:
-    """Return whether all images are in folders, going by their names without what these have in common.
+def are_in_folders(names: list[str], shown: Callable[[int], str], remedy: str) -> bool:
+    """Return whether images are in folders, all of them or none.
+
+    Args:
+        names: Their names, without what all have in front.
+        shown: Returns what a message calls the image of an index.
+        remedy: What to do if some are and some are not, for the message.
 
     Raises:
         BadArchive: Some are, and some are not.
     """
     in_folders = ["/" in name for name in names]
     if any(in_folders) and not all(in_folders):
-        raise BadArchive(
-            f"some images are in folders ({images.path(in_folders.index(True))}) and some are not "
-            f"({images.path(in_folders.index(False))}): pack them anew, all in class folders"
-        )
+        inside, outside = shown(in_folders.index(True)), shown(in_folders.index(False))
+        raise BadArchive(f"some images are in folders ({inside}) and some are not ({outside}): {remedy}")
     return all(in_folders)
 
 

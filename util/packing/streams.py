@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.data.archive_forms import folder_and_file
+from util.data.archive_forms import are_in_folders, folder_and_file
 from util.data.archive_index import clean_names
 from util.data.listing import LeftOut
 from util.data.splits import OTHER_ARCHIVES, SPLITS, is_image
@@ -108,17 +108,12 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
         BadArchive: Some images have a class folder and some have not, or they are WebDataset's samples.
     """
     # As in archives that are read in place, all images have class folders, or none has.
-    in_folders = ["/" in name for name in found.names]
-    if any(in_folders) and not all(in_folders):
-        raise BadArchive(
-            f"some images are in folders ({found.names[in_folders.index(True)]}) and some are not "
-            f"({found.names[in_folders.index(False)]}) in {join_names(map(str, archives), 3)}: unpack, sort and pack "
-            "the folder"
-        )
+    remedy = f"unpack {join_names(map(str, archives), 3)}, sort the images, and pack the folder"
+    in_folders = are_in_folders(found.names, found.names.__getitem__, remedy)
 
     # Labels beside the images would get lost. In class folders a .json is metadata.
     keys = {_key(name) for name in found.names}
-    endings = LABELS[:1] if any(in_folders) else LABELS
+    endings = LABELS[:1] if in_folders else LABELS
     if labels := [name for name in others if name.endswith(endings) and _key(name) in keys]:
         raise BadArchive(
             f"images have labels beside them ({labels[0]}), as in WebDataset, and these are read from plain tar "
@@ -126,7 +121,7 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
         )
 
     # Without class folders, several archives are classes.
-    if not any(in_folders) and len(archives) > 1:
+    if not in_folders and len(archives) > 1:
         pairs = zip(found.archive_ids, found.names, strict=True)
         found.names = [f"{_stem(archives[archive_id])}/{name}" for archive_id, name in pairs]
 
