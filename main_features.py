@@ -180,7 +180,8 @@ def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = No
         raise UserError(
             f"{root} has classes that --neighbours lacks: {', '.join(unknown[:5])}; remove them, or give others"
         )
-    return torch.tensor([classes.index(name) for name in names]), classes
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[name] for name in names]), classes
 
 
 def print_knn(
