@@ -195,7 +195,7 @@ def to_hf(folder: Path, source: Source) -> None:
 
 def to_encoder(folder: Path, source: Source) -> None:
     """Write the encoder under the released names, and config.json with its shape, mean, std and crop_pct."""
-    encoder = models_load.encoder(source.checkpoint, source.path)
+    encoder = models_load.encoder(source.checkpoint, source.path) if source.classes else source.model
     pixels = {"mean": source.pixels.mean, "std": source.pixels.std, "crop_pct": source.crop_pct}
     save(folder, encoder.state_dict(), encoder.config | pixels, "encoder.safetensors")
 

@@ -196,7 +196,7 @@ def print_knn(
         args: The script's flags.
         classes: Names of the classes, in the order of their numbers.
     """
-    if encoded.features.ndim > 2 or len(labels) < 2 or len(classes) < 2:
+    if encoded.features.ndim > 2 or len(classes) < 2 or (others is None and len(labels) < 2):
         return
     features, labels = encoded.features.to(args.device), labels.to(args.device)
     if others:
@@ -210,8 +210,8 @@ def print_knn(
 
 def refuse_shared(files: list[ImagePath], neighbours: list[ImagePath], args: argparse.Namespace) -> None:
     """Raise a UserError if an image would be its own neighbour, and be classified by itself."""
-    own = {Path(str(path)).absolute() for path in files}
-    if shared := [path for path in neighbours if Path(str(path)).absolute() in own]:
+    own = {Path(str(path)).resolve() for path in files}
+    if shared := [path for path in neighbours if Path(str(path)).resolve() in own]:
         raise UserError(
             f"--neighbours {args.neighbours} and --data_path {args.data_path} share {len(shared)} images, such as "
             f"{shared[0]}, which would be their own neighbours: omit --neighbours, or name other images"

@@ -83,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
     inference.check(args)
     files = inference.find(args.images)
+    inference.refuse_replacing([args.output], files)
 
     # Load the classifier and the names of its classes.
     checkpoint = load_checkpoint(args.resume)

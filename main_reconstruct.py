@@ -8,6 +8,7 @@ that the checkpoint stores.
 """
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -68,9 +69,9 @@ def main(argv: list[str] | None = None) -> None:
     inference.check(args)
     if not args.separate:
         pictures.refuse_other_formats("--output", args.output, ", or pass --separate and a folder")
-    files = inference.find(args.images, args.num)
+    files = list(dict.fromkeys(inference.find(args.images, args.num)))  # each once
     targets = panel_files(args.output, files) if args.separate else {}
-    inference.refuse_replacing(sum(targets.values(), []) if args.separate else [args.output], files)
+    inference.refuse_replacing(chain.from_iterable(targets.values()) if args.separate else [args.output], files)
 
     # Load the autoencoder. How many patches there are, and so which mask ratios are possible, is known only now.
     checkpoint = load_checkpoint(args.resume)
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     for paths, imgs in batches:
         noise = masking.fixed_noise(args.mask_sampling, [path.name for path in paths], args.seed, grid, imgs.device)
         panels = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
+        batches.check_output(panels, paths)
         count += len(paths)
         for path, row in zip(paths, panels.cpu(), strict=True) if args.separate else ():
             save_panels(targets[path], row)

@@ -162,16 +162,6 @@ def executor(args: argparse.Namespace) -> "submitit.AutoExecutor":
     return result
 
 
-# sbatch's options that flags of this script set in every case.
-OWN_OPTIONS = {
-    "nodes": "--nodes",
-    "gpus_per_node": "--ngpus",
-    "cpus_per_task": "--cpus",
-    "ntasks_per_node": "--tasks",
-    "time": "--timeout",
-}
-
-
 def _sbatch_options(pairs: list[str]) -> dict[str, str]:
     """Return sbatch's options by their names, which submitit writes with _ for -."""
     options = (pair.partition("=") for pair in pairs)
@@ -186,8 +176,8 @@ def _launcher_problems(args: argparse.Namespace) -> list[str]:
         if getattr(args, name) < 1
     ]
     problems += [f"--slurm {pair}: needs KEY=VALUE" for pair in args.slurm if pair.find("=") < 1]
-    for name in OWN_OPTIONS.keys() & _sbatch_options(args.slurm):
-        problems.append(f"--slurm {name}: use {OWN_OPTIONS[name]}, which would override it")
+    if "cpus_per_task" in _sbatch_options(args.slurm):
+        problems.append("--slurm cpus-per-task: use --cpus, which srun is told, too")
     if args.executor == "slurm" and 1 <= args.timeout < SHORTEST_MINUTES:
         problems.append(
             f"--timeout {args.timeout} must be at least {SHORTEST_MINUTES}: {SAVING_S // 60} minutes before its end "

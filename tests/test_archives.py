@@ -156,9 +156,15 @@ def test_samples_of_several_shards_may_share_a_name(tmp_path):
 
 def test_metadata_beside_images_in_folders_are_no_labels(tmp_path):
     members = {"a/x.1.png": PNG, "a/x.1.json": b"{}", "a/x.2.png": PNG, "a/x.2.json": b"[", "b/x.png": PNG}
-    members |= {"b/x.json": b'{"label": "b"}', "c/y.png": PNG, "c/y.json": b'{"label": [1, 2]}'}
+    members |= {
+        "3/x.png": PNG,
+        "3/x.json": b'{"label": 3}',
+        "b/x.json": b'{"label": "b"}',
+        "c/y.png": PNG,
+        "c/y.json": b'{"label": [1, 2]}',
+    }
     archives.write(tmp_path / "train.tar", members)
-    assert [name for name, *_ in listed(tmp_path)[1]] == ["a/x.1.png", "a/x.2.png", "b/x.png", "c/y.png"]
+    assert [name for name, *_ in listed(tmp_path)[1]] == ["3/x.png", "a/x.1.png", "a/x.2.png", "b/x.png", "c/y.png"]
 
 
 @pytest.mark.parametrize(("ending", "label"), [("cls", b"a"), ("json", b'{"label": 3}'), ("json", b'{"cls": "dog"}')])

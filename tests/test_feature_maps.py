@@ -174,6 +174,14 @@ def test_features_are_saved_before_neighbours_are_looked_for(checkpoint, images,
         assert len(found["features"]) == len(found["labels"]) == 30
 
 
+def test_a_single_image_has_neighbours_among_others(checkpoint, images, tmp_path, capsys):
+    shutil.copytree(images / "val" / "bag", tmp_path / "one" / "bag")
+    for file in sorted((tmp_path / "one" / "bag").iterdir())[1:]:
+        file.unlink()
+    draw(checkpoint, tmp_path / "one", tmp_path, "--neighbours", images / "train")
+    assert "k-NN among 80 images of train: " in capsys.readouterr().out
+
+
 def test_one_class_has_no_accuracy(checkpoint, images, tmp_path, capsys):
     shutil.copytree(images / "val" / "bag", tmp_path / "one" / "bag")
     draw(checkpoint, tmp_path / "one", tmp_path)
@@ -203,12 +211,12 @@ def test_a_single_image_has_no_neighbours(checkpoint, images, tmp_path):
 
 def test_unreadable_images_are_left_out(checkpoint, images, tmp_path):
     """Also among the neighbours; both folders' are counted."""
-    for folder, count in (("few", 3), ("others", 5)):
+    for folder, split, count in (("few", "val", 3), ("others", "train", 5)):
         (tmp_path / folder / "bag").mkdir(parents=True)
-        for file in sorted((images / "val" / "bag").iterdir())[:count]:
+        for file in sorted((images / split / "bag").iterdir())[:count]:
             (tmp_path / folder / "bag" / file.name).symlink_to(file.resolve())
         (tmp_path / folder / "bag" / "bad.png").write_bytes(b"no image")
-    with pytest.raises(Incomplete, match=r"2 of 8 images cannot be read .*f.npz is made of the others"):
+    with pytest.raises(Incomplete, match=r"2 of 10 images cannot be read .*f.npz is made of the others"):
         draw(checkpoint, tmp_path / "few", tmp_path, "--neighbours", tmp_path / "others")
     picture = Image.open(tmp_path / "f.png")
     assert picture.height > 3 * 160 and picture.width > 6 * 160

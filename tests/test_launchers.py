@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from runs import assert_same_end, job_argv
 
+import main_pretrain
 import main_submitit
 from util import checks, resources
 from util.distributed import launchers
@@ -116,7 +117,15 @@ def test_ranks_that_are_none_are_a_message(rank, world, no_launcher):
     no_launcher.setenv("RANK", rank)
     no_launcher.setenv("WORLD_SIZE", world)
     no_launcher.setenv("MASTER_ADDR", "node1")
-    assert f"RANK is '{rank}' and WORLD_SIZE '{world}': they must be" in launchers.set_torchrun_env()[0]
+    assert f"RANK='{rank}', WORLD_SIZE='{world}': these must be" in launchers.rank_problems()[0]
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_local_rank_that_is_none_is_said(name, no_launcher, images, refusal):
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "1", name: "x"}.items():
+        no_launcher.setenv(variable, value)
+    argv = ["--data_path", str(images), "--output_dir", "", "--device", "cpu"]
+    assert f"RANK='0', WORLD_SIZE='1', {name}='x': these must be" in refusal(lambda: main_pretrain.main(argv))
 
 
 def test_empty_variables_of_slurm_are_no_numbers(no_launcher):
@@ -277,7 +286,7 @@ def test_sbatchs_options_are_written_once_and_by_either_name(images, tmp_path, s
     lines = (tmp_path / "job" / "submitit" / "7_submission.sh").read_text().splitlines()
     assert [line for line in lines if "job-name" in line] == ["#SBATCH --job-name=mine"]
     assert "#SBATCH --mem-per-cpu=2G" in lines
-    refused = {"cpus-per-task=2": "--slurm cpus_per_task: use --cpus", "=5": "--slurm =5: needs KEY=VALUE"}
+    refused = {"cpus-per-task=2": "--slurm cpus-per-task: use --cpus", "=5": "--slurm =5: needs KEY=VALUE"}
     for option, said in refused.items():
         argv = ["pretrain", "--job_dir", str(tmp_path), "--slurm", option, "--", "--data_path", str(images)]
         with pytest.raises(UserError, match=said):

@@ -92,7 +92,21 @@ def test_an_image_in_the_folder_is_not_replaced(separate, trained, images, tmp_p
     assert panel.read_bytes() == before and len(list((tmp_path / "photos").iterdir())) == 4
 
 
-@pytest.mark.parametrize(("script", "name"), SCRIPTS[:2])
+def test_a_table_replaces_no_image_of_the_folder(trained, images, tmp_path, refusal):
+    shutil.copytree(images / "val" / "bag", tmp_path / "photos")
+    image = sorted((tmp_path / "photos").iterdir())[0]
+    said = refusal(lambda: main_predict.main(arguments(main_predict, trained, tmp_path / "photos", image)))
+    assert f"{image} is one of the images, and would be replaced" in said and Image.open(image).size == (28, 28)
+
+
+def test_an_image_that_is_named_twice_has_its_panels(trained, images, tmp_path):
+    first, second = sorted((images / "val" / "bag").iterdir())[:2]
+    words = arguments(main_reconstruct, trained, first, tmp_path / "out")
+    main_reconstruct.main([*words, "--separate", "--images", *map(str, (first, first, second))])
+    assert len(list((tmp_path / "out").iterdir())) == 8
+
+
+@pytest.mark.parametrize(("script", "name"), SCRIPTS)
 def test_an_output_that_is_not_finite_is_named(script, name, trained, images, tmp_path, capsys):
     shutil.copytree(images / "val" / "bag", tmp_path / "photos" / "bag")
     np.save(tmp_path / "photos" / "bag" / "huge.npy", np.full((28, 28, 3), 1e30))

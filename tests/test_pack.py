@@ -262,6 +262,12 @@ def test_names_of_a_zip_are_utf8_if_they_can_be_else_code_page_437(tmp_path):
     assert listed(tmp_path / "2")[0] == ["caf\u251c\u2310"]
 
 
+def test_labels_of_other_folders_are_none_of_an_image(tmp_path):
+    members = {"dog/a.png": PNG, "cat/b.png": PNG, "meta/a.cls": b"1"}
+    run(zipped(tmp_path / "x.zip", members), "--output", tmp_path / "out")
+    assert listed(tmp_path / "out")[0] == ["cat", "dog"]
+
+
 def test_backslashes_in_a_zip_are_folders(tmp_path):
     infos = [zipfile.ZipInfo(name) for name in ("bee/", "cat/0.png", "dog/0.png")]
     for info in infos:

@@ -183,7 +183,7 @@ def test_deep_images_keep_their_depth_and_other_files_are_left_out(data):
         ({"num_workers": -1}, "--num_workers -1 must be at least 0"),
         ({"epochs": 0}, "--epochs, --eval_freq, --batch_size and --width must be at least 1"),
         ({"encoder_lr": -1}, "--encoder_lr -1.0 must be at least 0"),
-        ({"batch_size": 1}, "BatchNorm needs two images in a batch"),
+        ({"batch_size": 1, "size": 4}, "BatchNorm has one value to go by: raise --batch_size or --size"),
         ({"data_path": None}, "--data_path or --predict is needed"),
         ({"data_path": None, "predict": "here"}, "model.pth does not exist: train first"),
     ],

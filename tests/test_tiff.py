@@ -171,7 +171,8 @@ OTHER_PAGES = {
     "overviews": with_overviews,
     "another size": lambda: tiff_of_pages(*GREY[:2], GREY[2].resize((6, 4))),
     "another type": lambda: tiff_of_pages(*GREY[:2], Image.fromarray(PAGES[2].astype(np.float32))),
-    "pages of a document": lambda: tiff_of_pages(*GREY, kind=2),
+    "marked as overviews": lambda: tiff_of_pages(*GREY, kind=1),
+    "marked as masks": lambda: tiff_of_pages(*GREY, kind=4),
     "scanned text": lambda: tiff_of_pages(*(page.convert("1") for page in GREY)),
     "palettes": lambda: tiff_of_pages(*(page.convert("P") for page in GREY)),
 }
@@ -184,7 +185,8 @@ def test_pages_that_are_no_channels_leave_the_first_image(kind):
 
 
 def test_equal_pages_are_channels():
-    assert np.array_equal(decode("a.tif", tiff_of_pages(*GREY), Pixels()), PAGES.transpose(1, 2, 0))
+    for kind in (0, 2):  # unmarked, or marked as pages, as some programs mark all
+        assert np.array_equal(decode("a.tif", tiff_of_pages(*GREY, kind=kind), Pixels()), PAGES.transpose(1, 2, 0))
     masks = [page.convert("1") for page in (*GREY, *GREY)]
     stacked = decode("a.tif", tiff_of_pages(*masks), Pixels(6))
     assert np.array_equal(stacked, np.stack([np.array(mask) * np.uint8(255) for mask in masks], axis=2))
@@ -202,6 +204,13 @@ def test_zero_may_be_white(dtype, order):
     expected = ~values if dtype == np.uint8 else ((65535 - values) / 65535).astype(np.float32)
     for exif in (False, True):
         assert np.array_equal(decode("a.tif", data, Pixels(1, exif=exif))[..., 0], expected)
+
+
+def test_whole_numbers_of_32_bits_are_never_inverted():
+    """Their largest number is none that a pixel has."""
+    values = np.array([[0, 1], [2, 2048]], np.uint32)
+    data = tiff_of(values, photometric="miniswhite")
+    assert np.array_equal(decode("a.tif", data, Pixels(1))[..., 0], values.astype(np.float32))
 
 
 def test_zero_may_be_white_in_colours_and_in_every_page():

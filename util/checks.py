@@ -54,9 +54,9 @@ def check(args: argparse.Namespace, models: dict) -> None:
     Raises:
         UserError: There are problems; all of them are named at once.
     """
+    raise_problems(launchers.rank_problems())  # all else goes by these numbers
     problems = launchers.set_torchrun_env(args.dist_on_itp, args.dist_url)
-    problems += flag_problems(args, models) + _environment_problems(args)
-    raise_problems(problems)
+    raise_problems(problems + flag_problems(args, models) + _environment_problems(args))
     for notice in launchers.notices():
         dist.print_rank0(f"notice: {notice}")
 

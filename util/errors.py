@@ -130,7 +130,9 @@ def _prints_on_this_rank(error: Exception) -> bool:
     if isinstance(error, Stopped):
         return dist.rank() == 0
     if is_on_every_rank(error):
-        return os.environ.get("LOCAL_RANK", "0") == "0"  # may be raised before there is a process group
+        # It may be raised before there is a process group, also because the rank is none.
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        return local_rank == "0" or not local_rank.isdecimal()
     return True
 
 

@@ -199,8 +199,6 @@ def train(args: argparse.Namespace, model: Segmenter, resize: v2.Transform) -> N
     train_images = MaskedImages(args.data_path / "train", model.pixels, args.classes, flip)
     val_images = MaskedImages(args.data_path / "val", model.pixels, args.classes, resize)
     batch_size = min(args.batch_size, len(train_images))
-    if batch_size < 2:
-        raise UserError("the decoder's BatchNorm needs two images in a batch: raise --batch_size, or add images")
     loader = DataLoader(train_images, batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers)
     val_loader = DataLoader(val_images, args.batch_size, num_workers=args.num_workers)
 
@@ -236,7 +234,12 @@ def update(model: Segmenter, optimizer: torch.optim.Optimizer, images: Tensor, m
     """Make an update on a batch, and return its loss; without pixels that count there is none, and the loss is 0."""
     if (masks == IGNORED).all():
         return 0.0
-    loss = F.cross_entropy(model(images), masks, ignore_index=IGNORED)
+    try:
+        loss = F.cross_entropy(model(images), masks, ignore_index=IGNORED)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError("the decoder's BatchNorm has one value to go by: raise --batch_size or --size") from error
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -66,7 +66,7 @@ def list_members(
         is_wanted: Whether a name is that of an image.
         classes_optional: Also accept images without classes; all then count as one class.
         single: The archive is the whole split, so that its name is no class.
-        to_pack: The images are to be packed, in which no class may get lost, whatever `classes_optional` says.
+        to_pack: The images are to be packed: labels beside images in folders are refused with `classes_optional`, too.
 
     Returns:
         The images in order of class, folder and name.

@@ -81,8 +81,8 @@ def _deep_values(img: Image.Image) -> np.ndarray:
 def are_channels(img: Image.Image, count: int) -> bool:
     """Return whether the pages of a TIFF, of one channel each, are channels of one image.
 
-    They are not if they differ in size or type, have palettes, are marked as overviews, masks or pages of a document,
-    or are of 1 bit where three are expected, as scanned texts are.
+    They are not if they differ in size or type, have palettes, are marked as overviews or masks, or are of 1 bit where
+    three are expected, as scanned texts are.
 
     Args:
         img: The opened file, which is at its first page afterwards.

@@ -14,8 +14,8 @@ One channel is grey: 8 bits, or float32 from 0 to 1 where the file has 16; the v
 Four channels are 8-bit RGBA, or a file's own CMYK. Any number of channels can be read from
     .npy               [H, W, C], [C, H, W] or, of one channel, [H, W]; 8 bits, float32 from 0 to 1 where the file has
                        16 unsigned bits, else the file's values as float32
-    TIFF               with as many pages of one channel each, equal in size and type, and not marked as anything else;
-                       values as from .npy
+    TIFF               with as many pages of one channel each, equal in size and type, and not marked as overviews or
+                       masks; values as from .npy
     TIFF               with as many samples per pixel, or of a type that Pillow can't read: as from .npy, if the package
                        tifffile is installed
 

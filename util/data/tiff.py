@@ -12,6 +12,7 @@ from util.data.pillow import check_size
 
 WIDTH, HEIGHT, BITS, STRIPS, SAMPLES, TILES, SAMPLE_FORMAT = 256, 257, 258, 273, 277, 324, 339
 PAGE_KIND, PHOTOMETRIC = 254, 262
+OVERVIEW, MASK = 1, 4  # bits of PAGE_KIND
 KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex"}  # of SAMPLE_FORMAT
 REMEDY = "or store the image as .npy or as a TIFF with a page per channel"
 
@@ -41,11 +42,11 @@ def zero_is_white(img: Image.Image) -> bool:
 
 
 def is_marked(img: Image.Image) -> bool:
-    """Return whether the page that Pillow's image of a TIFF is at is marked: as an overview, a mask or one of several.
+    """Return whether the page that Pillow's image of a TIFF is at is marked as an overview or a mask of another one.
 
-    Unmarked ones are whole images, or channels of one.
+    The mark of a page among several tells nothing: some programs put it on every page of a file, also on channels.
     """
-    return bool(img.tag_v2.get(PAGE_KIND))
+    return bool(img.tag_v2.get(PAGE_KIND, 0) & (OVERVIEW | MASK))
 
 
 def _first_page(data: bytes) -> ImageFileDirectory_v2:
@@ -102,7 +103,8 @@ def read(data: bytes, check_shape: Callable[[tuple[int, ...]], None]) -> np.ndar
                 f"{_describe(data)}, compressed by {compression}, which Pillow can't read: pip install {package[1]}, "
                 f"{REMEDY}"
             ) from error
-        return ~values if series.keyframe.photometric == 0 and values.dtype.kind in "bu" else values  # 0 is white
+        white_is_zero = series.keyframe.photometric == 0 and values.dtype in (bool, np.uint8, np.uint16)
+        return ~values if white_is_zero else values
 
 
 def _check_whole(series: object, length: int) -> None:

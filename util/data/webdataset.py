@@ -18,13 +18,15 @@ CLASS_NAMES = "classes.txt"
 MOST_CLASSES = 10**6  # a greater number is no class
 
 
+def sample_key(name: str) -> str:
+    """Return the sample of its archive that a file belongs to, as WebDataset tells: its name up to the first dot."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
 def _keys(files: Files) -> list[tuple[int, str]]:
-    """Return the sample that each file belongs to, as WebDataset tells: archive, and name up to the first dot."""
-    keys = []
-    for number, name in zip(files.archive_ids.tolist(), files.names, strict=True):
-        folder, _, file = name.rpartition("/")
-        keys.append((number, f"{folder}/{file.partition('.')[0]}"))
-    return keys
+    """Return the sample that each file belongs to, with the number of its archive."""
+    return [(number, sample_key(name)) for number, name in zip(files.archive_ids.tolist(), files.names, strict=True)]
 
 
 def find_labels(images: Files, labels: Files) -> list[int | None]:
@@ -68,7 +70,8 @@ def refuse_labels(images: Files, folders: list[str], labels: Files) -> None:
         if not unclear and folder not in read:
             read.add(folder)
             with suppress(BadArchive):  # it holds no class
-                unclear = _read_label(labels, number) not in (None, folder)
+                label = _read_label(labels, number)
+                unclear = label is not None and str(label) != folder
         if unclear:
             raise BadArchive(
                 f"{labels.path(number)} is the label of an image in a folder, which stands for a class by itself: pack "

@@ -57,8 +57,6 @@ def set_torchrun_env(dist_on_itp: bool = False, dist_url: str = "env://") -> lis
         _copy_variables(OPEN_MPI)
     elif {"RANK", "WORLD_SIZE"} <= env.keys():
         env.setdefault("MASTER_PORT", DEFAULT_PORT)
-        if problems := _rank_problems():
-            return problems
         return [] if env["WORLD_SIZE"] == "1" or "MASTER_ADDR" in env or dist_url != "env://" else [NO_HOST]
     elif env.keys() >= set(SUBMITIT.values()):
         _copy_variables(SUBMITIT)
@@ -84,14 +82,18 @@ def set_torchrun_env(dist_on_itp: bool = False, dist_url: str = "env://") -> lis
     return [] if env["MASTER_ADDR"] else [NO_HOST]
 
 
-def _rank_problems() -> list[str]:
-    """Check RANK, WORLD_SIZE and LOCAL_RANK, which anyone may set; return a list with one message, or an empty one."""
-    values = [os.environ.get(name, "0") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+def rank_problems() -> list[str]:
+    """Check the ranks that torchrun, or anyone else, has set; return a list with one message, or an empty one."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return []
+    names = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in os.environ]
+    values = [os.environ[name] for name in names]
     if all(value.isdecimal() for value in values) and int(values[0]) < int(values[1]):
         return []
+    stated = ", ".join(f"{name}={value!r}" for name, value in zip(names, values, strict=True))
     return [
-        f"RANK is {values[0]!r} and WORLD_SIZE {values[1]!r}: they must be whole numbers, RANK from 0 and below "
-        "WORLD_SIZE; unset both for a single process, or start the processes with torchrun or srun"
+        f"{stated}: these must be whole numbers, RANK from 0 and below WORLD_SIZE; unset them for a single process, or "
+        "start the processes with torchrun or srun"
     ]
 
 

@@ -19,7 +19,7 @@ from util.data.archive_index import clean_names
 from util.data.listing import LeftOut
 from util.data.splits import OTHER_ARCHIVES, SPLITS, is_image
 from util.data.tar import BadArchive, Member
-from util.data.webdataset import LABELS
+from util.data.webdataset import LABELS, sample_key
 from util.packing.shards import PackedImages
 from util.packing.sources import droppable_prefix, readable
 from util.words import join_names
@@ -59,12 +59,15 @@ def select_images(archives: list[Path], tables: list[list[Member]]) -> Found:
     Raises:
         UserError: A name leads out of the archive, or an image is a link, encrypted, or has no class while others do.
     """
-    found, folders, others = Found(), set(), []
+    found, folders, others, labels = Found(), set(), [], []
     for archive_id, (archive, members) in enumerate(zip(archives, tables, strict=True)):
         names = clean_names(archive, [member.name.rstrip(b"/") for member in members])
         members = [(name, member) for name, member in zip(names, members, strict=True) if _is_shown(name)]
         images = [(name, member) for name, member in members if member.kind != "folder" and is_image(name)]
-        others += [name for name, member in members if member.kind == "file" and not is_image(name)]
+        beside = [name for name, member in members if member.kind == "file" and not is_image(name)]
+        keys = {sample_key(name) for name, _ in images}
+        labels += [name for name in beside if name.endswith(LABELS) and sample_key(name) in keys]
+        others += beside
         for name, member in images:
             if member.kind != "file":
                 raise BadArchive(f"{archive}/{name} is {member.kind}: unpack the archive, and pack the folder")
@@ -79,7 +82,7 @@ def select_images(archives: list[Path], tables: list[list[Member]]) -> Found:
         folders |= {
             name[len(prefix) :] for name, member in members if member.kind == "folder" and name.startswith(prefix)
         }
-    _find_classes(found, archives, folders, others)
+    _find_classes(found, archives, folders, others, labels)
     return found
 
 
@@ -95,7 +98,7 @@ def _stem(archive: Path) -> str:
     return archive.name[: len(name) - len(ending)]
 
 
-def _find_classes(found: Found, archives: list[Path], folders: set[str], others: list[str]) -> None:
+def _find_classes(found: Found, archives: list[Path], folders: set[str], others: list[str], labels: list[str]) -> None:
     """Fill in the classes, and the notices on what is left out.
 
     Args:
@@ -103,6 +106,7 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
         archives: The archives.
         folders: Folders that have an entry of their own.
         others: Names of files that are no images.
+        labels: Names of those that may be labels of images.
 
     Raises:
         BadArchive: Some images have a class folder and some have not, or they are WebDataset's samples.
@@ -111,12 +115,10 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
     remedy = f"unpack {join_names(map(str, archives), 3)}, sort the images, and pack the folder"
     in_folders = are_in_folders(found.names, found.names.__getitem__, remedy)
 
-    # Labels beside the images would get lost. In class folders a .json is metadata.
-    keys = {_key(name) for name in found.names}
-    endings = LABELS[:1] if in_folders else LABELS
-    if labels := [name for name in others if name.endswith(endings) and _key(name) in keys]:
+    # Labels beside the images would get lost. In class folders a .json is metadata: what it holds is not read here.
+    if lost := [name for name in labels if not in_folders or name.endswith(LABELS[0])]:
         raise BadArchive(
-            f"images have labels beside them ({labels[0]}), as in WebDataset, and these are read from plain tar "
+            f"images have labels beside them ({lost[0]}), as in WebDataset, and these are read from plain tar "
             f"archives only: decompress {join_names(map(str, archives), 3)} first"
         )
 
@@ -132,11 +134,6 @@ def _find_classes(found: Found, archives: list[Path], folders: set[str], others:
     left_out = LeftOut()
     left_out.sort_out(others, is_image)
     found.notices += [f"left out: {left_out}"] if others else []
-
-
-def _key(name: str) -> str:
-    """Return the file's name up to the first dot, which a label has in common with its image."""
-    return name.rpartition("/")[2].partition(".")[0]
 
 
 def read_zips(paths: list[Path]) -> PackedImages:

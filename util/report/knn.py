@@ -5,6 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from util.distributed import dist
+
 K, TEMPERATURE = 20, 0.07
 LARGEST = 1 << 26  # similarities that are computed at a time
 
@@ -45,10 +47,12 @@ def accuracy(
         same: The features are the labelled ones, and none may be its own neighbour.
     """
     # The product of normalised features is their cosine similarity.
-    train, features = F.normalize(train.float(), dim=1), F.normalize(features.float(), dim=1)
+    train = F.normalize(train.float(), dim=1)
+    features = train if same else F.normalize(features.float(), dim=1)
     classes = int(max(train_targets.max(), targets.max())) + 1
+    hidden = None if dist.rank() == 0 else True  # None: shown on a terminal
     correct, chunk = 0, chunk or max(1, min(1024, LARGEST // len(train)))
-    for start in tqdm(range(0, len(features), chunk), "nearest neighbours", leave=False, disable=None):
+    for start in tqdm(range(0, len(features), chunk), "nearest neighbours", leave=False, disable=hidden):
         part = features[start : start + chunk]
         own = start + torch.arange(len(part), device=part.device) if same else None
         cosine, index = nearest(train, part, K, own)
