@@ -7,7 +7,7 @@
                 autoencoder, ViTForImageClassification for a classifier on the class token, ViTModel for an encoder
      encoder    encoder.safetensors, the encoder alone under the released files' parameter names, and config.json
      onnx       model.onnx, which takes normalised images [N, C, H, W] and returns a classifier's logits [N, classes],
-                or an encoder's tokens [N, 1+L, D]
+                or an encoder's tokens [N, 1+L, D]; and config.json, with the preprocessing and the names of the classes
 
 The BatchNorm of a linear probe is folded into its linear layer; of a learning-rate sweep the best head is exported.
 With --model_ema the EMA of the weights is exported.
@@ -51,7 +51,7 @@ EXPORTED = (
 CREDIT = "Masked autoencoding: He et al., *Masked Autoencoders Are"
 # Flags that the model card repeats as the recipe.
 RECIPE = {
-    *("model", "probe", "trainable_blocks", "drop_path", "mask_sampling"),
+    *("model", "input_size", "patch_size", "in_chans", "probe", "trainable_blocks", "drop_path", "mask_sampling"),
     *("batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "seed"),
     *("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad"),
     *("train_fraction", "val_fraction", "class_weights", "crop_scale", "aa", "smoothing", "reprob", "mixup", "cutmix"),
@@ -226,6 +226,8 @@ def to_onnx(folder: Path, source: Source) -> None:
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )
     program.save(folder / "model.onnx")
+    description = configurations.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
+    write_json(folder / "config.json", description)
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
@@ -327,7 +329,7 @@ def card(source: Source, args: argparse.Namespace) -> str:
     ]
 
     # Facts and figures of the training; a released file knows hardly any.
-    facts = training_facts(source) | exported_figures(source.checkpoint, args.model_ema)
+    facts = training_facts(source, args.model_ema) | exported_figures(source.checkpoint, args.model_ema)
     rows = [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
     lines += ["| | |", "|---|---|", *rows, ""] if rows else []
 
@@ -362,7 +364,7 @@ def usage_example(to: str, source: Source) -> str:
     }[to]
 
 
-def training_facts(source: Source) -> dict[str, object]:
+def training_facts(source: Source, ema: bool) -> dict[str, object]:
     """Return what the checkpoint tells about its training, by the card's row; None where it tells nothing.
 
     Of paths only the last part is repeated, since a card is published.
@@ -371,6 +373,7 @@ def training_facts(source: Source) -> dict[str, object]:
     jobs = {"pretrain": "masked pre-training", "finetune": "fine-tuning", "linprobe": "linear probing"}
     return {
         "trained by": jobs.get(checkpoint.get("job")),
+        "weights": "their exponential moving average (EMA)" if ema else None,
         "data": Path(flags["data_path"]).name if flags.get("data_path") else None,
         "images": flags.get("input_size"),
         "mean, std of pixels": f"{flags['mean']}, {flags['std']}" if flags.get("mean") else None,

@@ -239,10 +239,10 @@ def main(argv: list[str] | None = None) -> None:
         if neighbour_labels is None:
             raise UserError(f"--neighbours {args.neighbours} must hold <class>/<images>, and no images beside them")
     labels, classes = labels_of(files, args.data_path, classes)
-    if args.neighbours and (labels is None or args.tokens == "all"):
-        raise UserError(
-            "--neighbours needs class folders in --data_path, and one feature per image: --tokens class or pooled"
-        )
+    if args.neighbours and labels is None:
+        raise UserError(f"--neighbours needs the classes of the images: {args.data_path} must hold <class>/<images>")
+    if args.neighbours and args.tokens == "all":
+        raise UserError("--neighbours needs one feature per image: pass --tokens class or pooled")
 
     # Encode the images; unreadable ones have no feature, and so no label.
     checkpoint = load_checkpoint(args.resume)

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("sources", metavar="SOURCE", type=Path, nargs="+", help="a folder, or archives, or folders of archives")
     add("--output", type=Path, metavar="DIR", help="folder of the shards; where the source has two splits, of theirs")
-    add("--shard_size", default="1G", metavar="SIZE", help="largest size of a shard, as 500M, 1G or bytes; default: 1G")
+    add("--shard_size", default="1G", metavar="SIZE", help="largest size of a shard, as 500M, 1G or bytes")
     index_help = "only write the index beside each SOURCE, an archive or a link to one, unless it is current"
     add("--index", action="store_true", help=index_help)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Unpack ImageNet-1k from its archives into the folders that training reads, or pack it into shards.
+r"""Unpack ImageNet-1k from its archives into the folders that training reads, or pack it into shards.
 
     python scripts/prepare_imagenet.py --output imagenet --train ILSVRC2012_img_train.tar \
         --val ILSVRC2012_img_val.tar --labels ILSVRC2012_devkit_t12.tar.gz

@@ -91,6 +91,12 @@ BAD_FOLDERS.append(
 )
 
 
+@pytest.mark.parametrize("job", ["pretrain", "finetune"])
+def test_a_split_in_place_of_its_folder_is_said(job, data, tmp_path):
+    with pytest.raises(UserError, match=f"--data_path {data}/train is a split itself: pass --data_path {data}$"):
+        MAINS[job](job_argv(job, data / "train", tmp_path / "out"))
+
+
 @pytest.mark.parametrize(("job", "spoil", "message"), BAD_FOLDERS)
 def test_bad_folders(job, spoil, message, data, tmp_path):
     spoil(data)

@@ -279,6 +279,9 @@ def test_models_become_onnx(size, kind, tmp_path):
             else:
                 expected = model(imgs)
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+    stated = json.loads((folder / "config.json").read_text())
+    assert stated["pretrained_cfg"]["mean"] and stated["pretrained_cfg"]["crop_pct"]
+    assert len(stated.get("label_names", [])) == (0 if kind == "encoder" else model.config["num_classes"])
 
 
 def test_the_encoder_alone_goes_out_and_starts_finetuning(tmp_path, capsys):

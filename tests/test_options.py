@@ -181,6 +181,10 @@ def test_a_confusion_matrix_replaces_no_input(tmp_path):
     args = main_finetune.get_args(["--data_path", "x", "--eval", "--resume", str(file), "--confusion", str(file)])
     with pytest.raises(UserError, match=f"--confusion {file} is one of the inputs, and would be replaced"):
         checks.check(args, MODELS["finetune"])
+    table = tmp_path / "val" / "a" / "1.png"
+    args = main_finetune.get_args(["--data_path", str(tmp_path), "--confusion", str(table)])
+    with pytest.raises(UserError, match=f"--confusion {table} lies among the images of --data_path"):
+        checks.check(args, MODELS["finetune"])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import archives
 import faults
 import numpy as np
 import pytest
@@ -97,6 +98,12 @@ def test_a_table_replaces_no_image_of_the_folder(trained, images, tmp_path, refu
     image = sorted((tmp_path / "photos").iterdir())[0]
     said = refusal(lambda: main_predict.main(arguments(main_predict, trained, tmp_path / "photos", image)))
     assert f"{image} is one of the images, and would be replaced" in said and Image.open(image).size == (28, 28)
+
+
+def test_a_table_replaces_no_archive_of_the_images(trained, images, tmp_path, refusal):
+    archive = archives.write(tmp_path / "photos.tar", {"bag/1.png": archives.PNG})
+    said = refusal(lambda: main_predict.main(arguments(main_predict, trained, archive.parent, archive)))
+    assert f"{archive} is one of the images, and would be replaced" in said
 
 
 def test_an_image_that_is_named_twice_has_its_panels(trained, images, tmp_path):

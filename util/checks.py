@@ -328,6 +328,8 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         inputs = [getattr(args, name, "") for name in ("resume", "finetune", "class_names")]
         if Path(table).resolve() in (Path(source).resolve() for source in inputs if source and not is_url(source)):
             problems.append(f"--confusion {table} is one of the inputs, and would be replaced: choose another name")
+        if args.data_path and Path(table).resolve().is_relative_to(Path(args.data_path).resolve()):
+            problems.append(f"--confusion {table} lies among the images of --data_path: choose another folder")
     problems += _wandb_problems(args.wandb)
     if args.resume == "auto" and not args.output_dir:
         problems.append("--resume auto looks for checkpoints in --output_dir, which is '': name the run's folder")

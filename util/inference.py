@@ -85,10 +85,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def refuse_replacing(outputs: Iterable[Path], files: list[ImagePath]) -> None:
-    """Raise a UserError if one of some files that are to be written is one of the image files that are read."""
+    """Raise a UserError if a file that is to be written is an image, or an archive of images, that is read."""
     there = {output.resolve(): output for output in outputs if output.is_file()}
-    for path in files if there else ():
-        if isinstance(path, Path) and (output := there.get(path.resolve())):
+    if not there:
+        return
+    for path in {path if isinstance(path, Path) else path.archive for path in files}:
+        if output := there.get(path.resolve()):
             raise UserError(f"{output} is one of the images, and would be replaced: choose another --output")
 
 

@@ -8,9 +8,9 @@ r"""Fine-tune an encoder for semantic segmentation, under a DPT decoder of segme
         --output_dir output/segmentation
 
 DIR/{train,val}/images/** holds the images, and DIR/{train,val}/masks/** a PNG mask for each, under the same folder and
-name. A mask's pixels are class numbers from 0; pixels of 255 are ignored. Images and masks are resized to --size, a
-multiple of the encoder's patch size. The mean IoU on val/ is printed every --eval_freq epochs. The log (log.txt) and
-the weights (model.pth) are written to output_dir.
+name. A mask's pixels are class numbers from 0; pixels of 255 are ignored. Images and masks are resized to --size, which
+must suit the encoder's patches and the decoder: multiples of 32 with patches of 4, 8 or 16 pixels. The mean IoU on val/
+is printed every --eval_freq epochs. The log (log.txt) and the weights (model.pth) are written to output_dir.
 With --predict the trained model writes a mask for each image of a folder to output_dir/predicted.
 """
 
@@ -171,6 +171,18 @@ class Segmenter(nn.Module):
         self.normalise = v2.Compose(
             [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.pixels.mean, self.pixels.std)]
         )
+        self._check_size(args.size)
+
+    @torch.no_grad()
+    def _check_size(self, size: int) -> None:
+        """Raise a UserError if the decoder can't join its maps of the patches of images of this size."""
+        try:
+            self.eval()(torch.zeros(1, self.pixels.channels, size, size))
+        except RuntimeError as error:
+            raise UserError(
+                f"--size {size}: DPT can't join the maps of this size that the encoder's patches give. Multiples of 32 "
+                "fit patches of 4, 8 and 16 pixels"
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of every pixel."""

@@ -127,9 +127,9 @@ def refuse_other_pooling(source: str, checkpoint: dict) -> None:
 
 
 def refuse_other_rates(source: str, checkpoint: dict, args: dict) -> None:
-    """Raise a UserError for a sweep's heads where --blr would give them the names of others."""
+    """Raise a UserError for a sweep's heads unless --blr names theirs, by which their figures are printed."""
     stored, rates = checkpoint_args(checkpoint).get("blr"), args.get("blr")
-    if isinstance(stored, list) and isinstance(rates, list) and len(stored) == len(rates) and stored != rates:
+    if isinstance(stored, list) and stored != rates:
         raise UserError(f"{source} has the heads of --blr {' '.join(f'{rate:g}' for rate in stored)}: pass these")
 
 

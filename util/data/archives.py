@@ -149,8 +149,12 @@ class MemberPath:
 
     def __str__(self) -> str:
         """Return archive/name."""
-        archive = self._members.archives[self._members.archive_ids[self._index]]
-        return f"{archive}/{self._members.stored_name(self._name)}"
+        return f"{self.archive}/{self._members.stored_name(self._name)}"
+
+    @property
+    def archive(self) -> Path:
+        """Return the path of its archive."""
+        return Path(self._members.archives[self._members.archive_ids[self._index]])
 
     @property
     def name(self) -> str:

@@ -196,6 +196,9 @@ def list_part(data: DataSpec, split: str, classes_optional: bool = False) -> tup
     stored = "train" if data.val_fraction else split
     source = find_split(data.path, stored, classes_optional)
     if source is None:
+        place = Path(data.path).absolute()
+        if place.name in SPLITS and (place.parent / stored).is_dir():
+            raise UserError(f"--data_path {data.path} is a split itself: pass --data_path {Path(data.path).parent}")
         instead = ", or --val_fraction 0.1 holds out a tenth of the training images" if stored == "val" else ""
         raise UserError(
             f"no folder {Path(data.path) / stored}: --data_path must hold {stored}/<class>/<images>, or {stored}.tar"

@@ -26,7 +26,7 @@ PIECE = 4 << 20  # bytes that are read at a time, and more than the zeros that a
 
 # Compressed archives, and zips, are told by their first bytes: what to do with them.
 UNPACKERS = {
-    b"\x1f\x8b": "it is compressed: gunzip it",
+    b"\x1f\x8b": "it is compressed: gunzip it, or pack it anew (scripts/pack.py)",
     b"BZh": "it is compressed: bunzip2 it",
     b"\xfd7zXZ": "it is compressed: unxz it",
     b"\x28\xb5\x2f\xfd": "it is compressed: unzstd it",
