@@ -54,7 +54,7 @@ def train_one_epoch(
         with updater.micro_step(epoch, step, len(loader)):
             if mixup_fn:
                 imgs, targets = mixup_fn(imgs, targets)
-            # In float32, also under autocast.
+            # Under autocast the logits may have 16 bits: the loss is computed in float32.
             loss = criterion(model(imgs).float(), targets)
         skipped = updater.backward_and_update(loss)  # None inside an accumulation group
 

@@ -293,6 +293,7 @@ def _pack(places: dict[str, Place], folder: Path) -> None:
     names = sorted(places)
 
     def read(numbers: list[int]) -> Iterator[bytes]:
+        """Yield the contents of the images with these numbers, as PackedImages.read does."""
         for number in numbers:
             path, offset, size = places[names[number]]
             with readable(path):

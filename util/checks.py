@@ -5,6 +5,7 @@ The functions return problems as messages, so that all are reported at once.
 
 import argparse
 import math
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -300,6 +301,19 @@ def _is_there(source: str) -> bool:
     return is_url(source) or Path(source).is_file() or bool(weights_in(Path(source)))
 
 
+def replaced_input_problems(name: str, output: str | Path, inputs: Iterable[str | Path]) -> list[str]:
+    """Check that an output is none of the inputs; return a list with one message, or an empty one.
+
+    Args:
+        name: The output's flag, without --.
+        output: The file or folder to write.
+        inputs: Files, folders and addresses that are read; "" for none.
+    """
+    if Path(output).resolve() not in {Path(source).resolve() for source in inputs if source}:
+        return []
+    return [f"--{name} {output} is one of the inputs, and would be replaced: choose another name"]
+
+
 def _environment_problems(args: argparse.Namespace) -> list[str]:
     """Return the problems that the flags have on this machine: device, files, folders."""
     # Device, open files, and input files.
@@ -326,8 +340,7 @@ def _environment_problems(args: argparse.Namespace) -> list[str]:
         if reason := disk.unwritable_file(Path(table)):
             problems.append(f"--confusion {table} can't be written to: {reason}")
         inputs = [getattr(args, name, "") for name in ("resume", "finetune", "class_names")]
-        if Path(table).resolve() in (Path(source).resolve() for source in inputs if source and not is_url(source)):
-            problems.append(f"--confusion {table} is one of the inputs, and would be replaced: choose another name")
+        problems += replaced_input_problems("confusion", table, inputs)
         if args.data_path and Path(table).resolve().is_relative_to(Path(args.data_path).resolve()):
             problems.append(f"--confusion {table} lies among the images of --data_path: choose another folder")
     problems += _wandb_problems(args.wandb)

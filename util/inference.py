@@ -69,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
 
     # Inputs: the checkpoint, the names of classes, the images.
     images = getattr(args, "images", None) or [getattr(args, "data_path", "")]
-    inputs = [Path(file).resolve() for file in (args.resume, getattr(args, "class_names", ""), *images) if file]
+    inputs = [args.resume, getattr(args, "class_names", ""), *images]
 
     # With --separate the output is a folder, else a file.
     separate = getattr(args, "separate", False)
@@ -79,8 +79,7 @@ def check(args: argparse.Namespace) -> None:
             continue
         if reason := unwritable(path) if separate else unwritable_file(path):
             problems.append(f"--{name} {path} can't be written to: {reason}")
-        if Path(path).resolve() in inputs:
-            problems.append(f"--{name} {path} is one of the inputs, and would be replaced: choose another name")
+        problems += checks.replaced_input_problems(name, path, inputs)
     raise_problems(problems)
 
 

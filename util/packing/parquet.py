@@ -89,6 +89,7 @@ def read_parquets(paths: list[Path]) -> PackedImages:
         notices.append(f"left out: {count_nouns(len(left_out), 'row')} without an image ({join_names(left_out, 3)})")
 
     def read(numbers: list[int]) -> Iterator[bytes]:
+        """Yield the contents of the images with these numbers, as PackedImages.read does."""
         for file_id, path in enumerate(paths):
             wanted = [chosen[number] for number in numbers if rows.file_ids[chosen[number]] == file_id]
             wanted = [rows.numbers[number] for number in wanted]

@@ -114,6 +114,7 @@ def from_listing(listing: Listing, sources: list[Path]) -> PackedImages:
     """
 
     def read(numbers: list[int]) -> Iterator[bytes]:
+        """Yield the contents of the images with these numbers, as PackedImages.read does."""
         for number in numbers:
             path = listing[number][0]
             path = Path(path) if isinstance(path, str) else path

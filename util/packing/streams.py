@@ -159,6 +159,7 @@ def read_zips(paths: list[Path]) -> PackedImages:
     order = sorted(range(len(found.names)), key=order_key)
 
     def read(numbers: list[int]) -> Iterator[bytes]:
+        """Yield the contents of the images with these numbers, as PackedImages.read does."""
         for number in numbers:
             archive_id, position = found.archive_ids[order[number]], found.positions[order[number]]
             with readable(paths[archive_id]):
@@ -245,6 +246,7 @@ def read_compressed(paths: list[Path]) -> PackedImages:
     found = select_images(paths, tables)
 
     def read(numbers: list[int]) -> Iterator[bytes]:
+        """Yield the contents of the images with these numbers, as PackedImages.read does."""
         for archive_id, path in enumerate(paths):
             wanted = {found.positions[number] for number in numbers if found.archive_ids[number] == archive_id}
             if not wanted:

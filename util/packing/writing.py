@@ -33,8 +33,10 @@ def pack_split(images: PackedImages, folder: Path, shard_size: int = SHARD_SIZE)
     """
     if flat := images.classes == [""]:
         images = replace(images, names=[f"{FLAT}/{name}" for name in images.names], classes=[FLAT])
-        print(f"{folder}: the images lie in no class folders, and go into one folder, {FLAT}/ (with other names, other")
-        print("images are held out by --val_fraction)")
+        print(
+            f"{folder}: the images lie in no class folders, and go into one folder, {FLAT}/; under these names "
+            "--val_fraction holds out others"
+        )
     for notice in images.notices:
         print(f"notice: {notice}", file=sys.stderr)
     shards = plan_shards(images, folder, shard_size)
