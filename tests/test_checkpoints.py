@@ -218,6 +218,25 @@ def test_anything_unexpected_in_a_pretrained_file_is_an_error_that_names_it(chec
         weights.load_pretrained(str(tmp_path / "bad.pth"), classifier())
 
 
+@pytest.mark.parametrize(
+    ("stored", "target", "named"),
+    [
+        ("mae_vit_base_patch16", classifier, "vit_base_patch16"),
+        ("mae_vit_base_patch16_dec512d8b", classifier, "vit_base_patch16"),
+        ("vit_base_patch16", autoencoder, "mae_vit_base_patch16"),
+        ("mae_vit_base_patch16", autoencoder, "mae_vit_base_patch16"),
+    ],
+)
+def test_an_encoder_of_another_size_names_the_model_that_has_it(checkpoint, tmp_path, capsys, stored, target, named):
+    path, _ = checkpoint
+    renamed = save_spoiled(path, tmp_path / "renamed.pth", lambda c: c["model_config"].update(model=stored))
+    load = weights.load_pretrained if target is classifier else weights.load_initial
+    capsys.readouterr()
+    with pytest.raises(UserError, match=rf"\n  model: {named} in the file, vit_large here \(--model\)\n"):
+        load(renamed, target(img_size=24, depth=3), {"model": "vit_large"})
+    assert "resized" not in capsys.readouterr().out
+
+
 def test_resuming_another_architecture_names_both_sides(checkpoint):
     path, _ = checkpoint
     with pytest.raises(

@@ -210,7 +210,7 @@ def test_pretraining_says_it_once(images, tmp_path, capsys):
     (tmp_path / "data" / "train" / "bag" / "x.txt").touch()
     argv = job_argv(tmp_path / "data", "", "--num_workers", 0, "--epochs", 2, "--monitor_freq", 1)
     main_pretrain.main([str(word) for word in argv])
-    assert capsys.readouterr().out.count("left out in") == 1
+    assert capsys.readouterr().out.count("left out of train, in") == 1
 
 
 @pytest.mark.parametrize("name", ["valid", "Validation", "test"])

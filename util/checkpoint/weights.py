@@ -1,5 +1,7 @@
 """Loading of a checkpoint's weights into a model: whole, the encoder alone, or the encoder with its decoder."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -111,6 +113,7 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     """
     args = args or {}
     checkpoint, state = _open_encoder(source, model, args)
+    resized = _resize_positions(state, checkpoint, model)
     model_state = model.state_dict()
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint["left_out"])
 
@@ -120,17 +123,21 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     decoder = {name for name in surplus if comparison.is_no_encoder(name)}
     needless = decoder | (surplus & other_norm(state))
 
-    # For a comparison that shows true differences only, describe the file as if it had the model's head, and without
-    # a model's name: an autoencoder's is never a classifier's.
+    # For a comparison that shows true differences only, describe the file as if it had the model's head, and an
+    # autoencoder by the name of the classifier that has its encoder.
     encoder = {name: value for name, value in state.items() if name not in decoder}
     encoder |= {name: model_state[name] for name in head if "norm.weight" in state or not name.startswith("fc_norm.")}
-    config = {**(checkpoint.get("model_config") or {}), "model": None}
+    config = dict(checkpoint.get("model_config") or {})
+    if config.get("model"):
+        config["model"] = re.sub(r"^mae_|_dec\w+$", "", config["model"])
     compared = {**checkpoint, "model": encoder, "model_config": config}
     comparison.refuse_misfits(source, compared, model, args, missing - head, surplus - needless)
     comparison.compare_flags(source, checkpoint, args, ("mean", "std"))
 
-    # Everything is known to fit: load, and print the weights that were not matched.
+    # Everything is known to fit: load, and print what was changed, and the weights that were not matched.
     model.load_state_dict(state, strict=False)
+    for line in resized:
+        dist.print_rank0(line)
     surplus |= unused
     dist.print_rank0(f"encoder from {source} ({describe(checkpoint)}); {_describe_unmatched(missing, surplus)}")
     return missing, surplus
@@ -152,6 +159,7 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
             another shape.
     """
     checkpoint, state = _open_encoder(source, model, args)
+    resized = _resize_positions(state, checkpoint, model)
     model_state = model.state_dict()
 
     # Weights that the file need not have: a decoder, and the norm that an average of patches makes needless.
@@ -168,8 +176,10 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
         needless = {name for name in needless if not name.startswith("decoder_")}
     state = {name: value for name, value in state.items() if name not in needless | new}
 
-    # The file is compared as if it had what it need not have.
-    config = {name: value for name, value in (checkpoint.get("model_config") or {}).items() if name != "model"}
+    # The file is compared as if it had what it need not have; a classifier, by the name of its autoencoder.
+    config = dict(checkpoint.get("model_config") or {})
+    if config.get("model"):
+        config["model"] = "mae_" + config["model"].removeprefix("mae_")
     compared = {**checkpoint, "model": state | {name: model_state[name] for name in new}, "model_config": config}
     missing, surplus = set(model_state) - set(state) - new, set(state) - set(model_state)
     comparison.refuse_misfits(source, compared, model, args, missing, surplus)
@@ -181,6 +191,8 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
         comparison.warn_of_unknown_targets(source, checkpoint, args.get("norm_pix_loss", False))
 
     model.load_state_dict(state, strict=False)
+    for line in resized:
+        dist.print_rank0(line)
     unused = (set(checkpoint["model"]) - set(state) - new) | set(checkpoint["left_out"])
     dist.print_rank0(f"starting from {source} ({describe(checkpoint)}); {_describe_unmatched(new, unused)}")
 
@@ -194,7 +206,7 @@ def _open_encoder(source: str, model: nn.Module, args: dict) -> tuple[dict, dict
         args: The run's flags, for the messages.
 
     Returns:
-        The checkpoint, and its weights without a head, which is for other classes, with positions for the model's grid.
+        The checkpoint, and its weights without a head, which is for other classes.
 
     Raises:
         UserError: The source can't be read, or was made with another number of attention heads.
@@ -203,7 +215,6 @@ def _open_encoder(source: str, model: nn.Module, args: dict) -> tuple[dict, dict
     checkpoint["model"] = add_class_position(checkpoint, source, model.patch_embed.num_patches)
     comparison.refuse_other_heads(source, checkpoint, model, args)
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
-    resize_positions(state, checkpoint, model)
     return checkpoint, state
 
 
@@ -223,7 +234,7 @@ def other_norm(state: dict[str, torch.Tensor]) -> set[str]:
     return names | {name for name in state if name.startswith("fc_norm.") and names}
 
 
-def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn.Module) -> None:
+def _resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn.Module) -> list[str]:
     """Resize the positions in a state dict, in place, to the model's grid where they were made for another.
 
     Args:
@@ -231,9 +242,13 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
         checkpoint: The checkpoint that they are from; its "model_config" gives image and patch size, hence the
             grid; without them it is taken as square. Positions that do not fill that grid are left as they are.
         model: The model with the new grid.
+
+    Returns:
+        Lines to print when the weights are loaded: what was resized, and a warning about positions that are all zero.
     """
+    lines = []
     if "pos_embed" in state and not state["pos_embed"].any():
-        dist.print_rank0("warning: the file's positions are all zero, so its model cannot tell where a patch was")
+        lines.append("warning: the file's positions are all zero, so its model cannot tell where a patch was")
     grid = model.patch_embed.grid_size
     for name in ("pos_embed", "decoder_pos_embed"):
         if name not in state or not hasattr(model, name) or state[name].ndim != 3:
@@ -247,7 +262,8 @@ def resize_positions(state: dict[str, torch.Tensor], checkpoint: dict, model: nn
             state[name] = resize_pos_embed(state[name], old, grid)
             kind = "positions" if name == "pos_embed" else "the decoder's positions"
             here = "images of {} x {} pixels".format(*model.patch_embed.img_size)
-            dist.print_rank0(f"{kind} resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches, for {here}")
+            lines.append(f"{kind} resized from {old[0]} x {old[1]} to {grid[0]} x {grid[1]} patches, for {here}")
+    return lines
 
 
 def _modules(keys: set[str]) -> list[str]:

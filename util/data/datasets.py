@@ -254,7 +254,7 @@ def _notices(data: DataSpec, split: str, dataset: Images) -> list[str]:
 
     notices = []
     if str(found.left_out):
-        notices.append(f"left out in {root}: {found.left_out}")
+        notices.append(f"left out of {split}, in {root}: {found.left_out}")
     if found.mixed:
         notices.append(
             f"{root} holds images beside its folders: the images in the folders are used as well, and all of them "
