@@ -51,10 +51,13 @@ EXPORTED = (
 CREDIT = "Masked autoencoding: He et al., *Masked Autoencoders Are"
 # Flags that the model card repeats as the recipe.
 RECIPE = {
-    *("model", "input_size", "patch_size", "in_chans", "probe", "trainable_blocks", "drop_path", "mask_sampling"),
-    *("batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "seed"),
-    *("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad"),
-    *("train_fraction", "val_fraction", "class_weights", "crop_scale", "aa", "smoothing", "reprob", "mixup", "cutmix"),
+    *("model", "input_size", "patch_size", "in_chans", "decoder_dim", "decoder_depth", "decoder_heads"),
+    *("mask_ratio", "mask_sampling", "norm_pix_loss", "probe", "trainable_blocks", "global_pool", "drop_path"),
+    *("batch_size", "accum_iter", "world_size", "epochs", "warmup_epochs", "seed", "amp"),
+    *("lr", "blr", "min_lr", "weight_decay", "layer_decay", "clip_grad", "model_ema", "model_ema_decay"),
+    *("train_fraction", "val_fraction", "val_seed", "class_weights", "exif", "crop_pct", "crop_scale", "smoothing"),
+    *("aa", "color_jitter", "reprob", "remode", "recount", "mixup", "cutmix", "cutmix_minmax"),
+    *("mixup_prob", "mixup_switch_prob", "mixup_mode"),
 }
 
 
@@ -333,12 +336,23 @@ def card(source: Source, args: argparse.Namespace) -> str:
     rows = [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
     lines += ["| | |", "|---|---|", *rows, ""] if rows else []
 
-    # The flags to train such a model again.
-    flags = source.flags.items()
-    recipe = " ".join(f"--{name} {flag_value(value)}" for name, value in flags if name in RECIPE and value is not None)
-    if recipe:
-        lines += [f"Recipe: `{recipe}`", ""]
+    if flags := recipe(source.flags):
+        lines += [f"Recipe: `{flags}`", ""]
     return "\n".join(lines)
+
+
+def recipe(flags: dict) -> str:
+    """Return those of a checkpoint's flags that train such a model again, as they are typed on a command line."""
+    words = []
+    for name, value in flags.items():
+        if name not in RECIPE or value is None or (name == "model_ema_decay" and not flags.get("model_ema")):
+            continue
+        if isinstance(value, bool):
+            opposite = ["--cls_token"] if name == "global_pool" else []
+            words += [f"--{name}"] if value else opposite
+        else:
+            words.append(f"--{name} {flag_value(value)}")
+    return " ".join(words)
 
 
 def table_cell(value: object) -> str:
@@ -390,13 +404,15 @@ def training_facts(source: Source, ema: bool) -> dict[str, object]:
 def exported_figures(checkpoint: dict, ema: bool) -> dict[str, str]:
     """Return the last epoch's figures of the weights that are exported.
 
-    Test figures of the weights are left out when their EMA is exported, and the other way round; those of a sweep's
-    heads (test_acc1_blr0.1, ...) are left out altogether.
+    Test figures of the weights are left out when their EMA is exported, and the other way round. Of a sweep the best
+    head's stay: those of each head (test_acc1_blr0.1, ...) and the sum of their losses are left out.
     """
     figures = {}
+    sweep = isinstance(checkpoint_args(checkpoint).get("blr"), list)
     for name, value in (checkpoint.get("stats") or {}).items():
         of_other_weights = name.startswith("test_") and name.startswith("test_ema_") != ema
-        if isinstance(value, float) and "_blr" not in name and not of_other_weights:
+        of_all_heads = "_blr" in name or (sweep and name == "train_loss")
+        if isinstance(value, float) and not of_all_heads and not of_other_weights:
             figures[name] = f"{value:.6g}"
     return figures
 

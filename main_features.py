@@ -25,11 +25,13 @@ import models_vit
 from util import errors, inference
 from util.checkpoint.files import load_checkpoint
 from util.command_line import Parser
+from util.data import splits
 from util.data.archives import ImagePath
 from util.data.loaders import spread
 from util.disk import write_whole
 from util.errors import UserError
 from util.report import feature_maps, knn, pictures
+from util.words import count_nouns, join_names
 
 NEAREST = 3  # neighbours that are drawn
 
@@ -148,7 +150,7 @@ def draw(
         "attention of the class token in the last block, nearest images by features",
     ]
     pictures.save(pictures.grid(rows, titles, caption), args.pictures)
-    print(f"{len(rows)} images' features drawn in {args.pictures}")
+    print(f"features of {count_nouns(len(rows), 'image')} drawn in {args.pictures}")
 
 
 def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = None) -> tuple[Tensor | None, list[str]]:
@@ -163,22 +165,22 @@ def labels_of(files: list[ImagePath], root: Path, classes: list[str] | None = No
         Class numbers [M], and the names of the classes; (None, []) if a file lies in root itself.
 
     Raises:
-        UserError: There is a class folder that is not among the given classes.
+        UserError: There is a class folder that is not among the given classes, or the folders are those of splits.
     """
     relative = [path.relative_to(root) for path in files]
     beside = [str(path) for path in relative if len(path.parts) < 2]
     if beside:
         if len(beside) < len(relative):
-            print(
-                f"notice: no labels, since {len(beside)} images lie beside the class folders: {', '.join(beside[:3])}"
-            )
+            print(f"notice: no labels, since there are images beside the class folders: {join_names(beside, 3)}")
         return None, []
     names = [path.parts[0] for path in relative]
+    if set(names) <= set().union(*splits.NAMES.values()) and "train" in names:
+        raise UserError(f"{root} holds splits ({join_names(sorted(set(names)))}): name one of them, {root / 'train'}")
     classes = classes or sorted(set(names))
     unknown = sorted(set(names) - set(classes))
     if unknown:
         raise UserError(
-            f"{root} has classes that --neighbours lacks: {', '.join(unknown[:5])}; remove them, or give others"
+            f"{root} has classes that --neighbours lacks: {join_names(unknown, 5)}; remove them, or give others"
         )
     numbers = {name: number for number, name in enumerate(classes)}
     return torch.tensor([numbers[name] for name in names]), classes
@@ -202,7 +204,7 @@ def print_knn(
     if others:
         other_labels, _ = labels_of(others.files, args.neighbours, classes)
         accuracy = knn.accuracy(others.features.to(args.device), other_labels.to(args.device), features, labels)
-        print(f"k-NN among {len(others.files)} images of {args.neighbours.name}: {accuracy:.2f} %")
+        print(f"k-NN among {count_nouns(len(others.files), 'image')} of {args.neighbours.name}: {accuracy:.2f} %")
     else:
         accuracy = knn.accuracy(features, labels, features, labels, same=True)
         print(f"k-NN accuracy, each image classified by all others: {accuracy:.2f} %")
@@ -212,9 +214,10 @@ def refuse_shared(files: list[ImagePath], neighbours: list[ImagePath], args: arg
     """Raise a UserError if an image would be its own neighbour, and be classified by itself."""
     own = {Path(str(path)).resolve() for path in files}
     if shared := [path for path in neighbours if Path(str(path)).resolve() in own]:
+        shared = join_names(map(str, shared), 3)
         raise UserError(
-            f"--neighbours {args.neighbours} and --data_path {args.data_path} share {len(shared)} images, such as "
-            f"{shared[0]}, which would be their own neighbours: omit --neighbours, or name other images"
+            f"--neighbours {args.neighbours} and --data_path {args.data_path} share images ({shared}), which would be "
+            "their own neighbours: omit --neighbours, or name other images"
         )
 
 
@@ -260,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         arrays |= {"labels": labels.numpy(), "classes": np.array(classes)}
     with write_whole(args.output) as unfinished:
         np.savez(unfinished, **arrays)
-    print(f"{tuple(encoded.features.shape)} features of {len(files)} images in {args.output}")
+    print(f"{tuple(encoded.features.shape)} features of {count_nouns(len(files), 'image')} in {args.output}")
 
     # With classes, tell how well nearest neighbours separate them.
     encoded_others = encode(model, others, args.tokens) if neighbours else None

@@ -24,6 +24,7 @@ from util.data.archives import ImagePath
 from util.data.class_names import read_class_names
 from util.disk import write_csv
 from util.errors import UserError
+from util.words import count_nouns
 
 TOP = 5  # classes per image, or all where there are fewer
 
@@ -34,7 +35,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a classifier's checkpoint")
     add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to classify")
-    add("--output", required=True, type=Path, help="CSV file to write")
+    add("--output", required=True, type=Path, help="CSV file to write; -: standard output")
     inference.add_class_names(parser)
     inference.add_flags(parser)
     return parser.parse_args(argv)
@@ -96,9 +97,9 @@ def main(argv: list[str] | None = None) -> None:
 
     batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
     write_csv(args.output, rows(model, batches, classes))
-    # Where the table goes through a pipe, such as /dev/stdout, nothing else may.
+    # Where the table goes to standard output or through a pipe, nothing else may.
     where = sys.stdout if args.output.is_file() else sys.stderr
-    print(f"classes of {len(files) - batches.bad} images written to {args.output}", file=where)
+    print(f"classes of {count_nouns(len(files) - batches.bad, 'image')} written to {args.output}", file=where)
     inference.check_complete([batches], args.output)
 
 

@@ -22,6 +22,7 @@ from util.data.archives import ImagePath
 from util.disk import write_whole
 from util.errors import UserError
 from util.report import pictures
+from util.words import count_nouns
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         caption.append(pictures.NORMALISED)
     if not args.separate:
         pictures.save(pictures.grid(torch.cat(parts), pictures.COLUMNS, caption), args.output)
-    print(f"{', '.join(caption)}: {count} images in {args.output}")
+    print(f"{', '.join(caption)}: {count_nouns(count, 'image')} in {args.output}")
     inference.check_complete([batches], args.output)
 
 

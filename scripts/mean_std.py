@@ -22,6 +22,7 @@ from util.data.archives import ImagePath
 from util.data.datasets import TRIES
 from util.data.images import BadImage, Pixels, load_array
 from util.errors import UserError, raise_problems
+from util.words import count_nouns
 
 SIDE = 1024  # largest side in pixels of the blocks that are converted to double precision at a time
 
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     # Training divides by the standard deviation, so that of a constant channel can't be passed on as it is.
     std = result.std()
     constant = [str(number) for number in np.flatnonzero(std == 0) + 1]
-    print(f"# {len(files) - unreadable} images")
+    print(f"# {count_nouns(len(files) - unreadable, 'image')}")
     if constant:
         channels = f"channel {constant[0]} never changes" if len(constant) == 1 else "channels never change: "
         channels += ", ".join(constant) if len(constant) > 1 else ""

@@ -127,7 +127,7 @@ def draw(checkpoint, folder, out, *more):
 @pytest.mark.parametrize("tokens", ["pooled", "class", "all"])
 def test_the_script_draws_a_row_per_image(tokens, checkpoint, images, tmp_path, capsys):
     picture = draw(checkpoint, images / "val", tmp_path, "--num", 5, "--tokens", tokens)
-    assert "5 images' features drawn in" in capsys.readouterr().out
+    assert "features of 5 images drawn in" in capsys.readouterr().out
     more = draw(checkpoint, images / "val", tmp_path, "--num", 4, "--tokens", tokens, "--heads")
     side = picture.height - more.height
     assert side > 160 and more.width == picture.width + 4 * side  # a column per head, square panels
@@ -158,7 +158,7 @@ def test_neighbours_come_from_the_other_folder(checkpoint, images, tmp_path, mon
 
 def test_neighbours_that_are_the_images_themselves_are_refused(checkpoint, images, tmp_path, refusal):
     said = refusal(lambda: draw(checkpoint, images / "val", tmp_path, "--neighbours", images / "val"))
-    assert "share 30 images" in said and "would be their own neighbours: omit --neighbours" in said
+    assert " and 27 more), which would be" in said and "their own neighbours: omit --neighbours" in said
 
 
 def test_features_are_saved_before_neighbours_are_looked_for(checkpoint, images, tmp_path, monkeypatch):

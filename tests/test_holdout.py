@@ -183,7 +183,7 @@ def test_the_jobs_train_on_the_one_part_and_measure_on_the_other(job, flags, fol
     per_class = Counter(path.split("/")[0] for path in val).values()
     each = f"{min(per_class)} to {max(per_class)} of each class"
     assert f"notice: {len(val)} of the 240 images in {folder}/train are held out as val: {each}" in said
-    assert re.search(rf"trained 1 epochs in \d+ s, on {len(train)} images in .*; {len(val)} more are held out", said)
+    assert re.search(rf"trained 1 epoch in \d+ s, on {len(train)} images in .*; {len(val)} more are held out", said)
     line = json.loads((tmp_path / "run" / "log.txt").read_text())
     assert "test_knn" in line or 0 <= line["test_acc1"] <= 100
     assert len(line) > 4 and line["test_loss"] > 0

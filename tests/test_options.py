@@ -130,7 +130,7 @@ BAD = [
     ("pretrain", "--mask_ratio 0.999", "must keep and remove at least one of 196"),
     ("pretrain", "--batch_size 0", "--batch_size 0 must be at least 1"),
     ("pretrain", "--accum_iter 0", "--accum_iter 0 must be at least 1"),
-    ("pretrain", "--epochs 10", "--warmup_epochs 40 must be less than --epochs 10"),
+    ("pretrain", "--epochs 10", "less than --epochs 10: pass a smaller one, such as --warmup_epochs 1"),
     ("pretrain", "--resume nowhere.pth", "--resume nowhere.pth: no such file"),
     ("pretrain", "--crop_scale 0.5 0.2", "--crop_scale 0.5 0.2"),
     ("finetune", "--finetune nowhere.pth", "--finetune nowhere.pth: no such file"),

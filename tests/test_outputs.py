@@ -22,10 +22,12 @@ from torch.utils.tensorboard import SummaryWriter
 import main_export
 import main_features
 import main_finetune
+import main_linprobe
 import main_predict
 import main_pretrain
 import main_reconstruct
 from util import disk, errors
+from util.checkpoint.comparison import comparable
 from util.disk import remove_unfinished, write_whole
 from util.errors import Incomplete, UserError
 
@@ -266,6 +268,29 @@ def test_the_cards_table_holds_any_name(name, trained, images, tmp_path):
     assert "--crop_scale 0.2 1.0 " in recipe
 
 
+@pytest.mark.parametrize(
+    ("job", "flags"),
+    [
+        (main_pretrain, "--norm_pix_loss --decoder_depth 2 --exif --input_size 32 64 --clip_grad 2"),
+        (main_finetune, "--nb_classes 3 --cls_token --model_ema --model_ema_decay 0.9 --cutmix_minmax 0.2 0.5"),
+        (main_finetune, "--nb_classes 3 --crop_pct 0.9 --color_jitter 0.3"),
+        (main_linprobe, "--nb_classes 3 --global_pool --blr 0.1 0.2 --class_weights balanced"),
+    ],
+)
+def test_the_cards_recipe_is_the_command_line_again(job, flags):
+    trained = vars(job.get_args(flags.split()))
+    words = main_export.recipe(trained).split()
+    again = vars(job.get_args([*words, *(["--nb_classes", "3"] if "nb_classes" in trained else [])]))
+    assert all(comparable(again[name]) == comparable(value) for name, value in trained.items()), again
+    assert words.count("--model_ema_decay") == flags.count("--model_ema_decay")
+
+
+def test_the_card_of_a_sweep_shows_no_sum_over_its_heads():
+    stats = {"train_loss": 7.0, "test_acc1": 50.0, "test_acc1_blr0.1": 40.0}
+    assert set(main_export.exported_figures({"stats": stats, "args": {"blr": [0.1, 0.2]}}, ema=False)) == {"test_acc1"}
+    assert "train_loss" in main_export.exported_figures({"stats": stats, "args": {"blr": 0.1}}, ema=False)
+
+
 def test_overwrite_removes_the_events_in_log_dir_too(images, tmp_path):
     for more in ([], ["--overwrite"]):
         argv = job_argv(images, tmp_path / "a", "--log_dir", tmp_path / "b", *SHORT)
@@ -293,11 +318,16 @@ def test_log_txt_stays_json_when_figures_are_not_finite(images, tmp_path):
     main_pretrain.main([str(word) for word in argv])
 
 
+def test_splits_are_not_taken_for_classes(trained, images, tmp_path):
+    with pytest.raises(UserError, match=rf"{images} holds splits \(train, val\): name one of them, {images}/train"):
+        main_features.main(arguments(main_features, trained, images, tmp_path / "f.npz"))
+
+
 def test_labels_that_a_stray_image_prevents_are_said(trained, images, tmp_path, capsys):
     shutil.copytree(images / "val", tmp_path / "val")
     shutil.copy(next((tmp_path / "val" / "bag").iterdir()), tmp_path / "val" / "stray.png")
     main_features.main(arguments(main_features, trained, tmp_path / "val", tmp_path / "f.npz"))
-    assert "no labels, since 1 images lie beside the class folders: stray.png" in capsys.readouterr().out
+    assert "no labels, since there are images beside the class folders: stray.png" in capsys.readouterr().out
 
 
 def test_an_output_folder_that_goes_comes_back(images, tmp_path):
@@ -333,6 +363,16 @@ def test_a_pipe_and_a_name_as_long_as_they_may_be_are_written_to(trained, images
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="cannot write .*loop"), write_whole(tmp_path / "loop"):
         pass
+
+
+def test_a_dash_is_standard_output_to_which_a_table_is_appended(trained, images, tmp_path):
+    (tmp_path / "table.csv").write_text("before\n")
+    command = [sys.executable, "main_predict.py", *arguments(main_predict, trained, images / "val", "-")]
+    with (tmp_path / "table.csv").open("a") as table:
+        done = subprocess.run(command, cwd=ROOT, stdout=table, stderr=subprocess.PIPE, text=True)
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[0] == "before" and lines[1].startswith("file,") and len(lines) == 32, done.stderr
+    assert done.returncode == 0 and "classes of 30 images written to -" in done.stderr
 
 
 def test_a_device_is_written_to_whatever_its_folder_permits(tmp_path, monkeypatch):

@@ -197,8 +197,9 @@ def _training_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--crop_scale {low} {high}: needs 0 < MIN <= MAX <= 1")
     if not getattr(args, "eval", False):
         problems += [
-            f"--{name} {getattr(args, name)} must be less than --epochs {args.epochs}"
-            for name in ("warmup_epochs", "start_epoch")
+            f"--{name} {getattr(args, name)} must be less than --epochs {args.epochs}: pass a smaller one, such as "
+            f"--{name} {max(0, smaller)}"
+            for name, smaller in (("warmup_epochs", args.epochs // 10), ("start_epoch", args.epochs - 1))
             if getattr(args, name) >= args.epochs
         ]
 

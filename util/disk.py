@@ -5,6 +5,7 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 
 from util.errors import UserError
 
+STANDARD_OUTPUT = Path("-")
 UNFINISHED = ".unfinished-"  # how the names of files and folders begin that are being written
 
 
@@ -48,7 +50,7 @@ def unwritable_file(path: Path) -> str:
     if path.is_dir():
         return "it is a folder"
     # What is no regular file, such as /dev/null, is written to directly, whatever its folder permits.
-    if path.exists() and not path.is_file():
+    if path == STANDARD_OUTPUT or (path.exists() and not path.is_file()):
         return ""
     try:
         return unwritable(_follow_links(path).parent)
@@ -146,9 +148,17 @@ def write_csv(path: Path, rows: Iterable[list]) -> None:
 
     Names that are not UTF-8 are written with the bytes that they have on the disk.
 
+    Args:
+        path: The file, or STANDARD_OUTPUT.
+        rows: The rows.
+
     Raises:
         UserError: It can't be written.
     """
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+    if path == STANDARD_OUTPUT:
+        with raise_write_errors(path), open(sys.stdout.fileno(), "w", closefd=False, **options) as file:
+            csv.writer(file).writerows(rows)
+        return
     with write_whole(path) as unfinished, unfinished.open("w", **options) as file:
         csv.writer(file).writerows(rows)

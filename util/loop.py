@@ -19,6 +19,7 @@ from util.report.log import RunLog, describe_images
 from util.report.meters import Meters
 from util.rng import get_rng_state, set_rng_state
 from util.updater import Updater
+from util.words import count_nouns
 
 Stats = dict[str, float]
 Evaluate = Callable[[int, Callable[[], None]], Stats]  # takes the epoch, and a function that it calls once per batch
@@ -181,7 +182,7 @@ class Run:
         """
         images = describe_images(self.loader.dataset)
         if epochs > 0:
-            dist.print_rank0(f"trained {epochs} epochs in {seconds:.0f} s, on {images}")
+            dist.print_rank0(f"trained {count_nouns(epochs, 'epoch')} in {seconds:.0f} s, on {images}")
         else:
             dist.print_rank0(f"nothing left to train: all {self.settings.epochs} epochs are done, on {images}")
         if self.position.best_epoch >= 0:
@@ -367,8 +368,10 @@ class Run:
             self._raise_loading_problem()  # a rank without images is why updates were skipped: report that instead
             ranks = [str(rank) for rank, values in enumerate(not_finite) if values]
             who = f"the loss was not finite on rank {', '.join(ranks)}" if ranks else "every rank's loss was finite"
-            what = f"{count} updates up to step {step} of epoch {epoch}, from step {first} on, had gradients that "
-            what += f"were not finite ({who}) and were skipped"
+            what = (
+                f"{count_nouns(count, 'update')} up to step {step} of epoch {epoch}, from step {first} on, skipped, "
+                f"since gradients were not finite ({who})"
+            )
             if too_many:
                 newest = self.checkpoints.newest or "none was written yet"
                 raise FloatingPointError(

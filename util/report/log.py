@@ -15,6 +15,7 @@ from util.misc import Checkpoints
 from util.report.boards import Board, TensorBoard, WeightsAndBiases, events_suffix
 from util.report.flops import count_flops
 from util.updater import updates_per_epoch
+from util.words import count_nouns
 
 
 class RunLog:
@@ -80,12 +81,11 @@ class RunLog:
         dist.print_rank0(
             f"model     {args['model']}, {_count(total)} parameters, {_count(self.n_parameters)} of them trained{work}"
         )
-        parts = f"{args['batch_size']} x {args['accum_iter']} x {args['world_size']} ranks"
+        ranks = count_nouns(args["world_size"], "rank")
+        parts = f"{effective_batch(args)} = {args['batch_size']} x {args['accum_iter']} x {ranks}"
         rates = f"learning rate{'s' if len(lrs) > 1 else ''} {', '.join(f'{lr:.3g}' for lr in lrs)}"
-        updates = updates_per_epoch(len(loader), args["accum_iter"])
-        dist.print_rank0(
-            f"training  effective batch {effective_batch(args)} = {parts}, {updates:,} updates per epoch, {rates}"
-        )
+        updates = count_nouns(updates_per_epoch(len(loader), args["accum_iter"]), "update")
+        dist.print_rank0(f"training  effective batch {parts}, {updates} per epoch, {rates}")
         dist.print_rank0(f"on        {loader.device}, amp {checkpoints.scaler.amp}")
         dist.print_rank0(f"output    {self.file.parent if self.file else 'none'}")
         self._print_notices(checkpoints, loader)
@@ -103,9 +103,9 @@ class RunLog:
         args = checkpoints.args
         if args["accum_iter"] > len(loader):
             dist.print_rank0(
-                f"notice: an epoch has {len(loader)} batches, fewer than --accum_iter {args['accum_iter']}: its one "
-                f"update is of {len(loader) * checkpoints.images_per_step} images, at a rate that is meant for "
-                f"{effective_batch(args)}; pass --accum_iter {len(loader)}"
+                f"notice: an epoch has {count_nouns(len(loader), 'batch', 'es')}, fewer than --accum_iter "
+                f"{args['accum_iter']}: its one update is of {len(loader) * checkpoints.images_per_step} images, at a "
+                f"rate that is meant for {effective_batch(args)}; pass --accum_iter {len(loader)}"
             )
         images, used = len(loader.dataset), loader.sampler.images_per_epoch
         if images - used > images / 10:
@@ -173,7 +173,7 @@ def describe_images(dataset: TrainImages) -> str:
     """Return a phrase that counts the training images, and those that are held out for validation."""
     held_out = dataset.images.listing.held_out
     beside = f"; {held_out:,} more are held out for validation" if held_out else ""
-    return f"{len(dataset):,} images in {dataset.images.root}{beside}"
+    return f"{count_nouns(len(dataset), 'image')} in {dataset.images.root}{beside}"
 
 
 def _count(parameters: int) -> str:
