@@ -19,6 +19,8 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 import models_mae
 import models_vit
 from util import checks, errors
@@ -188,15 +190,22 @@ def _launcher_problems(args: argparse.Namespace) -> list[str]:
     if args.tasks is not None and args.tasks < 1:
         problems.append(f"--tasks {args.tasks} must be at least 1")
 
-    # submitit's local executor runs on one machine, and gives the processes its first GPUs whichever are visible.
-    if args.executor == "local":
-        if args.nodes > 1:
-            problems.append(f"--nodes {args.nodes}: --executor local has one; use --nodes 1")
-        visible, first = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(map(str, range(args.ngpus)))
-        if args.ngpus > 0 and visible not in (None, first):
-            problems.append(
-                f"CUDA_VISIBLE_DEVICES={visible}: --executor local takes GPUs {first}; use torchrun for others"
-            )
+    return problems + (_local_problems(args) if args.executor == "local" else [])
+
+
+def _local_problems(args: argparse.Namespace) -> list[str]:
+    """Return the problems of flags that ask for nodes or GPUs which this machine does not have, as messages."""
+    problems = []
+    if args.nodes > 1:
+        problems.append(f"--nodes {args.nodes}: --executor local has one; use --nodes 1")
+
+    # submitit's local executor gives the processes the first GPUs, whichever are visible.
+    visible, first = os.environ.get("CUDA_VISIBLE_DEVICES"), ",".join(map(str, range(args.ngpus)))
+    gpus = torch.cuda.device_count()
+    if args.ngpus > 0 and visible not in (None, first):
+        problems.append(f"CUDA_VISIBLE_DEVICES={visible}: --executor local takes GPUs {first}; use torchrun for others")
+    elif args.ngpus > gpus:
+        problems.append(f"--ngpus {args.ngpus}: this machine has {gpus}; pass --ngpus {gpus or '0, for the CPU'}")
     return problems
 
 

@@ -225,7 +225,15 @@ def test_gpus_that_the_local_executor_would_not_take_are_refused(tmp_path, monke
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=4,5: --executor local takes GPUs 0,1"):
         main_submitit.executor(args)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     main_submitit.executor(args)
+    args.ngpus = 3
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="--ngpus 3: this machine has 2; pass --ngpus 2$"):
+        main_submitit.executor(args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="this machine has 0; pass --ngpus 0, for the CPU"):
+        main_submitit.executor(args)
 
 
 @pytest.mark.slow

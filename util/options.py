@@ -157,7 +157,7 @@ def add_size_limit(parser: argparse.ArgumentParser) -> None:
 
 def add_val_flags(parser: argparse.ArgumentParser) -> None:
     """Add --val_fraction and --val_seed, of the jobs and of the scripts that read what they read."""
-    fraction_help = "hold this share of the training images out, and use them as val/"
+    fraction_help = "hold this share of the training images out for validation"
     parser.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE", help=fraction_help)
     seed_help = "determines which images --val_fraction holds out"
     parser.add_argument("--val_seed", default=0, type=int, metavar="SEED", help=seed_help)
