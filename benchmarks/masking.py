@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
-from benchmarks.timing import Step, create_parser, device_name, interleave, spread, write_result
+from benchmarks.timing import Step, adamw, create_parser, device_name, interleave, spread, training_step, write_result
 from util import errors, speed
 from util.amp import LossScaler
 
@@ -79,17 +79,9 @@ def build(row: str, name: str, batch_size: int, device: torch.device) -> Step:
     model, scaler = kind(**arguments).to(device).train(), LossScaler("auto", device)
     speed.prepare(model, device, scaler.amp, "auto", None, False)
 
-    # An optimiser and a batch of random images.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    # A batch of random images.
     imgs = torch.randn(batch_size, 3, 224, 224, device=device)
-
-    def step() -> None:
-        with scaler.autocast():
-            loss = model(imgs, mask_ratio=0.75)[0]
-        scaler.backward(loss)
-        scaler.step(optimizer, model.parameters(), None)
-
-    return step
+    return training_step(model, adamw(model, fused=True), scaler, lambda: model(imgs, mask_ratio=0.75)[0])
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict]:

@@ -48,12 +48,14 @@ import models_vit
 from benchmarks.timing import (
     GpuFull,
     Step,
+    adamw,
     create_parser,
     device_name,
     matmul_step,
     seconds,
     spread,
     take_turns,
+    training_step,
     write_result,
 )
 from engine_finetune import head_losses
@@ -105,10 +107,9 @@ def build_hf_model(config: dict, classes: int | None = None, attention: str | No
 
 def build_optimizer(job: str, model: nn.Module, fused: bool = True) -> torch.optim.Optimizer:
     """Build a job's optimiser over the parameters that are trained; AdamW loops over them unless it is fused."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     if job == "linprobe":
-        return optim.LARS(trained, lr=0.1)
-    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=fused, foreach=False)
+        return optim.LARS([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return adamw(model, fused=fused, foreach=False)
 
 
 def build_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argparse.Namespace, row: str) -> Step:
@@ -136,17 +137,11 @@ def build_step(job: str, name: str, imgs: Tensor, targets: Tensor, args: argpars
         for module in model.modules():
             if isinstance(module, Attention):
                 module.fused_attn = False
-    optimizer = build_optimizer(job, model, fast)
 
-    def step() -> None:
-        with scaler.autocast():
-            loss = model(imgs)[0] if job == "pretrain" else head_losses(model(imgs), targets)
-        scaler.backward(loss)
-        scaler.step(optimizer, model.parameters(), None)
-        if not fast:
-            loss.item()  # waits for the device
+    def forward() -> Tensor:
+        return model(imgs)[0] if job == "pretrain" else head_losses(model(imgs), targets)
 
-    return step
+    return training_step(model, build_optimizer(job, model, fast), scaler, forward, wait=not fast)
 
 
 def build_hf_step(
@@ -170,15 +165,11 @@ def build_hf_step(
     model, scaler = model.to(device).train(), LossScaler(amp, device)
     if compiled:
         model.compile(dynamic=False)
-    optimizer = build_optimizer(job, model)
 
-    def step() -> None:
-        with scaler.autocast():
-            loss = model(imgs).loss if job == "pretrain" else head_losses(model(imgs).logits, targets)
-        scaler.backward(loss)
-        scaler.step(optimizer, model.parameters(), None)
+    def forward() -> Tensor:
+        return model(imgs).loss if job == "pretrain" else head_losses(model(imgs).logits, targets)
 
-    return step
+    return training_step(model, build_optimizer(job, model), scaler, forward)
 
 
 def count_step_flops(job: str, name: str, batch_size: int) -> float:

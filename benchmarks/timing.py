@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from util.amp import LossScaler
 from util.command_line import Parser
 
 Step = Callable[[], object]  # one unit of work to be timed
@@ -40,6 +42,40 @@ def write_result(file: Path | None, result: dict) -> None:
     """Write the result to the file that --json names, if it names one."""
     if file:
         file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def adamw(model: nn.Module, **implementation: bool) -> torch.optim.AdamW:
+    """Build AdamW over a model's trained parameters, in one of torch's implementations, as fused=True."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, **implementation)
+
+
+def training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: LossScaler,
+    forward: Callable[[], Tensor],
+    wait: bool = False,
+) -> Step:
+    """Build a step of training: forward pass, backward pass and update.
+
+    Args:
+        model: The model.
+        optimizer: Optimiser of its parameters.
+        scaler: Mixed precision.
+        forward: Runs the forward pass, and returns the loss.
+        wait: Wait for the loss at the end of each step.
+    """
+
+    def step() -> None:
+        with scaler.autocast():
+            loss = forward()
+        scaler.backward(loss)
+        scaler.step(optimizer, model.parameters(), None)
+        if wait:
+            loss.item()
+
+    return step
 
 
 def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:

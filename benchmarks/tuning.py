@@ -23,12 +23,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models_mae
 from benchmarks.step import Row, serve
-from benchmarks.timing import Step, create_parser, device_name, interleave, spread, take_turns, write_result
+from benchmarks.timing import (
+    Step,
+    adamw,
+    create_parser,
+    device_name,
+    interleave,
+    spread,
+    take_turns,
+    training_step,
+    write_result,
+)
 from util import errors, speed
 from util.amp import LossScaler
 
@@ -59,8 +70,7 @@ def build(row: str, args: argparse.Namespace, _: dict) -> Step:
     model = models_mae.MODELS[args.model](norm_pix_loss=True).to(device).train()
     scaler = LossScaler("auto", device)
     imgs = torch.randn(batch_of(row, args.batch_size), 3, 224, 224, device=device)
-    kind = {"foreach": True} if row == "foreach" else {"fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, **kind)
+    optimizer = adamw(model, foreach=True) if row == "foreach" else adamw(model, fused=True)
     attention = "plain" if row == "plain" else "fused"
     speed.prepare(model, device, scaler.amp, attention, row not in ("whole", "autotune", "graphs"), False)
 
@@ -72,14 +82,11 @@ def build(row: str, args: argparse.Namespace, _: dict) -> Step:
     elif row in ("whole", "graphs"):
         model.compile(dynamic=False, mode="reduce-overhead" if row == "graphs" else None)
 
-    def step() -> None:
+    def forward() -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        with scaler.autocast():
-            loss = model(imgs)[0]
-        scaler.backward(loss)
-        scaler.step(optimizer, model.parameters(), None)
+        return model(imgs)[0]
 
-    return step
+    return training_step(model, optimizer, scaler, forward)
 
 
 def measure_steps(args: argparse.Namespace, argv: list[str]) -> list[dict]:
