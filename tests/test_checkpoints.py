@@ -148,7 +148,7 @@ def test_fewer_ranks_do_not_begin_in_the_midst_of_an_updates_batches(tmp_path):
 
     def first_step(images):
         position = Position(0, images=images)
-        settings = loop.RunSettings(1, save_freq=1, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=0.1)
+        settings = loop.RunSettings(1, 8, save_freq=1, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=0.1)
         return loop.Run(Batches(range(391)), keeper, None, position, settings).first_step
 
     assert first_step(195 * 256) == 391

@@ -137,7 +137,7 @@ def best_of_differing_accuracies(images, folder):
         DataSpec(str(images)), Crop(28, (1.0, 1.0)), Pixels(), loaders.Loading(4, 0, False, 0, CPU)
     )
     position = misc.Position(0)
-    settings = loop.RunSettings(3, save_freq=100, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=1.0)
+    settings = loop.RunSettings(3, 1, save_freq=100, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=1.0)
     loop.Run(loader, keeper, RunLog("", "", 0, 0.0), position, settings).fit(
         train=lambda epoch: {"loss": 1.0},
         evaluate=lambda epoch, poll: {"acc1": 50.0 - dist.rank() * (-1) ** epoch},

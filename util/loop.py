@@ -27,25 +27,33 @@ Evaluate = Callable[[int, Callable[[], None]], Stats]  # takes the epoch, and a 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How a run goes on, saves, and stops.
+    """How a run starts, goes on, saves, and stops.
 
     Attributes:
         epochs: Length of the whole run.
+        accum_iter: Batches per update.
         save_freq: Epochs between checkpoints.
         save_minutes: Minutes between checkpoints within an epoch; 0: none.
         eval_freq: Epochs between evaluations.
         max_bad_steps: Skipped updates in a row that stop the run.
         max_bad_images: Share of unreadable images that is tolerated.
         best_by: Figure of the evaluation by which a checkpoint is the best.
+        start_epoch: Epoch at which a run without a checkpoint, or from weights alone, starts.
+        resume_override: Resume with another schedule than the checkpoint's.
+        log_dir: Folder of the TensorBoard events; "": none.
     """
 
     epochs: int
+    accum_iter: int
     save_freq: int
     save_minutes: float
     eval_freq: int
     max_bad_steps: int
     max_bad_images: float
     best_by: str = "acc1"
+    start_epoch: int = 0
+    resume_override: bool = False
+    log_dir: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,12 +117,12 @@ class Run:
         Raises:
             UserError: The checkpoint can't be read or does not fit.
         """
-        args = checkpoints.args
-        position = checkpoints.resume(source, args["start_epoch"], args["resume_override"], len(loader.dataset))
+        images = len(loader.dataset)
+        position = checkpoints.resume(source, settings.start_epoch, settings.resume_override, images)
         dist.run_on_rank0(lambda: checkpoints.prepare(source))
         done = position.images / loader.sampler.images_per_epoch
-        log = RunLog(args["output_dir"], args["log_dir"], position.epoch, done)
-        log.mirror_to_wandb(args)
+        log = RunLog(str(checkpoints.folder or ""), settings.log_dir, position.epoch, done)
+        log.mirror_to_wandb(checkpoints.args)
         log.write_summary(checkpoints, loader, lrs)
         return cls(loader, checkpoints, log, position, settings)
 
@@ -126,7 +134,7 @@ class Run:
         whose last group was smaller: every batch counts as done, even if the present number of ranks would allow more.
         """
         done = self.position.images // self.checkpoints.images_per_step
-        return len(self.loader) if done % self.checkpoints.args["accum_iter"] else done
+        return len(self.loader) if done % self.settings.accum_iter else done
 
     # Around the epochs.
 

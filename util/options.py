@@ -332,15 +332,19 @@ def evaluation(args: argparse.Namespace, head_names: list[str] | None = None) ->
 
 
 def run_settings(args: argparse.Namespace, eval_freq: int) -> RunSettings:
-    """Return how the run goes on, saves, and stops."""
+    """Return how the run starts, goes on, saves, and stops."""
     return RunSettings(
         epochs=args.epochs,
+        accum_iter=args.accum_iter,
         save_freq=args.save_freq,
         save_minutes=args.save_minutes,
         eval_freq=eval_freq,
         max_bad_steps=args.max_bad_steps,
         max_bad_images=args.max_bad_images,
         best_by=getattr(args, "best_by", "acc1"),
+        start_epoch=args.start_epoch,
+        resume_override=args.resume_override,
+        log_dir=args.log_dir,
     )
 
 
