@@ -78,7 +78,7 @@ def weighted_cross_entropy(
 
     Args:
         logits: [N, classes].
-        targets: Class numbers [N], or shares of the classes [N, classes], which mix the classes' weights, too.
+        targets: Class numbers [N], or class probabilities [N, classes]; an image's weight then is their weighted mean.
         class_weights: [classes], with a mean of 1 over the training images; None: all images weigh alike.
         smoothing: Label smoothing.
     """
@@ -108,8 +108,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Compute exact accuracies and mean cross-entropy over every image, each counted once.
 
-    Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`; before it one with balanced accuracy and macro F1, and of
-    a sweep one line per head.
+    Prints the line `* Acc@1 83.664 Acc@5 96.530 loss 0.731`. A line with balanced accuracy and macro F1 precedes it,
+    and before that, for a sweep, one line per head.
 
     Args:
         model: The classifier; with several heads its logits are [N, heads, classes].

@@ -38,7 +38,7 @@ from util.checkpoint.classes import resolve_class_names
 from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load_checkpoint
 from util.command_line import Parser
 from util.data.class_names import read_class_names
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.disk import UNFINISHED, fsync_path, raise_write_errors, unwritable
 from util.errors import UserError
 
@@ -94,7 +94,7 @@ class Source:
     checkpoint: dict
     model: nn.Module
     flags: dict
-    pixels: Pixels
+    pixels: PixelSpec
     crop_pct: float
     classes: list[str] | None
 

@@ -60,6 +60,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--num must be at least 1")
     if args.heads and not args.pictures:
         parser.error("--heads is drawn into --pictures, which is missing")
+    if args.neighbours and args.tokens == "all":
+        parser.error("--neighbours needs one feature per image: pass --tokens class or pooled")
     return args
 
 
@@ -94,7 +96,7 @@ def encode(model: models_vit.VisionTransformer, batches: inference.Batches, kind
     for files, imgs in batches:
         tokens = model.forward_features(imgs)  # [N, 1+L, D]
         part = {"class": tokens[:, 0], "pooled": tokens[:, 1:].mean(dim=1), "all": tokens}[kind].float().cpu()
-        batches.check_output(part, files)
+        batches.report_not_finite(part, files)
         if not readable:  # room for all images, of which a second copy might not fit into the memory
             features = part.new_empty(len(batches.files), *part.shape[1:])
         features[len(readable) : len(readable) + len(files)] = part
@@ -232,11 +234,11 @@ def main(argv: list[str] | None = None) -> None:
         pictures.refuse_other_formats("--pictures", args.pictures)
 
     # Find the images and their classes; the numbers of the classes are those of the neighbours, where there are any.
-    files, neighbours = inference.find([args.data_path]), []
+    files, neighbours = inference.find_images([args.data_path]), []
     inference.refuse_replacing(filter(None, (args.output, args.pictures)), files)
     classes = inference.archived_classes(args.neighbours or args.data_path)
     if args.neighbours:
-        neighbours = inference.find([args.neighbours])
+        neighbours = inference.find_images([args.neighbours])
         refuse_shared(files, neighbours, args)
         neighbour_labels, classes = labels_of(neighbours, args.neighbours, classes)
         if neighbour_labels is None:
@@ -244,8 +246,6 @@ def main(argv: list[str] | None = None) -> None:
     labels, classes = labels_of(files, args.data_path, classes)
     if args.neighbours and labels is None:
         raise UserError(f"--neighbours needs the classes of the images: {args.data_path} must hold <class>/<images>")
-    if args.neighbours and args.tokens == "all":
-        raise UserError("--neighbours needs one feature per image: pass --tokens class or pooled")
 
     # Encode the images; unreadable ones have no feature, and so no label.
     checkpoint = load_checkpoint(args.resume)
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         print_knn(encoded, labels, encoded_others, args, classes)
     if args.pictures:
         draw(model, preprocessing, encoded, encoded_others, args)
-    inference.check_complete([batches, others], args.output)
+    inference.raise_if_incomplete([batches, others], args.output)
 
 
 if __name__ == "__main__":

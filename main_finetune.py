@@ -110,7 +110,7 @@ def build_mixup_and_loss(
             num_classes=args.nb_classes,
         )
 
-    # The loss smooths the labels, of Mixup as well: before, the smoothing would count in the weights of the classes.
+    # Smooth in the loss, not in Mixup: targets that Mixup has smoothed would spread the class weights over all classes.
     return mixup, partial(weighted_cross_entropy, class_weights=class_weights, smoothing=args.smoothing)
 
 
@@ -186,7 +186,7 @@ def build_model(args: argparse.Namespace, pretrained: bool) -> nn.Module:
         weights.load_pretrained(args.finetune, model, vars(args))
         nn.init.trunc_normal_(model.head.weight, std=2e-5)
     if args.trainable_blocks is not None:
-        models_vit.train_last(model, args.trainable_blocks)
+        models_vit.freeze_all_but_last(model, args.trainable_blocks)
     return model
 
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-    model = dist.wrap(model, device, static=args.accum_iter == 1)
+    model = dist.wrap(model, device, static_graph=args.accum_iter == 1)
     updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad, ema=ema)
 
     # Epochs.

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Compile the blocks, in the precision of the run that is resumed, and wrap the model in DDP.
     speed.prepare(model, device, scaler.amp, args.attention, args.compile, args.grad_checkpoint)
-    model = dist.wrap(model, device, static=args.accum_iter == 1)
+    model = dist.wrap(model, device, static_graph=args.accum_iter == 1)
     updater = Updater(model, optimizer, schedule, scaler, accum_iter=args.accum_iter, clip_grad=args.clip_grad)
 
     # Epochs.

@@ -58,7 +58,7 @@ def predict(
     """
     for paths, imgs in batches:
         probabilities = model(imgs).float().softmax(dim=1)
-        batches.check_output(probabilities, paths)
+        batches.report_not_finite(probabilities, paths)
         top = probabilities.topk(k)
         yield from zip(paths, top.values.tolist(), top.indices.tolist(), strict=True)
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     """Classify every image and write a CSV row for each (argv defaults to the command line's)."""
     args = get_args(argv)
     inference.check(args)
-    files = inference.find(args.images)
+    files = inference.find_images(args.images)
     inference.refuse_replacing([args.output], files)
 
     # Load the classifier and the names of its classes.
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     # Where the table goes to standard output or through a pipe, nothing else may.
     where = sys.stdout if args.output.is_file() else sys.stderr
     print(f"classes of {count_nouns(len(files) - batches.bad, 'image')} written to {args.output}", file=where)
-    inference.check_complete([batches], args.output)
+    inference.raise_if_incomplete([batches], args.output)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     inference.check(args)
     if not args.separate:
         pictures.refuse_other_formats("--output", args.output, ", or pass --separate and a folder")
-    files = list(dict.fromkeys(inference.find(args.images, args.num)))  # each once
+    files = list(dict.fromkeys(inference.find_images(args.images, args.num)))  # each once
     targets = panel_files(args.output, files) if args.separate else {}
     inference.refuse_replacing(chain.from_iterable(targets.values()) if args.separate else [args.output], files)
 
@@ -87,11 +87,13 @@ def main(argv: list[str] | None = None) -> None:
     for paths, imgs in batches:
         noise = masking.fixed_noise(args.mask_sampling, [path.name for path in paths], args.seed, grid, imgs.device)
         panels = pictures.reconstruct(model, imgs, args.mask_ratio, noise, normalise.mean, normalise.std)
-        batches.check_output(panels, paths)
+        batches.report_not_finite(panels, paths)
         count += len(paths)
-        for path, row in zip(paths, panels.cpu(), strict=True) if args.separate else ():
-            save_panels(targets[path], row)
-        parts += [] if args.separate else [panels.cpu()]
+        if args.separate:
+            for path, row in zip(paths, panels.cpu(), strict=True):
+                save_panels(targets[path], row)
+        else:
+            parts.append(panels.cpu())
 
     # Write the grid under a caption that tells where they come from.
     epoch = checkpoint.get("epoch")
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.separate:
         pictures.save(pictures.grid(torch.cat(parts), pictures.COLUMNS, caption), args.output)
     print(f"{', '.join(caption)}: {count_nouns(count, 'image')} in {args.output}")
-    inference.check_complete([batches], args.output)
+    inference.raise_if_incomplete([batches], args.output)
 
 
 if __name__ == "__main__":

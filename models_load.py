@@ -73,7 +73,7 @@ def classifier(checkpoint: dict, source: str) -> VisionTransformer:
             "main_linprobe.py"
         )
     comparison.refuse_other_pooling(source, checkpoint)
-    state, config = _with_config(checkpoint, source)
+    state, config = _weights_and_config(checkpoint, source)
     model = classifier_from_config(config)
     _load(model, state, source)
     return keep_best_head(model, checkpoint)
@@ -93,18 +93,18 @@ def encoder(checkpoint: dict, source: str) -> VisionTransformer:
     Raises:
         UserError: The file holds no such model, or an encoder with more than the models here have.
     """
-    state, config = _with_config(checkpoint, source)
+    state, config = _weights_and_config(checkpoint, source)
     config = {name: config[name] for name in ENCODER_ARGUMENTS}
     model = classifier_from_config(config | {"num_classes": 0, "global_pool": "norm.weight" not in state})
 
     # Only a decoder, a head and an unneeded norm may stay unused in the file: refuse any other surplus weight.
     names = model.state_dict().keys()
-    comparison.refuse_foreign_parts(source, set(state) - set(names) - weights.other_norm(state))
+    comparison.refuse_foreign_parts(source, set(state) - set(names) - weights.unneeded_norms(state))
     _load(model, {name: value for name, value in state.items() if name in names}, source)
     return model
 
 
-def _with_config(checkpoint: dict, source: str) -> tuple[dict[str, Tensor], dict]:
+def _weights_and_config(checkpoint: dict, source: str) -> tuple[dict[str, Tensor], dict]:
     """Return a checkpoint's weights, and the arguments of the classifier or the autoencoder that they belong to.
 
     Raises:
@@ -115,7 +115,7 @@ def _with_config(checkpoint: dict, source: str) -> tuple[dict[str, Tensor], dict
         state = add_class_position(checkpoint, source)
         described = checkpoint.get("described") or {}
         known = {name: described[name] for name in ("img_size", "num_heads") if name in described}
-        config = _classifier_from_shapes(state, source) | known
+        config = _encoder_from_shapes(state, source) | known
     if "cls_token" not in state:
         raise UserError(f"{source} does not fit: {comparison.NO_CLASS_TOKEN}")
     return state, config
@@ -196,7 +196,7 @@ def _autoencoder_from_shapes(state: dict[str, Tensor], source: str) -> dict:
     Raises:
         UserError: The encoder is none of models_vit.py, or the decoder is none of Transformer blocks.
     """
-    config, depth = _classifier_from_shapes(state, source), count_blocks(state, "decoder_blocks.")
+    config, depth = _encoder_from_shapes(state, source), count_blocks(state, "decoder_blocks.")
     if "decoder_embed.weight" not in state or not depth:
         raise UserError(
             f"{source} holds no decoder of Transformer blocks (decoder_embed, decoder_blocks), so it cannot be built "
@@ -208,7 +208,7 @@ def _autoencoder_from_shapes(state: dict[str, Tensor], source: str) -> dict:
     return {name: config[name] for name in ENCODER_ARGUMENTS} | decoder
 
 
-def _classifier_from_shapes(state: dict[str, Tensor], source: str) -> dict:
+def _encoder_from_shapes(state: dict[str, Tensor], source: str) -> dict:
     """Derive a classifier's constructor arguments from the shapes of its weights.
 
     The number of attention heads leaves no trace in the shapes: it is that of the model in SIZES with this width and

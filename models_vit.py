@@ -105,7 +105,7 @@ class ProbeHeads(nn.Module):
         return torch.stack([head(features) for head in self.heads], dim=1)
 
 
-def train_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
+def freeze_all_but_last(model: VisionTransformer, blocks: float) -> VisionTransformer:
     """Freeze the model, in place, except for its head and its last blocks (partial fine-tuning: paper, Figure 9).
 
     Args:

@@ -49,7 +49,7 @@ from util.command_line import Parser
 from util.data import transforms
 from util.data.archives import ImagePath
 from util.data.datasets import Images
-from util.data.images import Pixels, load_array
+from util.data.images import PixelSpec, load_array
 from util.data.loaders import Loading, train_loader
 from util.data.splits import DataSpec
 
@@ -86,7 +86,7 @@ def classic_transforms(size: int) -> tuple[tv.Compose, tv.Compose]:
             tv.RandomResizedCrop(size, scale=SCALE, interpolation=tv.InterpolationMode.BICUBIC),
             tv.RandomHorizontalFlip(),
             tv.ToTensor(),
-            tv.Normalize(Pixels().mean, Pixels().std),
+            tv.Normalize(PixelSpec().mean, PixelSpec().std),
         ]
     )
     finetune = create_transform(
@@ -126,7 +126,7 @@ def build_loaders(folder: Path, batch_size: int, workers: int, size: int) -> dic
     common = {"batch_size": batch_size, "num_workers": workers, "persistent_workers": workers > 0}
 
     def scripts(transform: Callable, place: Path = folder) -> DataLoader:
-        return train_loader(DataSpec(str(place)), transform, Pixels(), loading).loader
+        return train_loader(DataSpec(str(place)), transform, PixelSpec(), loading).loader
 
     def usual(dataset: Dataset) -> DataLoader:
         return DataLoader(dataset, shuffle=True, drop_last=True, **common)
@@ -228,7 +228,7 @@ def measure_listing(files: int, packed: bool) -> dict[str, float]:
         # Opening the loader lists them.
         start = time.perf_counter()
         transform = transforms.Crop(8, SCALE)
-        loader = train_loader(DataSpec(temporary), transform, Pixels(), Loading(500, 1, False, 0, CPU))
+        loader = train_loader(DataSpec(temporary), transform, PixelSpec(), Loading(500, 1, False, 0, CPU))
         took = time.perf_counter() - start
 
         # After a tenth of an epoch everything is imported; from there on memory grows only by what touching the list

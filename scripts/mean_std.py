@@ -20,7 +20,7 @@ from util import checks, errors, inference, options
 from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.datasets import TRIES
-from util.data.images import BadImage, Pixels, load_array
+from util.data.images import BadImage, PixelSpec, load_array
 from util.errors import UserError, raise_problems
 from util.words import count_nouns
 
@@ -69,7 +69,7 @@ def _blocks(pixels: np.ndarray) -> Iterator[np.ndarray]:
             yield pixels[top : top + SIDE, left : left + SIDE]
 
 
-def statistics(files: list[ImagePath], pixels: Pixels) -> tuple[Statistics, int]:
+def statistics(files: list[ImagePath], pixels: PixelSpec) -> tuple[Statistics, int]:
     """Read images; return their statistics, and how many of them could not be read, which stderr names.
 
     Raises:
@@ -123,8 +123,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Print --mean and --std with their values (argv defaults to the command line's)."""
     args = get_args(argv)
-    files = inference.find(args.folder, args.num, args.val_fraction, args.val_seed)
-    result, unreadable = statistics(files, Pixels(args.in_chans, max_megapixels=args.max_megapixels))
+    files = inference.find_images(args.folder, args.num, args.val_fraction, args.val_seed)
+    result, unreadable = statistics(files, PixelSpec(args.in_chans, max_megapixels=args.max_megapixels))
 
     # Training divides by the standard deviation, so that of a constant channel can't be passed on as it is.
     std = result.std()

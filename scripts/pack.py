@@ -66,7 +66,7 @@ def find_sources(sources: list[Path], output: Path) -> Iterator[tuple[Path, Pack
     if kind == "folder":
         for name, source in _splits_in(files[0]):
             folder = output / name
-            _check_apart(source.root, folder)
+            _refuse_overlap(source.root, folder)
             listing = splits.list_split(source, name or source.root.name, classes_optional=True)
             _refuse_mixture(listing)
             yield folder, from_listing(listing, [source.root])
@@ -167,7 +167,7 @@ def _holds_images(path: Path) -> bool:
     return path.is_dir() and any(map(is_image, read_folder(str(path))[1]))
 
 
-def _check_apart(source: Path, output: Path) -> None:
+def _refuse_overlap(source: Path, output: Path) -> None:
     """Raise a UserError if one of two folders lies in the other: shards would be taken for images, or the reverse."""
     source, output = source.resolve(), output.resolve()
     if source.is_relative_to(output) or output.is_relative_to(source):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util import checks, errors, options
 from util.command_line import Parser
 from util.data import datasets
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.errors import UserError, raise_problems
 from util.report import knn
@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     # Both splits must be there, with the same classes.
     data = DataSpec(str(args.data_path), args.val_fraction, args.val_seed)
     train_images, val_images = (
-        datasets.open_split(datasets.EvalImages, data, split, None, Pixels()) for split in ("train", "val")
+        datasets.open_split(datasets.EvalImages, data, split, None, PixelSpec()) for split in ("train", "val")
     )
-    datasets.check_classes(train_images, val_images, len(val_images.classes))
+    datasets.refuse_class_mismatch(train_images, val_images, len(val_images.classes))
     if len(np.unique(train_images.targets)) < 2:
         raise UserError(f"{args.data_path} has images of one class, and this baseline needs two or more to tell apart")
 

@@ -154,7 +154,7 @@ def validation_images(source: Path) -> Iterator[tuple[str, int, WriteFile]]:
                 yield Path(member.name).name, member.size, partial(_extract, tar, member)
 
 
-def check_labels(labels: list[str]) -> Counter:
+def count_labels(labels: list[str]) -> Counter:
     """Return the number of validation images of each class.
 
     Raises:
@@ -197,7 +197,7 @@ def prepare_val(source: Path, labels: list[str], output: Path) -> None:
         UserError: The labels do not name 50 images of each of 1,000 classes (then nothing is written), or output/val
             in the end does not hold 50 of each, or holds other folders.
     """
-    expected = check_labels(labels)
+    expected = count_labels(labels)
     _refuse_archives(output / "val")
     written = 0
     for name, size, write in validation_images(source):
@@ -317,7 +317,7 @@ def pack_val(source: Path, labels: list[str], output: Path) -> None:
         UserError: The labels do not name 50 images of each of 1,000 classes, the source does not hold 50 of each, or
             the shards can't be written. In the first two cases nothing is written.
     """
-    expected = check_labels(labels)
+    expected = count_labels(labels)
     if source.is_dir():
         found = [(path.name, (path, 0, path.stat().st_size)) for path in sorted(source.glob("*.JPEG"))]
     else:

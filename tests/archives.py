@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from util.data import archive_index, datasets, splits
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 
 
@@ -38,7 +38,7 @@ def listed(data: Path, split: str = "train", classes_optional: bool = False) -> 
 
 def opened(data: Path, split: str = "train", kind: type = datasets.Images, **more: object) -> datasets.Images:
     """Open a split as a run does; `more` are arguments of open_split."""
-    return datasets.open_split(kind, DataSpec(str(data)), split, None, Pixels(), **more)
+    return datasets.open_split(kind, DataSpec(str(data)), split, None, PixelSpec(), **more)
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes, **header: object) -> None:

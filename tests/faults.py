@@ -82,7 +82,7 @@ def kill_after_log_line(number: int) -> None:
 
 def fill_disk(megabytes: float) -> None:
     """Let no file grow beyond so many megabytes, from the second checkpoint on."""
-    write = misc.write
+    write = misc.write_checkpoint
     saves = [0]
 
     def limited(state, paths):
@@ -91,7 +91,7 @@ def fill_disk(megabytes: float) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
         write(state, paths)
 
-    misc.write = limited
+    misc.write_checkpoint = limited
 
 
 def nan_loss(rank: int, first: int) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.data.images import Pixels, decode
+from util.data.images import PixelSpec, decode
 
 RANDOM = np.random.default_rng(0)
 PICTURE = np.kron(RANDOM.integers(0, 256, (5, 7, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 40 x 56, in squares
@@ -87,7 +87,7 @@ def tiff_of(array, **more):
 
 def assert_is_the_picture(data, form, **more):
     for exif in (False, True):
-        rgb = decode(f"a.{form}", data, Pixels(exif=exif, **more))
+        rgb = decode(f"a.{form}", data, PixelSpec(exif=exif, **more))
         assert rgb.shape == (H, W, 3)
         assert np.abs(rgb.astype(int) - PICTURE).mean() <= (0 if form in ("png", "webp", "tif") else 8)
-        assert decode(f"a.{form}", data, Pixels(1, exif=exif)).shape == (H, W, 1)
+        assert decode(f"a.{form}", data, PixelSpec(1, exif=exif)).shape == (H, W, 1)

@@ -120,14 +120,14 @@ def test_the_pixel_baseline_reads_archives(images, tmp_path, capsys):
 def test_archives_beside_images_are_left_out_of_what_is_named(tmp_path, capsys):
     """A folder of downloads may hold images and archives; a folder of archives alone is read."""
     archives.write(tmp_path / "x/0.tar", {"a/1.png": b"", "a/2.txt": b""})
-    assert [str(path) for path in inference.find([tmp_path / "x"])] == [f"{tmp_path}/x/0.tar/a/1.png"]
+    assert [str(path) for path in inference.find_images([tmp_path / "x"])] == [f"{tmp_path}/x/0.tar/a/1.png"]
     assert "1 file of other kinds (.txt 1)" in capsys.readouterr().err
     (tmp_path / "x/2.png").touch()
-    assert inference.find([tmp_path / "x"]) == [tmp_path / "x/2.png"]
+    assert inference.find_images([tmp_path / "x"]) == [tmp_path / "x/2.png"]
     assert "1 file of other kinds (.tar 1)" in capsys.readouterr().err
     with pytest.raises(UserError, match="gunzip"):
         (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b123456")
-        inference.find([tmp_path / "x.tar.gz"])
+        inference.find_images([tmp_path / "x.tar.gz"])
 
 
 @pytest.mark.slow

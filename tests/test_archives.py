@@ -195,7 +195,7 @@ def test_different_numbers_of_numbered_classes_are_said_with_the_remedy(tmp_path
     archives.write(tmp_path / "val/0.tar", sample("x", 0))
     splits_ = opened(tmp_path), opened(tmp_path, "val", datasets.EvalImages)
     with pytest.raises(UserError, match="only in .*train: class_1; a classes.txt in --data_path names"):
-        datasets.check_classes(*splits_, 2)
+        datasets.refuse_class_mismatch(*splits_, 2)
 
 
 # Pre-training without classes.
@@ -240,7 +240,7 @@ def test_an_archive_without_end_mark_is_read_with_a_notice(tmp_path, capsys):
 
 def test_scripts_say_that_an_archive_has_no_end_mark(tmp_path, capsys):
     (tmp_path / "some.tar").write_bytes(raw("a/1.png", PNG))
-    assert len(inference.find([tmp_path / "some.tar"])) == 1
+    assert len(inference.find_images([tmp_path / "some.tar"])) == 1
     assert "1 archive without an end mark, of which a part may be missing" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 
 from util.data import transforms
-from util.data.images import Pixels, load_array
+from util.data.images import PixelSpec, load_array
 from util.data.loaders import DeviceLoader, collate
 from util.data.transforms import CentreCrop, Crop, FinetuneTransform, random_box, replace_posterize
 from util.rng import seed_all
@@ -18,7 +18,7 @@ from util.rng import seed_all
 PHOTO = Path(__file__).parent / "photos" / "astronaut.jpg"
 PHOTOS = sorted(PHOTO.parent.glob("*.jpg"))
 RECIPE = "rand-m9-mstd0.5-inc1"  # --aa of the published fine-tuning
-AS_THEY_ARE = Pixels(3, (0.0,) * 3, (1.0,) * 3)  # normalisation that changes nothing
+AS_THEY_ARE = PixelSpec(3, (0.0,) * 3, (1.0,) * 3)  # normalisation that changes nothing
 
 
 def create_timms(size, pixels=AS_THEY_ARE, aa=None, **more):
@@ -151,7 +151,7 @@ def test_finetuning_crops_and_flips_are_distributed_as_timms(shape, monkeypatch)
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_crops_in_pillows_order_of_channels_have_the_same_pixels(channels):
-    pixels, crop = load_array(str(PHOTO), Pixels(channels)), Crop((40, 56), (0.08, 1.0))
+    pixels, crop = load_array(str(PHOTO), PixelSpec(channels)), Crop((40, 56), (0.08, 1.0))
     for seed in range(20):
         random.seed(seed)
         usual = crop(pixels)
@@ -190,7 +190,7 @@ def test_finetuning_pixels_are_those_of_timms_crop_of_the_same_box(monkeypatch):
 )
 def test_what_follows_the_crop_is_timms_bit_for_bit(policy, jitter, channels, size):
     """For the same random numbers, timm's parts after its own crop make the same of a crop for pre-training."""
-    pixels = Pixels(channels, *Pixels.default_mean_std(channels))
+    pixels = PixelSpec(channels, *PixelSpec.default_mean_std(channels))
     image = load_array(str(PHOTO), pixels)
     ours = FinetuneTransform(size, (0.08, 1.0), jitter, policy, 0.5, "rand", 2, pixels)
     more = {"color_jitter": jitter, "re_prob": 0.5, "re_mode": "rand", "re_count": 2, "separate": True}
@@ -241,7 +241,7 @@ def test_operations_of_randaugment_are_distributed_as_timms():
 @pytest.mark.parametrize(("mode", "count", "dtype"), [("pixel", 1, np.uint8), ("const", 3, np.float32)])
 def test_erased_boxes_are_distributed_as_timms(mode, count, dtype):
     """Grey pixels that were erased have another value; what is no 8-bit image is erased in the same way."""
-    grey, moments = np.full((40, 50, 3), 200, np.uint8), Pixels(3, (0.4,) * 3, (0.25,) * 3)
+    grey, moments = np.full((40, 50, 3), 200, np.uint8), PixelSpec(3, (0.4,) * 3, (0.25,) * 3)
     pixels = grey if dtype == np.uint8 else (grey / 255).astype(np.float32)
     transform = FinetuneTransform(32, (0.08, 1.0), None, "none", 0.25, mode, count, moments)
     _, _, final = create_timms(32, moments, re_prob=0.25, re_mode=mode, re_count=count, separate=True)

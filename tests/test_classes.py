@@ -23,7 +23,7 @@ import models_vit
 from util.amp import LossScaler
 from util.data import datasets, loaders
 from util.data.class_names import read_class_names
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop, Crop
 from util.errors import UserError
@@ -135,7 +135,7 @@ def expected_figures(file, root, numbers):
     """Compute top-1, top-5 and loss of a file's logits, restricted by hand to the classes of these numbers."""
     checkpoint = torch.load(file, weights_only=True)
     model = models_load.classifier(checkpoint, str(file)).eval()
-    images = datasets.open_split(datasets.EvalImages, DataSpec(str(root)), "val", CentreCrop(28), Pixels())
+    images = datasets.open_split(datasets.EvalImages, DataSpec(str(root)), "val", CentreCrop(28), PixelSpec())
     loader = loaders.eval_loader(images, loaders.Loading(50, 0, False, 0, CPU), distributed=False)
     with torch.inference_mode():
         logits, targets = zip(*((model(imgs)[:, numbers], targets) for imgs, targets in loader), strict=True)
@@ -211,7 +211,9 @@ def test_a_part_of_the_classes_gives_the_same_on_two_ranks_for_every_head_of_a_s
         {key: value for key, value in content["model_config"].items() if key != "model"}
     )
     model.load_state_dict(content["model"])
-    part = datasets.open_split(datasets.EvalImages, DataSpec(str(tmp_path / "part")), "val", CentreCrop(28), Pixels())
+    part = datasets.open_split(
+        datasets.EvalImages, DataSpec(str(tmp_path / "part")), "val", CentreCrop(28), PixelSpec()
+    )
     loader = loaders.eval_loader(part, loaders.Loading(21, 0, False, 0, CPU), distributed=False)
     imgs, targets = next(iter(loader))
     with torch.inference_mode():
@@ -306,11 +308,11 @@ def test_balanced_weights_are_scikit_learns(tmp_path):
     utils = pytest.importorskip("sklearn.utils.class_weight")
     data = DataSpec(str(unequal(tmp_path, bag=40, coat=8, dress=2)))
     loading = loaders.Loading(10, 0, False, 0, CPU)
-    loader = loaders.train_loader(data, Crop(28, (1.0, 1.0)), Pixels(), loading)
+    loader = loaders.train_loader(data, Crop(28, (1.0, 1.0)), PixelSpec(), loading)
     targets = loader.dataset.images.targets
     expected = utils.compute_class_weight("balanced", classes=np.arange(3), y=targets)
     assert loader.class_weights("balanced").tolist() == pytest.approx(expected.tolist())
-    part = loaders.train_loader(data, Crop(28, (1.0, 1.0)), Pixels(), loading, fraction=0.5)
+    part = loaders.train_loader(data, Crop(28, (1.0, 1.0)), PixelSpec(), loading, fraction=0.5)
     assert part.class_weights("balanced").tolist() == pytest.approx([25 / 60, 25 / 12, 25 / 3])
 
 

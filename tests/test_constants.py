@@ -15,7 +15,7 @@ import models_mae
 import models_vit
 from util import masking, optim
 from util.amp import LossScaler
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.transforms import CentreCrop
 from util.lr_sched import CosineSchedule
 from util.report import knn, pictures
@@ -160,9 +160,9 @@ def test_warm_up_starts_at_zero_and_the_cosine_ends_at_the_minimum():
 
 
 def test_images_are_normalised_and_cropped_as_imagenets():
-    pixels = Pixels()
+    pixels = PixelSpec()
     assert pixels.mean == pytest.approx((0.485, 0.456, 0.406)) and pixels.std == pytest.approx((0.229, 0.224, 0.225))
-    assert Pixels.from_args({}, 4) == Pixels(4, (0, 0, 0, 0), (1, 1, 1, 1))
+    assert PixelSpec.from_args({}, 4) == PixelSpec(4, (0, 0, 0, 0), (1, 1, 1, 1))
     # The short side becomes 224 / (224/256) = 256; above 224 there is no margin.
     img = np.zeros((300, 512, 3), np.uint8)
     for size, margin in ((224, 224 / 256), (256, 1.0)):

@@ -11,7 +11,7 @@ from PIL import Image
 from runs import same
 
 from util import misc
-from util.data.images import BadImage, Pixels, load_array
+from util.data.images import BadImage, PixelSpec, load_array
 from util.errors import UserError
 
 TESTS = Path(__file__).parent
@@ -78,14 +78,14 @@ def test_a_damaged_image_is_an_array_or_a_bad_image(form, tmp_path, capfd):
     data, chance = photo(form), random.Random(form)
     file = tmp_path / f"x.{ending}"
     file.write_bytes(data)
-    assert load_array(str(file), Pixels(exif=True)).shape == ((60, 45, 3) if b"a picture" in data else (45, 60, 3))
+    assert load_array(str(file), PixelSpec(exif=True)).shape == ((60, 45, 3) if b"a picture" in data else (45, 60, 3))
     bad = 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(300):
             file.write_bytes(damage(data, chance))
             try:
-                array = load_array(str(file), Pixels(exif=True, max_megapixels=1.0))
+                array = load_array(str(file), PixelSpec(exif=True, max_megapixels=1.0))
             except BadImage as error:
                 bad += 1
                 assert str(error).startswith(str(file)) and "\n" not in str(error)

@@ -17,7 +17,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from util.data import loaders
-from util.data.images import BadImage, Pixels, load_array
+from util.data.images import BadImage, PixelSpec, load_array
 from util.data.splits import DataSpec
 from util.errors import LocalError, UserError
 
@@ -219,7 +219,7 @@ def test_replacements_are_the_same_for_any_number_of_workers(data):
 
     def batches(workers):
         loader = loaders.train_loader(
-            DataSpec(str(data)), to_tensor, Pixels(), loaders.Loading(16, workers, False, 0, CPU)
+            DataSpec(str(data)), to_tensor, PixelSpec(), loaders.Loading(16, workers, False, 0, CPU)
         )
         loader.sampler.set_epoch(3)
         return torch.cat([imgs for imgs, _ in loader])
@@ -232,7 +232,7 @@ def to_tensor(img):
 
 
 def test_loading_leaves_the_training_loops_random_streams_alone(images):
-    loader = loaders.train_loader(DataSpec(str(images)), to_tensor, Pixels(), loaders.Loading(16, 0, False, 0, CPU))
+    loader = loaders.train_loader(DataSpec(str(images)), to_tensor, PixelSpec(), loaders.Loading(16, 0, False, 0, CPU))
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -246,7 +246,7 @@ def test_hidden_files_are_no_images(data):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "b.png").write_bytes(b"thumbnail")
     (data / "train" / ".ipynb_checkpoints").mkdir()
-    loader = loaders.train_loader(DataSpec(str(data)), to_tensor, Pixels(), loaders.Loading(16, 0, False, 0, CPU))
+    loader = loaders.train_loader(DataSpec(str(data)), to_tensor, PixelSpec(), loaders.Loading(16, 0, False, 0, CPU))
     assert len(loader.dataset) == 80 and len(loader.dataset.images.classes) == 10
 
 
@@ -298,17 +298,17 @@ def test_cmyk_and_animations(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert load_array(str(tmp_path / "a.gif"))[0, 0].tolist() == [255, 0, 0]
-    assert load_array(str(tmp_path / "a.gif"), Pixels(4))[0, 0].tolist() == [255, 0, 0, 255]
+    assert load_array(str(tmp_path / "a.gif"), PixelSpec(4))[0, 0].tolist() == [255, 0, 0, 255]
 
 
 def test_files_of_one_kind_have_one_scale(tmp_path):
     """Whether integers have 16 bits follows from the file format, not from the values in a file."""
     for low, high in ((0, 60000), (0, 99956)):
         Image.fromarray(np.array([[low, high]], np.int32)).save(tmp_path / "i.tif")
-        assert load_array(str(tmp_path / "i.tif"), Pixels(1)).ravel().tolist() == [low, high]
+        assert load_array(str(tmp_path / "i.tif"), PixelSpec(1)).ravel().tolist() == [low, high]
     Image.fromarray(np.array([[0, 13107]], np.uint16)).save(tmp_path / "16.png")
-    assert load_array(str(tmp_path / "16.png"), Pixels(1)).ravel() == pytest.approx([0, 0.2])
-    rgba = load_array(str(tmp_path / "16.png"), Pixels(4))
+    assert load_array(str(tmp_path / "16.png"), PixelSpec(1)).ravel() == pytest.approx([0, 0.2])
+    rgba = load_array(str(tmp_path / "16.png"), PixelSpec(4))
     assert rgba[0].tolist() == [[0, 0, 0, 255], [51, 51, 51, 255]]
     np.save(tmp_path / "a.npy", np.ones((2, 2, 3), np.uint8))
     (tmp_path / "a.npy").rename(tmp_path / "A.NPY")
@@ -325,7 +325,7 @@ def test_orientation_is_applied_only_when_asked_for(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees
     img.save(tmp_path / "turned.jpg", exif=exif)
     assert load_array(str(tmp_path / "turned.jpg")).shape == (4, 8, 3)
-    assert load_array(str(tmp_path / "turned.jpg"), Pixels(exif=True)).shape == (8, 4, 3)
+    assert load_array(str(tmp_path / "turned.jpg"), PixelSpec(exif=True)).shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"not an image", None])

@@ -59,7 +59,7 @@ def test_what_a_signals_handler_raises_amid_saving_is_not_hidden_by_the_saving(t
 
     monkeypatch.setattr(files._NotingErrors, "write", interrupted)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        files.write({"model": torch.ones(1000)}, [tmp_path / "checkpoint-0.pth"])
+        files.write_checkpoint({"model": torch.ones(1000)}, [tmp_path / "checkpoint-0.pth"])
     assert not list(tmp_path.iterdir())
 
 

@@ -65,7 +65,7 @@ def recorder(monkeypatch):
 
 def test_checkpoints_are_on_the_disk_before_they_have_their_names(recorder, tmp_path):
     paths = [tmp_path / "checkpoint-0.pth", tmp_path / "checkpoint-last.pth"]
-    files.write({"model": {"weight": torch.ones(3)}}, paths)
+    files.write_checkpoint({"model": {"weight": torch.ones(3)}}, paths)
     recorder.check(*paths)
     assert len(recorder.synced) == 3  # both files and the folder
 

@@ -17,7 +17,7 @@ from util.lars import LARS
 from util.lr_sched import CosineSchedule
 from util.report.flops import count_flops
 from util.report.meters import Meters, _Progress
-from util.updater import Updater, split_into_groups
+from util.updater import Updater, locate_in_group
 
 CPU = torch.device("cpu")
 CONSTANT = CosineSchedule(0.1, 0.1, 0, 1)
@@ -73,7 +73,7 @@ def test_the_loss_of_fine_tuning_in_bf16_is_taken_in_float32():
 
 
 def test_micro_steps_cover_an_epoch():
-    parts = [split_into_groups(step, 7, 3) for step in range(7)]
+    parts = [locate_in_group(step, 7, 3) for step in range(7)]
     assert [p.size for p in parts] == [3, 3, 3, 3, 3, 3, 1]
     assert [p.first for p in parts] == [True, False, False, True, False, False, True]
     assert [p.last for p in parts] == [False, False, True, False, False, True, True]

@@ -26,7 +26,7 @@ from util.checkpoint import weights
 from util.checkpoint.configurations import from_hugging_face_config, is_model_config, preprocessing
 from util.checkpoint.files import load_checkpoint
 from util.checkpoint.formats import recognise, to_hugging_face
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.transforms import CentreCrop
 from util.errors import UserError
 from util.misc import Checkpoints, Position
@@ -200,7 +200,7 @@ def test_hugging_faces_image_processor_sees_what_evaluation_sees(side, flags, tm
     picture = Image.open(file).convert("RGB")
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
     ours = CentreCrop(side, flags.get("crop_pct"))(np.array(picture)) / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (Pixels().mean, Pixels().std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (PixelSpec().mean, PixelSpec().std))
     assert theirs.shape == ours.shape and ((ours - mean) / std - theirs).abs().mean() < 0.02
 
 
@@ -306,7 +306,7 @@ def test_an_encoder_that_goes_out_keeps_its_shape_and_pixels(tmp_path, capsys):
         trunk = models_load.encoder(back, str(folder)).eval()
         imgs = random_images(model)
         assert torch.equal(trunk.forward_features(imgs), ours.forward_features(imgs))
-        assert Pixels.from_args(back["args"], 3).mean == (0.3,) * 3
+        assert PixelSpec.from_args(back["args"], 3).mean == (0.3,) * 3
         fresh = classifier("small", global_pool=True)
         weights.load_pretrained(str(folder), fresh, {"mean": [0.485, 0.456, 0.406]})
         said = capsys.readouterr().out
@@ -349,7 +349,7 @@ def test_the_crop_is_that_of_hugging_faces_image_processor(processor, expected, 
 )
 def test_the_pixels_are_those_of_hugging_faces_image_processor(processor, mean, std, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
-    found = Pixels.from_args(preprocessing(tmp_path, {"model_type": "vit"}), 3)
+    found = PixelSpec.from_args(preprocessing(tmp_path, {"model_type": "vit"}), 3)
     assert (list(found.mean), list(found.std)) == (mean, std)
 
 
@@ -387,7 +387,7 @@ def test_an_export_takes_the_place_of_another_in_the_same_folder(tmp_path):
     for to in ("timm", "encoder"):
         export(first, "hf", tmp_path / "out")
         back = load_checkpoint(str(export(second, to, tmp_path / "out")))
-        assert Pixels.from_args(back["args"], 3).mean == (0.9,) * 3 and "head.weight" not in back["model"]
+        assert PixelSpec.from_args(back["args"], 3).mean == (0.9,) * 3 and "head.weight" not in back["model"]
 
 
 @pytest.mark.parametrize("source", ["", "model.safetensors"])

@@ -20,7 +20,7 @@ import main_pretrain
 from util import inference
 from util.data import datasets, loaders
 from util.data.holdout import choose_held_out
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop
 from util.errors import UserError
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 def names(data, split, **more):
     """Return the names of the images of a split, relative to it."""
-    images = datasets.open_split(datasets.EvalImages, data, split, None, Pixels(), **more)
+    images = datasets.open_split(datasets.EvalImages, data, split, None, PixelSpec(), **more)
     return [images.name(index) for index in range(len(images))]
 
 
@@ -121,7 +121,7 @@ def test_folders_and_archives_are_divided_alike(folder, tmp_path, form):
     assert parts(packed_folder) == expected
     specs = [DataSpec(str(place), 0.25) for place in (packed_folder, folder)]
     for split in ("train", "val"):
-        packed, loose = (datasets.open_split(datasets.EvalImages, spec, split, None, Pixels()) for spec in specs)
+        packed, loose = (datasets.open_split(datasets.EvalImages, spec, split, None, PixelSpec()) for spec in specs)
         assert (packed.targets == loose.targets).all()
         for index in (0, len(loose) // 2, len(loose) - 1):
             assert (packed[index][0] == loose[index][0]).all()
@@ -142,13 +142,13 @@ def test_pretraining_holds_out_what_fine_tuning_does_and_images_without_classes_
         place.parent.mkdir(exist_ok=True)
         place.symlink_to(file.resolve())
     train, _ = parts(tmp_path / "mixed", classes_optional=True)
-    found = inference.find([tmp_path / "mixed"], val_fraction=0.25)
+    found = inference.find_images([tmp_path / "mixed"], val_fraction=0.25)
     assert sorted(str(file.relative_to(tmp_path / "mixed")) for file in found) == sorted(train)
 
 
 def held_out_on_ranks(path):
     data, loading = DataSpec(str(path), 0.25), loaders.Loading(4, 0, False, 0, CPU)
-    train, val = loaders.classifier_loaders(data, 4, CentreCrop(28), CentreCrop(28), Pixels(), loading)
+    train, val = loaders.classifier_loaders(data, 4, CentreCrop(28), CentreCrop(28), PixelSpec(), loading)
     trained = [train.dataset.images.name(index) for index in range(len(train.dataset))]
     return trained, [val.dataset.name(index) for index in range(len(val.dataset))]
 

@@ -12,7 +12,7 @@ from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
 
 from util.data import datasets, images, loaders, splits, transforms
-from util.data.images import Pixels, load_array
+from util.data.images import PixelSpec, load_array
 from util.data.splits import DataSpec
 
 PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
@@ -101,14 +101,14 @@ def test_flipped_pixels_are_the_same_ones_mirrored():
 
 def test_batches_are_normalised_exactly_as_totensor_and_normalize_do():
     picture = Image.open(PHOTOS[0])
-    usual = tv.Compose([tv.ToTensor(), tv.Normalize(Pixels().mean, Pixels().std)])
+    usual = tv.Compose([tv.ToTensor(), tv.Normalize(PixelSpec().mean, PixelSpec().std)])
     batch = (torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], torch.zeros(1))
 
     class Loader(list):
         dataset = sampler = None
         num_workers = 0
 
-    feed = loaders.DeviceLoader(Loader([batch]), torch.device("cpu"), Pixels())
+    feed = loaders.DeviceLoader(Loader([batch]), torch.device("cpu"), PixelSpec())
     ((imgs, _),) = feed
     assert torch.equal(imgs[0], usual(picture))
 
@@ -158,7 +158,7 @@ def test_same_seed_gives_the_same_crops_for_any_number_of_workers(tmp_path):
         loader = loaders.train_loader(
             DataSpec(str(tmp_path)),
             transforms.Crop(32, (0.2, 1.0)),
-            Pixels(),
+            PixelSpec(),
             loaders.Loading(5, workers, True, 7, torch.device("cpu")),
         )
         loader.sampler.set_epoch(3)
@@ -183,6 +183,6 @@ def test_the_listing_is_torchvisions(tmp_path):
     root = make_class_folders(tmp_path, 12)
     (root / "a" / ".hidden.jpg").unlink(), (root / "b" / ".hidden.jpg").unlink()
     theirs = ImageFolder(root)
-    ours = datasets.Images(root, splits.list_split(splits.source_at(root), "train"), None, Pixels())
+    ours = datasets.Images(root, splits.list_split(splits.source_at(root), "train"), None, PixelSpec())
     assert list(ours.samples) == [ours.samples[i] for i in range(len(ours))] == theirs.samples
     assert ours.targets.tolist() == theirs.targets and ours.class_to_idx == theirs.class_to_idx

@@ -17,7 +17,7 @@ import main_predict
 import main_pretrain
 from util import inference
 from util.data import datasets, listing, splits
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.errors import UserError
 
@@ -110,7 +110,7 @@ def test_images_beside_a_validation_split_and_a_run_are_listed_without_theirs(tm
     assert str(train.left_out) == f"3 folders of other splits or of runs ({folders})"
     _, val = splits.list_part(DataSpec(str(tmp_path)), "val")
     assert val.name(0) == "a/4.png" and str(val.left_out) == ""
-    found = inference.find([tmp_path])  # for a script, all folders but the run's are images
+    found = inference.find_images([tmp_path])  # for a script, all folders but the run's are images
     assert sorted(str(file.relative_to(tmp_path)) for file in found) == sorted(names[:-1])
 
 
@@ -133,7 +133,7 @@ for closed in ("a/deep", "a", "."):
         before = (root / closed).stat().st_mode
         (root / closed).chmod(mode)
         try:
-            said[f"{closed} {mode:o}"] = len(inference.find([root]))
+            said[f"{closed} {mode:o}"] = len(inference.find_images([root]))
         except (UserError, OSError) as error:
             said[f"{closed} {mode:o}"] = f"{type(error).__name__}: {error}"
         (root / closed).chmod(before)
@@ -192,7 +192,7 @@ def test_one_notice_counts_all_that_is_left_out(tree, capsys):
     (tree / "b" / "up").symlink_to("..")
     (tree / "notes.txt").touch()
     shutil.copy(tree / "a" / "1.png", tree / "stray.png")
-    images = datasets.open_split(datasets.Images, DataSpec(str(tree.parent)), "train", None, Pixels())
+    images = datasets.open_split(datasets.Images, DataSpec(str(tree.parent)), "train", None, PixelSpec())
     assert len(images) == 5
     notice, end = capsys.readouterr().out.split("\n", 1)
     assert end == ""
@@ -229,6 +229,6 @@ def test_a_folder_of_unreadable_kinds_names_them(tree, tmp_path):
     for file in (tree / "b").iterdir():
         file.rename(file.with_suffix(".cr2"))
     with pytest.raises(UserError, match=r"no images in .*train/b: .* 2 files of other kinds \(.cr2 2\)"):
-        datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, Pixels())
+        datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, PixelSpec())
     with pytest.raises(UserError, match=r"no images in .*/b: name a folder .*\(.cr2 2\)"):
         main_predict.main(["--resume", "x", "--images", str(tree / "b"), "--output", str(tmp_path / "p.csv")])

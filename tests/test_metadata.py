@@ -22,7 +22,7 @@ from odd_pictures import (
 from PIL import Image
 
 from util.data import pillow
-from util.data.images import BadImage, Pixels, decode
+from util.data.images import BadImage, PixelSpec, decode
 
 # Outside of pytest, which brings filters of its own, what Pillow warns of single files is silenced by util.data.pillow.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("UserWarning", "RuntimeWarning")]
@@ -63,7 +63,7 @@ PNG_CHUNKS = {
 @pytest.mark.parametrize("kind", PNG_CHUNKS)
 def test_broken_chunks_of_a_png_do_not_matter(kind, behind_pixels, exif):
     data = png_with(PNG_CHUNKS[kind], behind_pixels)
-    assert np.array_equal(decode("a.png", data, Pixels(exif=exif)), PICTURE)
+    assert np.array_equal(decode("a.png", data, PixelSpec(exif=exif)), PICTURE)
 
 
 @pytest.mark.parametrize("mode", ["P", "LA", "1", "I;16", "RGBA"])
@@ -76,8 +76,8 @@ def test_what_pixels_need_survives_broken_chunks(mode):
     for chunk in (PNG_CHUNKS["pHYs short"], PNG_CHUNKS["iCCP too long"]):
         for channels in (1, 3, 4):
             data = png_with(chunk, png=whole.getvalue())
-            expected = decode("a.png", whole.getvalue(), Pixels(channels))
-            assert np.array_equal(decode("a.png", data, Pixels(channels)), expected)
+            expected = decode("a.png", whole.getvalue(), PixelSpec(channels))
+            assert np.array_equal(decode("a.png", data, PixelSpec(channels)), expected)
 
 
 def damaged_pngs():
@@ -102,7 +102,7 @@ def damaged_pngs():
 @pytest.mark.parametrize("kind", damaged_pngs())
 def test_a_png_with_damaged_pixels_stays_bad(kind):
     with pytest.raises(BadImage, match="a.png"):
-        decode("a.png", damaged_pngs()[kind], Pixels())
+        decode("a.png", damaged_pngs()[kind], PixelSpec())
 
 
 def exif_with(entry, more=b"", count=1):
@@ -157,7 +157,7 @@ def test_known_orientations_are_applied_as_pillow_does(number, form, monkeypatch
     for library in ("with simplejpeg", None):
         if library is None:
             monkeypatch.setattr("util.data.images.simplejpeg", None)
-        assert np.array_equal(decode(f"a.{form}", data, Pixels(exif=True)), turned)
+        assert np.array_equal(decode(f"a.{form}", data, PixelSpec(exif=True)), turned)
 
 
 @pytest.mark.parametrize("value", ["6", b"6", [6], (6, 1), 6.0, None, 0, 9, -1])
@@ -179,8 +179,8 @@ def test_a_whole_orientation_counts_beside_other_metadata_that_is_broken():
         "jpg": jpeg_with((0xE1, TURNED), (0xE2, b"ICC_PROFILE\0")),
         "webp": webp((b"EXIF", TURNED), (b"XMP ", b"abcd", 400)),
     }.items():
-        assert decode(f"a.{form}", data, Pixels(1, exif=True)).shape == (W, H, 1), form
-        assert decode(f"a.{form}", data, Pixels(1)).shape == (H, W, 1), form
+        assert decode(f"a.{form}", data, PixelSpec(1, exif=True)).shape == (W, H, 1), form
+        assert decode(f"a.{form}", data, PixelSpec(1)).shape == (H, W, 1), form
 
 
 MPF = b"MPF\0II*\0" + struct.pack("<IH", 8, 2)
@@ -229,7 +229,7 @@ def test_a_webp_with_damaged_pixels_stays_bad():
     lossy = encode("WEBP", noise(99, 99, 3), exif=TURNED)
     for damaged in (data[:at], data[:at] + data[at + 7 :], lossy[:600], lossy[:600] + lossy[607:]):
         with pytest.raises(BadImage):
-            decode("a.webp", damaged, Pixels())
+            decode("a.webp", damaged, PixelSpec())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_gif_with_an_odd_extension_keeps_its_transparency():
     at = 13 + (3 << ((data[10] & 7) + 1))
     assert data[at : at + 2] == b"!\xf9"
     for odd in (b"", b"!\xf9\1\1\0", b"!\xff\0"):
-        rgb = decode("a.gif", data[:at] + odd + data[at:], Pixels())
+        rgb = decode("a.gif", data[:at] + odd + data[at:], PixelSpec())
         assert rgb[0, 0].tolist() == [255, 255, 255] and rgb[1, 1].tolist() == [0, 0, 255]  # laid over white
 
 

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import center_crop
 from scripts import mean_std
 from util import errors, inference, options
 from util.data import datasets, pillow, transforms
-from util.data.images import EXTENSIONS, FORMATS, BadImage, Pixels, decode
+from util.data.images import EXTENSIONS, FORMATS, BadImage, PixelSpec, decode
 from util.errors import UserError
 
 # Outside of pytest, which brings filters of its own, what Pillow warns of single files is silenced by util.data.pillow.
@@ -70,7 +70,7 @@ def test_a_strip_takes_little_memory_in_every_transform(shape, channels, dtype, 
     monkeypatch.setattr(F, "interpolate", interpolate)
     pixels, ones = noise(*shape, channels, dtype=dtype), (1.0,) * channels
     finetune = transforms.FinetuneTransform(
-        64, (0.08, 1), None, "rand-m9-mstd0.5-inc1", 0.25, "pixel", 1, Pixels(channels, ones, ones)
+        64, (0.08, 1), None, "rand-m9-mstd0.5-inc1", 0.25, "pixel", 1, PixelSpec(channels, ones, ones)
     )
     crops = [transforms.Crop(64, (0.2, 1)), transforms.Crop(64, (0.2, 1), one_draw=True), finetune]
     for seed in range(3):
@@ -105,8 +105,8 @@ TRANSPARENT = {  # bits, and a PNG whose first pixel is transparent; the second 
 @pytest.mark.parametrize("bits", TRANSPARENT)
 def test_what_is_transparent_becomes_white_at_every_depth(bits, exif):
     data, second = TRANSPARENT[bits]
-    assert decode("a.png", data, Pixels(exif=exif)).tolist() == [[[255] * 3, second]]
-    grey = decode("a.png", data, Pixels(1, exif=exif))
+    assert decode("a.png", data, PixelSpec(exif=exif)).tolist() == [[[255] * 3, second]]
+    grey = decode("a.png", data, PixelSpec(1, exif=exif))
     assert grey[0, 0, 0] == (1 if grey.dtype == np.float32 else 255) > grey[0, 1, 0] or bits == "1"
 
 
@@ -188,7 +188,7 @@ def large_files():
 def test_pages_are_checked_whatever_pillow_does(monkeypatch):
     monkeypatch.setattr(Image, "_decompression_bomb_check", lambda *args, **more: None)
     with pytest.raises(BadImage, match="pages.tif: 0.15 megapixels, above the limit of 0.05"):
-        decode("pages.tif", large_files()["pages.tif"][0], Pixels(2, max_megapixels=0.05))
+        decode("pages.tif", large_files()["pages.tif"][0], PixelSpec(2, max_megapixels=0.05))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.ico", "pages.tif", "samples.tif"])
@@ -199,9 +199,9 @@ def test_a_limit_counts_for_every_way_to_decode(name, simplejpeg, monkeypatch):
         monkeypatch.setattr("util.data.images.simplejpeg", None)
     before = Image.MAX_IMAGE_PIXELS
     with pytest.raises(BadImage, match=f"{name}: 0.[01]\\d megapixels, above the limit of 0.05: raise it with --max_"):
-        decode(name, data, Pixels(channels, max_megapixels=0.05))
+        decode(name, data, PixelSpec(channels, max_megapixels=0.05))
     if name != "pages.tif":  # its pages differ in size
-        assert decode(name, data, Pixels(channels, max_megapixels=0.16)).shape[2] == channels
+        assert decode(name, data, PixelSpec(channels, max_megapixels=0.16)).shape[2] == channels
     assert before == Image.MAX_IMAGE_PIXELS
 
 
@@ -210,9 +210,9 @@ def test_the_flag_that_the_message_names_is_enough(form, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)  # a stand-in for Pillow's 89 million
     data = encode(form, noise(401, 503))
     with pytest.raises(BadImage, match="above the limit of 0.1: ") as caught:
-        decode("a", data, Pixels())
+        decode("a", data, PixelSpec())
     enough = float(str(caught.value).split("--max_megapixels ")[1].split()[0])
-    assert 0.2 < enough < 0.22 and decode("a", data, Pixels(max_megapixels=enough)).shape == (401, 503, 3)
+    assert 0.2 < enough < 0.22 and decode("a", data, PixelSpec(max_megapixels=enough)).shape == (401, 503, 3)
 
 
 def test_the_message_for_200_megapixels():
@@ -221,9 +221,9 @@ def test_the_message_for_200_megapixels():
         "a.pgm: 200 megapixels, above the limit of 179: raise it with --max_megapixels 200 if the file is to be trusted"
     )
     with pytest.raises(BadImage, match=said):
-        decode("a.pgm", data, Pixels())
+        decode("a.pgm", data, PixelSpec())
     with pytest.raises(BadImage, match="truncated"):  # it is looked at
-        decode("a.pgm", data, Pixels(max_megapixels=200))
+        decode("a.pgm", data, PixelSpec(max_megapixels=200))
 
 
 def test_every_script_hands_the_limit_on(tmp_path):
@@ -268,7 +268,7 @@ def test_a_program_named_as_a_picture_starts_nothing(name, data, tmp_path, monke
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(BadImage, match=f"{name}: not an image"):
-        decode(name, data, Pixels())
+        decode(name, data, PixelSpec())
     assert not (tmp_path / "started").exists()
 
 
@@ -285,10 +285,10 @@ def test_without_its_package_a_heic_names_it(tmp_path, refusal):
     heic = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"
     for name in ("a.heic", "a.jpg"):  # telephones' files are renamed at times
         with pytest.raises(BadImage, match=f"{name}: a HEIC: pip install pillow-heif"):
-            decode(name, heic, Pixels())
+            decode(name, heic, PixelSpec())
     for number in range(2):
         (tmp_path / f"{number}.HEIC").write_bytes(heic)
-    said = refusal(lambda: inference.find([tmp_path]))
+    said = refusal(lambda: inference.find_images([tmp_path]))
     assert ".heic 2: pip install pillow-heif" in said
 
 
@@ -316,4 +316,4 @@ def npy(array, **more):
 )
 def test_hostile_arrays_are_bad_images(data, said):
     with pytest.raises(BadImage, match=said):
-        decode("a.npy", data, Pixels())
+        decode("a.npy", data, PixelSpec())

@@ -16,7 +16,7 @@ import models_load
 import models_vit
 from util.amp import LossScaler
 from util.data import loaders, transforms
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.errors import UserError
 from util.report.scores import Evaluation
@@ -40,7 +40,7 @@ SMALL = (
     ],
 )
 def test_exactly_the_named_parameters_are_trained(blocks, expected, pooled):
-    model = models_vit.train_last(models_vit.VisionTransformer(**SIZE, global_pool=pooled), blocks)
+    model = models_vit.freeze_all_but_last(models_vit.VisionTransformer(**SIZE, global_pool=pooled), blocks)
     wanted = tuple(f"{name}." for name in [*expected, "head", "fc_norm"])
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == name.startswith(wanted), name
@@ -97,7 +97,7 @@ def test_a_fraction_of_the_labels_is_balanced_and_seeded(fraction, per_class, im
         loader = loaders.train_loader(
             DataSpec(str(images)),
             transforms.Crop(28, (1.0, 1.0)),
-            Pixels(),
+            PixelSpec(),
             loaders.Loading(5, 0, False, seed, torch.device("cpu")),
             fraction=fraction,
         )

@@ -18,7 +18,7 @@ import main_export
 import models_mae
 from util import masking
 from util.data import datasets
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.data.transforms import random_box
 from util.lars import LARS
@@ -49,7 +49,7 @@ def test_folders_of_any_name_are_numbered_as_torchvisions(tmp_path):
         for place in (name, f"{name}/inner"):
             (tmp_path / "train" / place).mkdir(parents=True)
             (tmp_path / "train" / place / f"{name}.png").write_bytes(file.read_bytes())
-    ours = datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, Pixels())
+    ours = datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, PixelSpec())
     theirs = torchvision_datasets.ImageFolder(tmp_path / "train")
     assert ours.classes == theirs.classes and ours.class_to_idx == theirs.class_to_idx
     assert sorted((str(path), target) for path, target in ours.samples) == sorted(theirs.samples)
@@ -190,6 +190,6 @@ def test_images_are_decoded_as_torchvisions_loader_does(tmp_path):
         picture = Image.fromarray(draw.integers(0, 256, (20, 30, 3), np.uint8)).convert(mode)
         (tmp_path / mode / "train" / "a").mkdir(parents=True)
         picture.save(tmp_path / mode / "train" / "a" / "x.png")
-        ours = datasets.open_split(datasets.Images, DataSpec(str(tmp_path / mode)), "train", None, Pixels())
+        ours = datasets.open_split(datasets.Images, DataSpec(str(tmp_path / mode)), "train", None, PixelSpec())
         theirs = torchvision_datasets.ImageFolder(tmp_path / mode / "train")
         assert np.array_equal(ours[0][0], np.asarray(theirs[0][0])), mode

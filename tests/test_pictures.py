@@ -265,10 +265,11 @@ def test_the_scripts_see_the_images_that_training_sees(images, tmp_path):
         file.symlink_to(next((images / "val" / "bag").iterdir()))
     for name in ("bag", "coat"):
         (tmp_path / "data" / name).symlink_to(images / "val" / name)
-    found = inference.find([tmp_path / "data"])
+    found = inference.find_images([tmp_path / "data"])
     trained = splits.list_split(splits.source_at(tmp_path / "data"), "train")
     assert [str(path) for path in found] == [path for path, _ in trained] and len(found) == 6
-    assert inference.find([hidden[1], found[0]]) == [hidden[1], found[0]]  # a file that is named is read though hidden
+    # A file that is named is read though hidden.
+    assert inference.find_images([hidden[1], found[0]]) == [hidden[1], found[0]]
 
 
 def test_of_a_sweeps_heads_the_best_one_speaks():

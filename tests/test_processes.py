@@ -28,7 +28,7 @@ from util.amp import LossScaler
 from util.checkpoint import files
 from util.checkpoint.files import load_checkpoint
 from util.data import datasets, loaders
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop
 from util.distributed import dist
@@ -60,7 +60,7 @@ def trained_probe(attentive, heads, accum, amp):
         )
     ]
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    wrapped = dist.wrap(model, CPU, static=accum == 1)
+    wrapped = dist.wrap(model, CPU, static_graph=accum == 1)
     updater = Updater(wrapped, optimizer, CosineSchedule(0.1, 0.0, 0, 20), LossScaler(amp, CPU), accum_iter=accum)
     stats = engine_finetune.train_one_epoch(wrapped, engine_finetune.head_losses, batches, updater, 0)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -178,7 +178,9 @@ def test_too_many_open_files_is_a_message(error, capsys):
 
 def test_monitoring_keeps_no_file_open_for_a_batch(images):
     """What a loader process sends is shared memory, an open file for each tensor that is kept."""
-    train = datasets.open_split(datasets.Images, DataSpec(str(images)), "train", None, Pixels(), classes_optional=True)
+    train = datasets.open_split(
+        datasets.Images, DataSpec(str(images)), "train", None, PixelSpec(), classes_optional=True
+    )
     views = loaders.monitor_loaders(DataSpec(str(images)), train, CentreCrop(28), loaders.Loading(1, 1, False, 0, CPU))
     watch = monitor.Monitor(*views, "", None, LossScaler("off", CPU), monitor.FixedMasks(0.75, "random", 0))
     counts = []

@@ -177,13 +177,13 @@ def test_exports_keep_any_class_name_and_their_card_its_table(names, data, tmp_p
     """config.json gives the names back; the card's front matter and rows stay what they are."""
     assume(data.strip(". ") == data)
     config = {"embed_dim": 8} | dict.fromkeys(main_export.configurations.ENCODER_ARGUMENTS, 8) | {"in_chans": 3}
-    description = main_export.configurations.timm_config(config, main_export.Pixels(), 0.875, names)
+    description = main_export.configurations.timm_config(config, main_export.PixelSpec(), 0.875, names)
     main_export.write_json(tmp_path / "config.json", description)
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["label_names"] == names
 
     checkpoint = {"epoch": 3, "job": "finetune", "stats": {"test_acc1": 50.0}}
     flags = {"data_path": f"/x/{data}", "epochs": 4}
-    source = main_export.Source("file.pth", checkpoint, None, flags, main_export.Pixels(), 0.875, names)
+    source = main_export.Source("file.pth", checkpoint, None, flags, main_export.PixelSpec(), 0.875, names)
     text = main_export.card(source, argparse.Namespace(to="timm", license="apache-2.0", model_ema=False))
     lines = text.encode("utf-8", errors="backslashreplace").decode().split("\n")
     assert lines[0] == "---" and lines[4] == "---" and lines[1] == "license: apache-2.0"

@@ -15,7 +15,7 @@ import main_pretrain
 import models_mae
 from util import optim, rng
 from util.data import datasets, loaders
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.data.transforms import Crop, FinetuneTransform
 
@@ -113,14 +113,14 @@ def test_ranks_draw_differently_each_from_the_seed_plus_its_number(tmp_path):
 
 def train_images(seed=0, fraction=1.0, transform=None):
     transform = transform or Crop((28, 28), (0.2, 1.0))
-    images = datasets.open_split(datasets.Images, DataSpec(str(SAMPLES)), "train", transform, Pixels())
+    images = datasets.open_split(datasets.Images, DataSpec(str(SAMPLES)), "train", transform, PixelSpec())
     return datasets.TrainImages(images, seed, fraction)
 
 
 AUGMENTATIONS = {
     "pretrain": Crop((28, 28), (0.2, 1.0)),
     "linprobe": Crop((28, 28), (0.08, 1.0), one_draw=True),
-    "finetune": FinetuneTransform((28, 28), (0.08, 1.0), None, "rand-m9-mstd0.5-inc1", 0.5, "pixel", 1, Pixels()),
+    "finetune": FinetuneTransform((28, 28), (0.08, 1.0), None, "rand-m9-mstd0.5-inc1", 0.5, "pixel", 1, PixelSpec()),
 }
 
 
@@ -147,7 +147,7 @@ def test_copies_of_an_image_are_cropped_differently(tmp_path):
         (tmp_path / "train" / "bag").mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / "bag" / f"{number}.png").write_bytes(source.read_bytes())
     images = datasets.open_split(
-        datasets.Images, DataSpec(str(tmp_path)), "train", Crop((28, 28), (0.2, 1.0)), Pixels()
+        datasets.Images, DataSpec(str(tmp_path)), "train", Crop((28, 28), (0.2, 1.0)), PixelSpec()
     )
     crops = torch.stack([datasets.TrainImages(images, 0)[0, index][0] for index in range(8)])
     assert len(crops.unique(dim=0)) == 8

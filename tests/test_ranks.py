@@ -22,7 +22,7 @@ import models_vit
 from util import amp, checks, lock, loop, misc, optim
 from util.amp import LossScaler
 from util.data import datasets, loaders, splits
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop, Crop
 from util.distributed import dist, signals
@@ -77,7 +77,7 @@ def gradients_of_one_update(job, accum=1):
     """Return the gradients of one update, read off a step of SGD with a learning rate of 1, and its loss."""
     model = build_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    wrapped = dist.wrap(model, CPU, static=accum == 1)
+    wrapped = dist.wrap(model, CPU, static_graph=accum == 1)
     stats = train(job, wrapped, batches_of_rank(1, accum), torch.optim.SGD(model.parameters(), lr=1.0), accum=accum)
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}, stats["loss"]
 
@@ -113,7 +113,7 @@ def test_accumulation_keeps_no_gradients_beside_ddps_buckets(tmp_path):
 def loss_curve():
     """Return the loss of each of 20 steps of AdamW."""
     model = build_model("pretrain")
-    wrapped = dist.wrap(model, CPU, static=True)
+    wrapped = dist.wrap(model, CPU, static_graph=True)
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05)
     loader = batches_of_rank(20, 1)
     return [train("pretrain", wrapped, [loader[step]], optimizer, epoch=step)["loss"] for step in range(20)]
@@ -134,7 +134,7 @@ def best_of_differing_accuracies(images, folder):
     keeper = misc.Checkpoints(str(folder), "finetune", model, optimizer, LossScaler("off", CPU), args)
     keeper.prepare("")
     loader = loaders.train_loader(
-        DataSpec(str(images)), Crop(28, (1.0, 1.0)), Pixels(), loaders.Loading(4, 0, False, 0, CPU)
+        DataSpec(str(images)), Crop(28, (1.0, 1.0)), PixelSpec(), loaders.Loading(4, 0, False, 0, CPU)
     )
     position = misc.Position(0)
     settings = loop.RunSettings(3, 1, save_freq=100, save_minutes=0, eval_freq=1, max_bad_steps=1, max_bad_images=1.0)
@@ -152,7 +152,7 @@ def test_ranks_whose_accuracies_differ_agree_on_the_best(images, tmp_path):
 
 def monitor_stats(data):
     """Return the figures of pre-training's monitor, whose masks follow from the file names."""
-    train = datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, Pixels(), classes_optional=True)
+    train = datasets.open_split(datasets.Images, DataSpec(str(data)), "train", None, PixelSpec(), classes_optional=True)
     views = loaders.monitor_loaders(DataSpec(str(data)), train, CentreCrop(28), loaders.Loading(4, 0, False, 0, CPU))
     watch = Monitor(*views, "", RunLog("", "", 0, 0.0), LossScaler("off", CPU), FixedMasks(0.75, "random", 0))
     return watch(build_model("pretrain"), 0, lambda: None)
@@ -168,7 +168,9 @@ def test_fewer_images_than_ranks_can_be_watched(images, tmp_path):
 
 
 def error_of_evaluation(root):
-    images = datasets.open_split(datasets.EvalImages, DataSpec(str(root.parent)), "val", CentreCrop(28, 1.0), Pixels())
+    images = datasets.open_split(
+        datasets.EvalImages, DataSpec(str(root.parent)), "val", CentreCrop(28, 1.0), PixelSpec()
+    )
     loader = loaders.eval_loader(images, loaders.Loading(2, 0, False, 0, CPU), distributed=True)
     poll = signals.Requests(save_minutes=0).poll
     try:
@@ -227,7 +229,7 @@ def test_the_clock_asks_once_for_a_checkpoint(tmp_path):
 def count_exchanged_numbers(accum):
     """Return the count of numbers exchanged in 3 updates of `accum` micro-batches, and that of the parameters."""
     model, sent = build_model("pretrain"), []
-    wrapped = dist.wrap(model, CPU, static=accum == 1)
+    wrapped = dist.wrap(model, CPU, static_graph=accum == 1)
 
     def counting(group, bucket):
         sent.append(bucket.buffer().numel())
@@ -245,7 +247,9 @@ def test_gradients_are_exchanged_once_per_update(accum, tmp_path):
 
 
 def evaluate_split(root):
-    images = datasets.open_split(datasets.EvalImages, DataSpec(str(root.parent)), "val", CentreCrop(28, 1.0), Pixels())
+    images = datasets.open_split(
+        datasets.EvalImages, DataSpec(str(root.parent)), "val", CentreCrop(28, 1.0), PixelSpec()
+    )
     loader = loaders.eval_loader(images, loaders.Loading(8, 0, False, 0, CPU), distributed=True)
     return len(images), engine_finetune.evaluate(
         build_model("finetune"), loader, CPU, LossScaler("off", CPU), Evaluation(distributed=True)
@@ -353,7 +357,7 @@ def test_no_rank_repeats_anothers_random_numbers(tmp_path):
 def count_listed_files(root):
     if dist.rank():
         splits.list_split = lambda *_: pytest.fail("walked by another rank than 0")
-    return len(datasets.open_split(datasets.Images, DataSpec(root), "train", CentreCrop(28), Pixels()))
+    return len(datasets.open_split(datasets.Images, DataSpec(root), "train", CentreCrop(28), PixelSpec()))
 
 
 def test_only_rank_0_lists_the_files(images, tmp_path):
@@ -363,7 +367,7 @@ def test_only_rank_0_lists_the_files(images, tmp_path):
 def optimizer_bytes(shard):
     model = build_model("pretrain")
     optimizer = optim.pretrain_optimizer(model, 1e-3, 0.05, shard)
-    train("pretrain", dist.wrap(model, CPU, static=True), batches_of_rank(2, 1), optimizer)
+    train("pretrain", dist.wrap(model, CPU, static_graph=True), batches_of_rank(2, 1), optimizer)
     states = dist.local_optimizer(optimizer).state.values()
     return sum(value.numel() * 4 for one in states for value in one.values())
 

@@ -16,13 +16,13 @@ from torchvision.transforms import v2
 
 import main_export
 import models_vit
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.errors import UserError
 
 pytest.importorskip("segmentation_models_pytorch")
 from recipes.segmentation import garments, train
 
-GREY = Pixels(1, (0.25,), (0.5,))
+GREY = PixelSpec(1, (0.25,), (0.5,))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_few_of_each_class(data, monkeypatch, tmp_path):
 
 
 def test_masks_keep_their_numbers_when_they_are_resized(data):
-    pairs = train.MaskedImages(data / "val", Pixels(), 3, v2.Resize((32, 32), antialias=True))
+    pairs = train.MaskedImages(data / "val", PixelSpec(), 3, v2.Resize((32, 32), antialias=True))
     image, mask = pairs[7]
     assert image.shape == (3, 32, 32) and mask.shape == (32, 32) and mask.unique().tolist() == [0, 2]
 

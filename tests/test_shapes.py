@@ -17,7 +17,7 @@ import main_reconstruct
 import models_mae
 from scripts import mean_std
 from util.data import datasets, loaders
-from util.data.images import Pixels, WrongChannels, load_array
+from util.data.images import PixelSpec, WrongChannels, load_array
 from util.data.splits import DataSpec
 from util.data.transforms import CentreCrop, Crop
 from util.errors import UserError
@@ -105,7 +105,7 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path, monkeypatch
     main_pretrain.main([*SMALL.split(), *["--model", "mae_vit_demo_patch4", "--input_size", "28"], *out])
     monkeypatch.chdir(data)
     for path in (str(data), "."):
-        found = datasets.open_split(datasets.Images, DataSpec(path), "train", None, Pixels(), classes_optional=True)
+        found = datasets.open_split(datasets.Images, DataSpec(path), "train", None, PixelSpec(), classes_optional=True)
         assert len(found) == 6
     for folder in data.rglob("deeper"):
         folder.rename(tmp_path / "elsewhere")
@@ -131,23 +131,26 @@ def test_pretraining_takes_a_folder_without_classes(place, tmp_path, monkeypatch
 def test_files_become_the_channels_that_are_asked_for(tmp_path):
     values = np.random.default_rng(0).integers(0, 65536, (5, 6)).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "16.png")
-    assert np.array_equal(load_array(str(tmp_path / "16.png"), Pixels(1))[..., 0], (values / 65535).astype(np.float32))
+    assert np.array_equal(
+        load_array(str(tmp_path / "16.png"), PixelSpec(1))[..., 0], (values / 65535).astype(np.float32)
+    )
     rgba = random_pixels(5, 6, 4)
     Image.fromarray(rgba).save(tmp_path / "rgba.png")
-    assert np.array_equal(load_array(str(tmp_path / "rgba.png"), Pixels(4)), rgba)
-    assert load_array(str(tmp_path / "rgba.png"), Pixels(1)).shape == (5, 6, 1)
+    assert np.array_equal(load_array(str(tmp_path / "rgba.png"), PixelSpec(4)), rgba)
+    assert load_array(str(tmp_path / "rgba.png"), PixelSpec(1)).shape == (5, 6, 1)
     pages = [Image.fromarray(page) for page in np.random.default_rng(1).integers(0, 65536, (7, 5, 6)).astype(np.uint16)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
-    stacked = load_array(str(tmp_path / "pages.tif"), Pixels(7))
+    stacked = load_array(str(tmp_path / "pages.tif"), PixelSpec(7))
     assert np.array_equal(stacked[..., 3], (np.asarray(pages[3]) / 65535).astype(np.float32))
     np.save(tmp_path / "whole.npy", np.arange(90).reshape(5, 6, 3).astype(np.int32))
-    assert load_array(str(tmp_path / "whole.npy"), Pixels(3)).max() == 89  # values are not scaled, whatever their range
+    # Values are not scaled, whatever their range.
+    assert load_array(str(tmp_path / "whole.npy"), PixelSpec(3)).max() == 89
     np.save(tmp_path / "float.npy", np.full((3, 5, 6), 7.5))
-    assert (load_array(str(tmp_path / "float.npy"), Pixels(3)) == 7.5).all()
+    assert (load_array(str(tmp_path / "float.npy"), PixelSpec(3)) == 7.5).all()
     with pytest.raises(WrongChannels, match=r"--in_chans 5, but this file has 7 page\(s\) of 1 channel"):
-        load_array(str(tmp_path / "pages.tif"), Pixels(5))
+        load_array(str(tmp_path / "pages.tif"), PixelSpec(5))
     with pytest.raises(WrongChannels, match=r"--in_chans 2, but this array is \[3, 5, 6\]"):
-        load_array(str(tmp_path / "float.npy"), Pixels(2))
+        load_array(str(tmp_path / "float.npy"), PixelSpec(2))
 
 
 def test_wrong_channels_end_a_run_before_it_begins(tmp_path):
@@ -163,7 +166,7 @@ def test_files_of_8_and_16_bits_meet_in_a_batch(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     save_grey(tmp_path / "train" / "a" / "0", 0)
     save_16_bit(tmp_path / "train" / "a" / "1", 0)
-    pixels = Pixels(1, (0.0,), (1.0,))
+    pixels = PixelSpec(1, (0.0,), (1.0,))
     for workers in (0, 1):
         crop = Crop(16, (1.0, 1.0))
         loader = loaders.train_loader(

@@ -69,7 +69,7 @@ model = models_mae.MaskedAutoencoderViT(
     img_size=16, patch_size=8, embed_dim=512, depth=2, num_heads=8, decoder_embed_dim=256, decoder_depth=2
 )
 speed.prepare(model, cpu, "off", "auto", True, False)
-model = dist.wrap(model, cpu, static=True)
+model = dist.wrap(model, cpu, static_graph=True)
 model(torch.randn(2, 3, 16, 16), mask_ratio=0.5)[0].backward()
 print(counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"])
 """

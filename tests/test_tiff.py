@@ -9,7 +9,7 @@ from odd_pictures import RANDOM, encode, noise, tiff_of, tiff_with
 from PIL import Image
 
 from util.data import datasets, tiff
-from util.data.images import BadImage, Pixels, WrongChannels, decode
+from util.data.images import BadImage, PixelSpec, WrongChannels, decode
 from util.data.splits import DataSpec
 from util.errors import UserError
 
@@ -49,7 +49,7 @@ LAYOUTS = {
 def test_samples_of_a_tiff_become_what_a_npy_file_gives(kind, layout, capfd):
     array, npy = ARRAYS[kind], io.BytesIO()
     np.save(npy, array)
-    channels = Pixels(array.shape[2])
+    channels = PixelSpec(array.shape[2])
     got, expected = (decode(*file, channels) for file in (("a.tif", LAYOUTS[layout](array)), ("a.npy", npy.getvalue())))
     assert got.dtype == expected.dtype and np.array_equal(got, expected)
     assert capfd.readouterr().err == ""
@@ -58,36 +58,36 @@ def test_samples_of_a_tiff_become_what_a_npy_file_gives(kind, layout, capfd):
 @pytest.mark.parametrize("kind", ["13 x uint16", "5 x uint8", "6 x float64"])
 def test_a_stack_behind_the_tags_of_one_page_is_read_whole(kind):
     array = ARRAYS[kind]
-    data, pixels = tiff_of(array.transpose(2, 0, 1).copy(), truncate=True), Pixels(array.shape[2])
+    data, pixels = tiff_of(array.transpose(2, 0, 1).copy(), truncate=True), PixelSpec(array.shape[2])
     scale = 65535 if array.dtype == np.uint16 else 1
     assert np.array_equal(decode("a.tif", data, pixels), (array / scale).astype(np.float32))
     with pytest.raises(BadImage, match="cut off"):
         decode("a.tif", data[:-9], pixels)
     with pytest.raises(WrongChannels, match=r"1 page\(s\) of 1 channel\(s\)|this array is"):
-        decode("a.tif", data, Pixels(9))
+        decode("a.tif", data, PixelSpec(9))
 
 
 def test_infrared_beside_rgb_is_not_lost():
     array = noise(9, 11, 4)
     data = tiff_of(array, photometric="rgb", extrasamples=["unspecified"])
-    assert np.array_equal(decode("a.tif", data, Pixels(4)), array)
-    assert np.array_equal(decode("a.tif", data, Pixels(3)), array[..., :3])
+    assert np.array_equal(decode("a.tif", data, PixelSpec(4)), array)
+    assert np.array_equal(decode("a.tif", data, PixelSpec(3)), array[..., :3])
 
 
 def test_without_tifffile_infrared_is_not_replaced_by_an_opaque_channel(monkeypatch):
     data = tiff_of(noise(9, 11, 4), photometric="rgb", extrasamples=["unspecified"])
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(WrongChannels, match="pip install tifffile"):
-        decode("a.tif", data, Pixels(4))
-    assert decode("a.tif", data, Pixels(3)).shape == (9, 11, 3)
+        decode("a.tif", data, PixelSpec(4))
+    assert decode("a.tif", data, PixelSpec(3)).shape == (9, 11, 3)
 
 
 def test_another_number_of_channels_than_a_tiff_has_is_said():
     data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
     with pytest.raises(WrongChannels, match=r"a.tif: --in_chans 4, but this array is \[9, 11, 13\]"):
-        decode("a.tif", data, Pixels(4))
+        decode("a.tif", data, PixelSpec(4))
     with pytest.raises(WrongChannels, match=r"--in_chans 5, but this file has 1 page\(s\) of 3 channel"):
-        decode("a.tif", encode("TIFF"), Pixels(5))
+        decode("a.tif", encode("TIFF"), PixelSpec(5))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,7 +97,7 @@ def test_a_tiff_that_is_cut_off_stays_bad(kind, layout):
     data = LAYOUTS[layout](array)
     for length in (len(data) - 20, len(data) - 200, 30):
         with pytest.raises(BadImage) as caught:
-            decode("a.tif", data[:length], Pixels(array.shape[2]))
+            decode("a.tif", data[:length], PixelSpec(array.shape[2]))
         assert type(caught.value) is BadImage and ("cut off" in str(caught.value) or length == 30)
 
 
@@ -119,7 +119,7 @@ def test_without_tifffile_the_first_file_says_what_to_install(make, said, tmp_pa
     (tmp_path / "train" / "a" / "0.tif").write_bytes(data)
     monkeypatch.setitem(sys.modules, "tifffile", None)
     message = f"0.tif: a TIFF of {said}, which Pillow can't read: pip install tifffile, or store the image as .npy"
-    pixels = Pixels(channels, (0.0,) * channels, (1.0,) * channels)
+    pixels = PixelSpec(channels, (0.0,) * channels, (1.0,) * channels)
     with pytest.raises(UserError, match=message):
         datasets.open_split(datasets.Images, DataSpec(str(tmp_path)), "train", None, pixels)
 
@@ -133,7 +133,7 @@ def test_a_compression_that_needs_another_package_is_said(monkeypatch):
     data = tiff_of(ARRAYS["13 x uint16"], planarconfig="contig")
     monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", refuse)
     with pytest.raises(WrongChannels, match="uint16, compressed by NONE, which .*: pip install imagecodecs, or"):
-        decode("a.tif", data, Pixels(13))
+        decode("a.tif", data, PixelSpec(13))
 
 
 def test_a_tiff_names_no_other_files(monkeypatch):
@@ -181,14 +181,14 @@ OTHER_PAGES = {
 @pytest.mark.parametrize("kind", OTHER_PAGES)
 def test_pages_that_are_no_channels_leave_the_first_image(kind):
     first = GREY[0].convert("1") if kind == "scanned text" else GREY[0]
-    assert np.array_equal(decode("a.tif", OTHER_PAGES[kind](), Pixels()), np.array(first.convert("RGB")))
+    assert np.array_equal(decode("a.tif", OTHER_PAGES[kind](), PixelSpec()), np.array(first.convert("RGB")))
 
 
 def test_equal_pages_are_channels():
     for kind in (0, 2):  # unmarked, or marked as pages, as some programs mark all
-        assert np.array_equal(decode("a.tif", tiff_of_pages(*GREY, kind=kind), Pixels()), PAGES.transpose(1, 2, 0))
+        assert np.array_equal(decode("a.tif", tiff_of_pages(*GREY, kind=kind), PixelSpec()), PAGES.transpose(1, 2, 0))
     masks = [page.convert("1") for page in (*GREY, *GREY)]
-    stacked = decode("a.tif", tiff_of_pages(*masks), Pixels(6))
+    stacked = decode("a.tif", tiff_of_pages(*masks), PixelSpec(6))
     assert np.array_equal(stacked, np.stack([np.array(mask) * np.uint8(255) for mask in masks], axis=2))
 
 
@@ -203,19 +203,19 @@ def test_zero_may_be_white(dtype, order):
     data = tiff_of(values, photometric="miniswhite", byteorder=order)
     expected = ~values if dtype == np.uint8 else ((65535 - values) / 65535).astype(np.float32)
     for exif in (False, True):
-        assert np.array_equal(decode("a.tif", data, Pixels(1, exif=exif))[..., 0], expected)
+        assert np.array_equal(decode("a.tif", data, PixelSpec(1, exif=exif))[..., 0], expected)
 
 
 def test_whole_numbers_of_32_bits_are_never_inverted():
     """Their largest number is none that a pixel has."""
     values = np.array([[0, 1], [2, 2048]], np.uint32)
     data = tiff_of(values, photometric="miniswhite")
-    assert np.array_equal(decode("a.tif", data, Pixels(1))[..., 0], values.astype(np.float32))
+    assert np.array_equal(decode("a.tif", data, PixelSpec(1))[..., 0], values.astype(np.float32))
 
 
 def test_zero_may_be_white_in_colours_and_in_every_page():
     values = np.array([[0, 1000], [30000, 65535]], np.uint16)
     data = tiff_of(values, photometric="miniswhite")
-    assert decode("a.tif", data, Pixels())[..., 1].tolist() == [[255, 251], [138, 0]]
-    stacked = decode("a.tif", tiff_of(np.stack([values] * 5), photometric="miniswhite"), Pixels(5))
+    assert decode("a.tif", data, PixelSpec())[..., 1].tolist() == [[255, 251], [138, 0]]
+    stacked = decode("a.tif", tiff_of(np.stack([values] * 5), photometric="miniswhite"), PixelSpec(5))
     assert np.array_equal(stacked[..., 4], ((65535 - values) / 65535).astype(np.float32))

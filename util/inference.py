@@ -19,7 +19,7 @@ from util.checkpoint.files import checkpoint_args
 from util.data import listing, loaders, splits
 from util.data.archives import ImagePath
 from util.data.holdout import choose_held_out
-from util.data.images import BadImage, Pixels, load_array
+from util.data.images import BadImage, PixelSpec, load_array
 from util.data.transforms import CentreCrop
 from util.disk import unwritable, unwritable_file
 from util.distributed import dist
@@ -93,7 +93,9 @@ def refuse_replacing(outputs: Iterable[Path], files: list[ImagePath]) -> None:
             raise UserError(f"{output} is one of the images, and would be replaced: choose another --output")
 
 
-def find(paths: list[Path], num: int | None = None, val_fraction: float = 0, val_seed: int = 0) -> list[ImagePath]:
+def find_images(
+    paths: list[Path], num: int | None = None, val_fraction: float = 0, val_seed: int = 0
+) -> list[ImagePath]:
     """List image files, and those that training would find in folders and archives.
 
     Args:
@@ -183,7 +185,7 @@ class Preprocessing:
         device: Where batches are sent.
     """
 
-    pixels: Pixels
+    pixels: PixelSpec
     crop_pct: float | None
     batch_size: int
     device: torch.device
@@ -199,7 +201,7 @@ def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Nam
             over the checkpoint. --max_megapixels is a matter of trust in the files at hand: only the flag counts.
     """
     flags = checkpoint_args(checkpoint)
-    pixels = Pixels.from_args(flags, channels)
+    pixels = PixelSpec.from_args(flags, channels)
     pixels = pixels._replace(exif=args.exif or bool(flags.get("exif")), max_megapixels=args.max_megapixels)
     crop_pct = args.crop_pct or flags.get("crop_pct")
     return Preprocessing(pixels, crop_pct, args.batch_size, torch.device(args.device))
@@ -243,7 +245,7 @@ class Batches:
         if self.bad == len(self.files):
             raise UserError(f"none of {self.bad} images can be read (named above): fix them, or name others")
 
-    def check_output(self, values: Tensor, paths: list[ImagePath]) -> None:
+    def report_not_finite(self, values: Tensor, paths: list[ImagePath]) -> None:
         """Name on stderr, and count, the images for which a model's output is not finite.
 
         Args:
@@ -256,7 +258,7 @@ class Batches:
             print(f"the model's output is not finite: {path}", file=sys.stderr, flush=True)
 
 
-def check_complete(parts: list[Batches], output: Path) -> None:
+def raise_if_incomplete(parts: list[Batches], output: Path) -> None:
     """Raise Incomplete if an output, which is written already, lacks images, or holds values that are not finite."""
     bad, total = sum(batches.bad for batches in parts), sum(len(batches.files) for batches in parts)
     problems = [f"{bad} of {total} images cannot be read (named above); {output} is made of the others"] if bad else []

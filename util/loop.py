@@ -58,7 +58,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Mark:
-    """The point after an update, or at the start of an epoch: what belongs to it besides weights and optimiser.
+    """State after an update, or at the start of an epoch, other than weights and optimiser.
 
     Attributes:
         images: Images of the epoch that are used already, over all ranks.
@@ -96,7 +96,8 @@ class Run:
         self.unsaved = False  # whether updates were made since the last checkpoint
         self.updater: Updater | None = None  # makes the updates, once training has begun
         self.updates = 0  # how many of them are made, and noted here
-        # The last points of the epoch under way. Two updates may turn out to be void (see TrainLoader): keep a third.
+        # The last points of the epoch under way. The ranks learn one update late that one of them can't load images any
+        # more (Requests.poll), so that the last two updates may be of its void batches: keep a third point.
         self.marks: deque[Mark] = deque(maxlen=3)
         self.requests: Requests | None = None  # signals and times at which to save, while `fit` runs
         self.speed: Stats = {}  # data_wait and tflops of the last epoch's training

@@ -12,8 +12,8 @@ A checkpoint holds plain types and tensors only, so that torch.load opens it wit
     class_to_idx  classifiers only
     model_ema     the EMA of the weights, with --model_ema
     position      of the epoch under way: images used, images in the training set, sums behind the averages; the best
-                  accuracy and its epoch; test_* of the last evaluation; how often the run went back to an earlier
-                  checkpoint
+                  value of the figure that --best_by names, and its epoch; test_* of the last evaluation; how often the
+                  run went back to an earlier checkpoint
     stats         train_* and test_* of log.txt's line of the last epoch completed
     rng           the states of every rank's random streams
     job, saved    "pretrain", "finetune" or "linprobe"; the time in seconds since 1970, for information
@@ -37,13 +37,14 @@ from util.checkpoint.files import (
     find_damage,
     is_url,
     load_checkpoint,
-    write,
+    write_checkpoint,
 )
 from util.checkpoint.formats import describe
 from util.checkpoint.weights import load_model
 from util.disk import remove_unfinished
 from util.distributed import dist
 from util.errors import UserError
+from util.optim import scaled_lr
 from util.report.boards import WANDB_ID, events_suffix
 from util.rng import get_rng_state
 
@@ -72,8 +73,8 @@ class Position:
         images: Images of this epoch that are used already, over all ranks.
         dataset: Images in the training set; 0: unknown.
         totals: Sums and counts of this epoch's averages so far, by name.
-        best: Best accuracy so far, in per cent; -1: none.
-        best_epoch: The epoch of the best accuracy; -1: none.
+        best: Best value so far of the figure that --best_by names, in per cent; -1: none.
+        best_epoch: The epoch of the best value; -1: none.
         tested: test_* of the last evaluation, by whichever epoch.
         branch: Number that grows each time the run goes back to an earlier checkpoint; --resume auto takes a checkpoint
             of the highest branch first.
@@ -154,9 +155,10 @@ class Checkpoints:
     def prepare(self, source: str) -> None:
         """Make the folder ready for a run that resumes from a source, or starts from scratch (source "").
 
-        What killed processes left unfinished is removed, files of the last hour excepted. If the run does not resume
-        from this folder, the checkpoints, logs and reconstructions of the run before it are removed with --overwrite,
-        from --log_dir too; without it, the old log.txt is renamed. The run then is a new one at Weights & Biases, too.
+        Checkpoints that a killed process left unfinished are removed, and other unfinished files that are older than an
+        hour. If the run does not resume from this folder, the checkpoints, logs and reconstructions of the run before
+        it are removed with --overwrite, from --log_dir too; without it, the old log.txt is renamed. The run then is a
+        new one at Weights & Biases, too.
         """
         if self.folder is None:
             return
@@ -204,7 +206,7 @@ class Checkpoints:
         paths = [self._file(name) for name in names]
 
         def write_and_prune() -> None:
-            write(self._state(position, rng), paths)
+            write_checkpoint(self._state(position, rng), paths)
             self._prune(position)
 
         dist.run_on_rank0(write_and_prune)
@@ -409,7 +411,7 @@ def _schedule(args: dict) -> dict[str, object]:
     if "blr" in args:
         # Absolute rates: the same --blr means another rate with another batch. A sweep has a list of them.
         base_rates = args["blr"] if isinstance(args["blr"], list) else [args["blr"]]
-        rates = [blr * batch / 256 for blr in base_rates] if args.get("lr") is None else [args["lr"]]
+        rates = [scaled_lr(blr, batch) for blr in base_rates] if args.get("lr") is None else [args["lr"]]
         values["learning rate"] = ", ".join(f"{rate:.9g}" for rate in rates)
     return values
 

@@ -17,13 +17,17 @@ def actual_lr(lr: float | None, blr: float, batch_size: int, accum_iter: int) ->
     """Return the learning rate of a run.
 
     Args:
-        lr: Learning rate as given; None: blr * effective batch size / 256 (linear scaling rule; paper, appendix A).
+        lr: Learning rate as given; None: that of blr, scaled by the effective batch size.
         blr: Learning rate per 256 images.
         batch_size: Images per batch and rank.
         accum_iter: Batches per update.
     """
-    effective_batch = batch_size * accum_iter * dist.world_size()
-    return blr * effective_batch / 256 if lr is None else lr
+    return scaled_lr(blr, batch_size * accum_iter * dist.world_size()) if lr is None else lr
+
+
+def scaled_lr(blr: float, effective_batch: int) -> float:
+    """Return the learning rate for an effective batch size, by the linear scaling rule (paper, appendix A)."""
+    return blr * effective_batch / 256
 
 
 def adamw(groups: list[dict], lr: float, shard: bool, **more: object) -> torch.optim.Optimizer:

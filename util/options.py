@@ -10,7 +10,7 @@ import torch
 from util import speed
 from util.command_line import Parser
 from util.data.class_names import read_class_names
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.loaders import Loading
 from util.data.splits import DataSpec
 from util.distributed import dist
@@ -150,13 +150,13 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_size_limit(parser: argparse.ArgumentParser) -> None:
-    """Add --max_megapixels, of everything that decodes images."""
+    """Add --max_megapixels, for every script that decodes images."""
     pixels_help = "largest image that is decoded; default: Pillow's limit, 179"
     parser.add_argument("--max_megapixels", type=float, metavar="MEGAPIXELS", help=pixels_help)
 
 
 def add_val_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --val_fraction and --val_seed, of the jobs and of the scripts that read what they read."""
+    """Add --val_fraction and --val_seed, for the jobs, and for scripts that must choose the same images."""
     fraction_help = "hold this share of the training images out for validation"
     parser.add_argument("--val_fraction", default=0.0, type=float, metavar="SHARE", help=fraction_help)
     seed_help = "determines which images --val_fraction holds out"
@@ -274,7 +274,7 @@ def finish(args: argparse.Namespace) -> argparse.Namespace:
     sides = args.input_size
     if isinstance(sides, list):
         args.input_size = sides[0] if len(set(sides)) == 1 and len(sides) < 3 else tuple(sides)
-    if (usual := Pixels.default_mean_std(args.in_chans)) and args.mean is None and args.std is None:
+    if (usual := PixelSpec.default_mean_std(args.in_chans)) and args.mean is None and args.std is None:
         args.mean, args.std = map(list, usual)
     return args
 
@@ -300,9 +300,9 @@ def model_size(args: argparse.Namespace) -> dict[str, int | tuple[int, int]]:
     return {"img_size": args.input_size, "in_chans": args.in_chans} | overrides
 
 
-def pixels(args: argparse.Namespace) -> Pixels:
+def pixels(args: argparse.Namespace) -> PixelSpec:
     """Return how image files become the model's input."""
-    return Pixels(args.in_chans, tuple(args.mean), tuple(args.std), args.exif, args.max_megapixels)
+    return PixelSpec(args.in_chans, tuple(args.mean), tuple(args.std), args.exif, args.max_megapixels)
 
 
 def loading(args: argparse.Namespace, device: torch.device) -> Loading:

@@ -14,7 +14,7 @@ def cores() -> int:
     """Return the number of CPU cores for this process alone: its share, where the processes of a node share them."""
     visible = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores_of_job = int(os.environ.get("SLURM_CPUS_ON_NODE") or visible)
-    # With fewer than the job has on this node, srun has bound the process to cores of its own.
+    # If fewer cores are visible than the job has on this node, srun has already bound this process to its own.
     if visible < cores_of_job:
         return visible
     return max(1, min(visible, cores_of_job) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -22,8 +22,8 @@ class MicroStep(NamedTuple):
     last: bool
 
 
-def split_into_groups(step: int, steps: int, accum_iter: int) -> MicroStep:
-    """Return where batch `step` of an epoch of `steps` stands in its accumulation group.
+def locate_in_group(step: int, steps: int, accum_iter: int) -> MicroStep:
+    """Return where batch `step` of an epoch of `steps` batches stands in its accumulation group.
 
     The epoch's last group may be smaller than accum_iter; it makes an update of its own, averaged over the batches
     that it has, so that it is neither lost nor mis-scaled.
@@ -89,7 +89,7 @@ class Updater:
         It has autocast, and DDP exchanges gradients for a group's last batch only. At the start of an accumulation
         group the learning rate is set. Call `backward_and_update` afterwards, before the next batch.
         """
-        self.part = split_into_groups(step, steps, self.accum_iter)
+        self.part = locate_in_group(step, steps, self.accum_iter)
         if self.part.first:
             self.lr = self.schedule.apply(self.optimizer, epoch + step / steps)
             self._buffers_before = [buffer.clone() for buffer in self._buffers]

@@ -17,7 +17,7 @@ from util.errors import UserError
 SAMPLES = Path(__file__).resolve().parent.parent.parent / "samples" / "fashion_mnist"
 
 
-def check_leftovers(target: Path, wanted: set[Path]) -> None:
+def refuse_leftovers(target: Path, wanted: set[Path]) -> None:
     """Check that the folder holds no other files than those to be written, which would be trained on, too.
 
     Args:
@@ -47,7 +47,7 @@ def main() -> None:
         for number, folder in enumerate(sorted((SAMPLES / split).iterdir()), start=1):
             images, masks = (args.target / split / kind / folder.name for kind in ("images", "masks"))
             jobs += [(file, number, images / file.name, masks / file.name) for file in sorted(folder.iterdir())[:count]]
-    check_leftovers(args.target, {path for _, _, *paths in jobs for path in paths})
+    refuse_leftovers(args.target, {path for _, _, *paths in jobs for path in paths})
 
     # The mask is made of the pixels that are not black; the image is a link to the sample.
     for sample, number, image_path, mask_path in jobs:

@@ -34,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from util import checks, errors
 from util.checkpoint.configurations import read_config
 from util.command_line import Parser
-from util.data.images import BadImage, Pixels, load_array
+from util.data.images import BadImage, PixelSpec, load_array
 from util.data.splits import is_image
 from util.disk import write_whole
+from util.distributed import dist
 from util.errors import UserError, raise_problems
 
 try:
@@ -67,7 +68,7 @@ def get_args() -> argparse.Namespace:
     add("--width", default=64, type=int, help="channels of the decoder")
     add("--num_workers", default=2, type=int, help="data loading processes")
     add("--seed", default=0, type=int, help="random seed")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, mps or cpu")
+    add("--device", default=dist.default_device(), help="cuda, mps or cpu")
     args = parser.parse_args()
     if smp is None:
         raise UserError("this needs segmentation_models_pytorch: pip install segmentation_models_pytorch")
@@ -94,7 +95,9 @@ def get_args() -> argparse.Namespace:
 class MaskedImages(Dataset):
     """Images and their masks: [C, S, S], of 8 bits or float, and class numbers [S, S]."""
 
-    def __init__(self, root: Path, pixels: Pixels, classes: int, transform: v2.Transform, masked: bool = True) -> None:
+    def __init__(
+        self, root: Path, pixels: PixelSpec, classes: int, transform: v2.Transform, masked: bool = True
+    ) -> None:
         """List the images.
 
         Args:
@@ -158,7 +161,7 @@ class Segmenter(nn.Module):
         """Build the model; the decoder's weights are random, the encoder's with --scratch, too."""
         super().__init__()
         data = read_config(args.encoder)["pretrained_cfg"]
-        self.pixels = Pixels(data["input_size"][0], tuple(data["mean"]), tuple(data["std"]))
+        self.pixels = PixelSpec(data["input_size"][0], tuple(data["mean"]), tuple(data["std"]))
         self.net = smp.DPT(
             f"tu-local-dir:{args.encoder.resolve()}",
             encoder_weights=None if args.scratch else "pretrained",  # any name: the folder has one set of weights

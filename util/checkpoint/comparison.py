@@ -96,7 +96,7 @@ def _describe_foreign_parts(names: list[str]) -> str:
     )
 
 
-def refuse_other_heads(source: str, checkpoint: dict, model: nn.Module, args: dict) -> None:
+def refuse_other_attention_heads(source: str, checkpoint: dict, model: nn.Module, args: dict) -> None:
     """Raise a UserError for other numbers of attention heads, on which the shapes of the weights do not depend."""
     config = known_config(checkpoint)
     for name, kind, flag in (
@@ -127,7 +127,7 @@ def refuse_other_pooling(source: str, checkpoint: dict) -> None:
 
 
 def refuse_other_rates(source: str, checkpoint: dict, args: dict) -> None:
-    """Raise a UserError for a sweep's heads unless --blr names theirs, by which their figures are printed."""
+    """Raise a UserError if --blr differs from the rates of a sweep, which name its heads in the output."""
     stored, rates = checkpoint_args(checkpoint).get("blr"), args.get("blr")
     if isinstance(stored, list) and stored != rates:
         raise UserError(f"{source} has the heads of --blr {' '.join(f'{rate:g}' for rate in stored)}: pass these")
@@ -163,9 +163,9 @@ def comparable(value: object) -> object:
 
 
 def _image_size_problems(config: dict, model: nn.Module) -> list[str]:
-    """Return the sizes of images, where a file's `model_config` has another than a model; at most one line.
+    """Return a line on the sizes of images if a file's differs from the model's; at most one.
 
-    Another size alone is no misfit, since positions are resized. Where the patch size differs, too, it helps to see it.
+    Another size alone is no misfit, since positions are resized. It is shown to explain another patch size.
     """
     in_file, here = config.get("img_size"), model.config["img_size"]
     if in_file is None or in_file == here:
@@ -331,7 +331,7 @@ def describe_weights(state: dict[str, torch.Tensor], config: dict) -> dict[str, 
 
 
 def _describe_positions(state: dict[str, torch.Tensor], config: dict) -> dict[str, object]:
-    """Return the number of patches, or of rows of positions where that can't be one more than a square grid has."""
+    """Return the number of patches; if the grid is unknown, and not square, the number of rows of positions."""
     if "pos_embed" not in state or state["pos_embed"].ndim != 3:
         return {}
     patches = state["pos_embed"].shape[1] - 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from timm.layers import to_2tuple
 
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.transforms import default_crop_pct
 
 # The arguments that define an encoder.
@@ -133,7 +133,7 @@ def is_model_config(config: object) -> bool:
     return all(type(value) is int for value in whole) and isinstance(config.get("global_pool", False), bool)
 
 
-def evaluation_settings(flags: dict, config: dict) -> tuple[Pixels, float]:
+def evaluation_settings(flags: dict, config: dict) -> tuple[PixelSpec, float]:
     """Return how a checkpoint's job prepares images in evaluation.
 
     Args:
@@ -144,10 +144,10 @@ def evaluation_settings(flags: dict, config: dict) -> tuple[Pixels, float]:
         Channels, mean and standard deviation, and the share of the image that the centre crop keeps.
     """
     crop_pct = flags.get("crop_pct") or default_crop_pct(config["img_size"])
-    return Pixels.from_args(flags, config["in_chans"]), crop_pct
+    return PixelSpec.from_args(flags, config["in_chans"]), crop_pct
 
 
-def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str] | None) -> dict:
+def timm_config(config: dict, pixels: PixelSpec, crop_pct: float, classes: list[str] | None) -> dict:
     """Return the config.json from which timm builds a model: timm's ViT-B/16, with the shape of this model.
 
     Args:
@@ -169,7 +169,7 @@ def timm_config(config: dict, pixels: Pixels, crop_pct: float, classes: list[str
     return description | ({"label_names": classes} if classes else {})
 
 
-def timm_pretrained_cfg(config: dict, pixels: Pixels, crop_pct: float, num_classes: int) -> dict:
+def timm_pretrained_cfg(config: dict, pixels: PixelSpec, crop_pct: float, num_classes: int) -> dict:
     """Return timm's description of how a model's images are prepared, from which timm.data makes a transform.
 
     Args:
@@ -226,7 +226,7 @@ def _named_classes(names: dict[int, str]) -> dict[str, dict[str, int]]:
     return {"class_to_idx": {f"{name} ({n})" if name in twice else name: n for n, name in names.items()}}
 
 
-def preprocessor_config(side: int, pixels: Pixels, crop_pct: float) -> dict:
+def preprocessor_config(side: int, pixels: PixelSpec, crop_pct: float) -> dict:
     """Return Hugging Face's preprocessor_config.json: the resizing, cropping and normalisation of evaluation.
 
     Args:

@@ -60,7 +60,7 @@ def digest_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def write(state: dict, paths: list[Path]) -> None:
+def write_checkpoint(state: dict, paths: list[Path]) -> None:
     """Write a checkpoint under each of the names, the first one first.
 
     A file of that name is replaced only once the new one is whole and on the disk.

@@ -185,7 +185,8 @@ def add_class_position(checkpoint: dict, source: str, patches: int = 0) -> dict[
     if "cls_token" not in state or positions is None or positions.ndim != 3:
         return state
 
-    # The file's own grid decides. Where it is unknown, the new model's, the decoder, or a square number of rows tells.
+    # The file's own grid decides. Where it is unknown, it is inferred from the new model's patches, from the decoder's
+    # rows, or from a square number of rows.
     rows = positions.shape[1]
     if grid:
         with_class, without_class = rows == 1 + grid[0] * grid[1], rows == grid[0] * grid[1]

@@ -33,7 +33,7 @@ def load_model(
     state, model_state = checkpoint["model"], model.state_dict()
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
     comparison.refuse_misfits(source, checkpoint, model, args, missing, surplus)
-    comparison.refuse_other_heads(source, checkpoint, model, args)
+    comparison.refuse_other_attention_heads(source, checkpoint, model, args)
     model.load_state_dict(state)
 
 
@@ -121,7 +121,7 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
     head = {name for name in model_state if name.startswith(("head.", "fc_norm."))}
     decoder = {name for name in surplus if comparison.is_no_encoder(name)}
-    needless = decoder | (surplus & other_norm(state))
+    needless = decoder | (surplus & unneeded_norms(state))
 
     # For a comparison that shows true differences only, describe the file as if it had the model's head, and an
     # autoencoder by the name of the classifier that has its encoder.
@@ -213,7 +213,7 @@ def _open_encoder(source: str, model: nn.Module, args: dict) -> tuple[dict, dict
     """
     checkpoint = load_checkpoint(source)
     checkpoint["model"] = add_class_position(checkpoint, source, model.patch_embed.num_patches)
-    comparison.refuse_other_heads(source, checkpoint, model, args)
+    comparison.refuse_other_attention_heads(source, checkpoint, model, args)
     state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
     return checkpoint, state
 
@@ -224,7 +224,7 @@ def _describe_unmatched(new: set[str], unused: set[str]) -> str:
     return f"new here: {parts_new}; in the file but not used: {parts_unused}"
 
 
-def other_norm(state: dict[str, torch.Tensor]) -> set[str]:
+def unneeded_norms(state: dict[str, torch.Tensor]) -> set[str]:
     """Return the names of those final norms in a state dict that a model may leave unused.
 
     A model uses one of them, according to its pooling: `norm` for the class token, `fc_norm` for the mean of the

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from util.data import splits
-from util.data.images import BadImage, Pixels, WrongChannels, load_array
+from util.data.images import BadImage, PixelSpec, WrongChannels, load_array
 from util.data.listing import Listing
 from util.data.splits import DataSpec
 from util.distributed import dist
@@ -32,7 +32,7 @@ class Images(ImageFolder):
     needs_every_class = True  # a class without images is an error
     announce = True  # name unreadable images on stderr; False if another dataset of the same files names them
 
-    def __init__(self, root: Path, listing: Listing, transform: Callable | None, pixels: Pixels) -> None:
+    def __init__(self, root: Path, listing: Listing, transform: Callable | None, pixels: PixelSpec) -> None:
         """Set up the dataset.
 
         Args:
@@ -83,7 +83,7 @@ class MonitorImages(Images):
 
     needs_every_class = False
 
-    def __init__(self, root: Path, listing: Listing, transform: Callable, pixels: Pixels) -> None:
+    def __init__(self, root: Path, listing: Listing, transform: Callable, pixels: PixelSpec) -> None:
         """Set up the dataset, as Images does."""
         super().__init__(root, listing, transform, pixels)
         self.bad = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
@@ -202,7 +202,7 @@ def open_split(
     data: DataSpec,
     split: str,
     transform: Callable | None,
-    pixels: Pixels,
+    pixels: PixelSpec,
     *,
     classes_optional: bool = False,
 ) -> Images:
@@ -316,7 +316,7 @@ def class_differences(first: list[str], second: list[str], first_name: str, seco
     return "; ".join(parts)
 
 
-def check_classes(train: Images, val: Images, nb_classes: int) -> None:
+def refuse_class_mismatch(train: Images, val: Images, nb_classes: int) -> None:
     """Check that both splits have the same classes, as many as the head.
 
     Args:

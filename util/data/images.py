@@ -55,10 +55,10 @@ try:
 except ImportError:  # there is no wheel for the platform: Pillow decodes everything
     simplejpeg = None
 
-__all__ = ["EXTENSIONS", "FORMATS", "BadImage", "Pixels", "WrongChannels", "decode", "load_array"]
+__all__ = ["EXTENSIONS", "FORMATS", "BadImage", "PixelSpec", "WrongChannels", "decode", "load_array"]
 
 
-class Pixels(NamedTuple):
+class PixelSpec(NamedTuple):
     """How image files become the model's input.
 
     Attributes:
@@ -83,7 +83,7 @@ class Pixels(NamedTuple):
         return (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if channels == 3 else None
 
     @classmethod
-    def from_args(cls, args: dict, channels: int) -> "Pixels":
+    def from_args(cls, args: dict, channels: int) -> "PixelSpec":
         """Return the channels, mean and std that a checkpoint was trained with, from its args.
 
         The other fields keep their defaults. Unless both mean and std are set, for each channel, both are
@@ -95,7 +95,7 @@ class Pixels(NamedTuple):
         return cls(channels, tuple(mean), tuple(std))
 
 
-def load_array(path: str | ImagePath, pixels: Pixels = Pixels()) -> np.ndarray:  # noqa: B008 (it never changes)
+def load_array(path: str | ImagePath, pixels: PixelSpec = PixelSpec()) -> np.ndarray:  # noqa: B008 (it never changes)
     """Read and decode an image file.
 
     Args:
@@ -121,7 +121,7 @@ def load_array(path: str | ImagePath, pixels: Pixels = Pixels()) -> np.ndarray: 
     return decode(str(path), data, pixels)
 
 
-def decode(path: str, data: bytes, pixels: Pixels) -> np.ndarray:
+def decode(path: str, data: bytes, pixels: PixelSpec) -> np.ndarray:
     """Decode the bytes of an image file, by the rules at the top of this module.
 
     Args:
@@ -155,7 +155,7 @@ def decode(path: str, data: bytes, pixels: Pixels) -> np.ndarray:
             raise BadImage(f"{path}: {reason}") from error
 
 
-def _decode_image(data: bytes, pixels: Pixels) -> np.ndarray:
+def _decode_image(data: bytes, pixels: PixelSpec) -> np.ndarray:
     """Decode plain JPEGs to RGB with simplejpeg; decode everything else, and what it refuses, with Pillow."""
     # Plain JPEGs: simplejpeg is a third faster than Pillow and bit-equal to it (both are libjpeg-turbo). What it
     # refuses is left to Pillow, which is more forgiving.
@@ -194,7 +194,7 @@ def _is_plain_jpeg(data: bytes, exif: bool) -> bool:
         return False
 
 
-def _decode_with_pillow(data: bytes, pixels: Pixels) -> np.ndarray:
+def _decode_with_pillow(data: bytes, pixels: PixelSpec) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=FORMATS) as img:
         pillow.adapt_transparent_colour(img)
         tiff_pages = 0
@@ -235,7 +235,7 @@ def _count_pages(data: bytes, needed: bool) -> int:
             return 1
 
 
-def _decode_other_channels(data: bytes, pixels: Pixels, error: WrongChannels) -> np.ndarray:
+def _decode_other_channels(data: bytes, pixels: PixelSpec, error: WrongChannels) -> np.ndarray:
     """Decode a TIFF of which Pillow sees another number of channels, if tifffile can give the one that is asked for.
 
     Raises:
@@ -251,7 +251,7 @@ def _decode_other_channels(data: bytes, pixels: Pixels, error: WrongChannels) ->
     raise error
 
 
-def _decode_refused(data: bytes, pixels: Pixels, error: Exception) -> np.ndarray:
+def _decode_refused(data: bytes, pixels: PixelSpec, error: Exception) -> np.ndarray:
     """Decode a file that Pillow refuses: without its metadata, or with tifffile.
 
     Args:
@@ -281,7 +281,7 @@ def _opens(data: bytes) -> bool:
     return True
 
 
-def _decode_with_tifffile(data: bytes, pixels: Pixels) -> np.ndarray:
+def _decode_with_tifffile(data: bytes, pixels: PixelSpec) -> np.ndarray:
     try:
         values = tiff.read(data, lambda shape: check_shape(shape, pixels.channels))
     except tiff.PackageMissing as error:

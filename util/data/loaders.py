@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util import resources
-from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, check_classes, open_split
+from util.data.datasets import EvalImages, Images, MonitorImages, TrainImages, open_split, refuse_class_mismatch
 from util.data.erasing import ErasableImage, erase_boxes, pack_boxes
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 from util.data.listing import UnreadableFolder
 from util.data.splits import DataSpec, find_split, similar
 from util.distributed import dist
@@ -86,7 +86,7 @@ class Normalise:
     function is not used because it sends mean and std to the GPU with every batch, and waits for the transfer.
     """
 
-    def __init__(self, pixels: Pixels, device: torch.device) -> None:
+    def __init__(self, pixels: PixelSpec, device: torch.device) -> None:
         """Copy mean and standard deviation to the device."""
         self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in (pixels.mean, pixels.std))
 
@@ -101,7 +101,7 @@ class Normalise:
 class DeviceLoader:
     """Loader that sends batches to the device before normalising them: 8 bits are a quarter of float32's bytes."""
 
-    def __init__(self, loader: DataLoader, device: torch.device, pixels: Pixels) -> None:
+    def __init__(self, loader: DataLoader, device: torch.device, pixels: PixelSpec) -> None:
         """Wrap a loader.
 
         Args:
@@ -184,7 +184,7 @@ class TrainLoader(DeviceLoader):
 
 
 def collate(samples: list[tuple[Tensor | ErasableImage, int]]) -> tuple[Tensor, ...]:
-    """Stack samples to a batch: imgs [N, C, H, W] and class numbers [N], then, if images may be erased, how.
+    """Stack samples to a batch: images [N, C, H, W], class numbers [N], and the boxes to erase, if there may be some.
 
     If 8-bit and float32 images meet in a batch, the 8-bit ones become float32 from 0 to 1; the others are kept.
 
@@ -258,7 +258,7 @@ def _start_worker(_: int) -> None:
 def train_loader(
     data: DataSpec,
     transform: Callable,
-    pixels: Pixels,
+    pixels: PixelSpec,
     loading: Loading,
     *,
     fraction: float = 1.0,
@@ -364,7 +364,7 @@ def classifier_loaders(
     nb_classes: int,
     train_transform: Callable | None,
     eval_transform: Callable,
-    pixels: Pixels,
+    pixels: PixelSpec,
     loading: Loading,
     *,
     fraction: float = 1.0,
@@ -393,5 +393,5 @@ def classifier_loaders(
         train = train_loader(data, train_transform, pixels, loading, fraction=fraction)
     val_set = open_split(EvalImages, data, "val", eval_transform, pixels)
     if train:
-        check_classes(train.dataset.images, val_set, nb_classes)
+        refuse_class_mismatch(train.dataset.images, val_set, nb_classes)
     return train, eval_loader(val_set, loading, distributed_eval)

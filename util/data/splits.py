@@ -136,7 +136,7 @@ def _describe_mixture(path: str | Path, archives: list[Path], kind: str, beside:
     """
     return (
         f"{path} holds archives ({join_names((file.name for file in archives), 3)}) beside {kind} "
-        f"({join_names(sorted(beside), 3)}), and only one of both can be read: move the others elsewhere"
+        f"({join_names(sorted(beside), 3)}), and only one of the two can be read: move the others elsewhere"
     )
 
 

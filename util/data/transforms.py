@@ -18,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms.functional import center_crop
 
 from util.data.erasing import ErasableImage, draw_boxes
-from util.data.images import Pixels
+from util.data.images import PixelSpec
 
 LONG = 16  # above this aspect ratio an image is a strip, of which evaluation resizes the middle only
 LOG_ASPECT = math.log(4 / 3)  # random crops have an aspect ratio of 3/4 to 4/3
@@ -87,9 +87,9 @@ def to_size(pixels: np.ndarray, size: tuple[int, int], channels_last: bool = Fal
         pixels: The image.
         size: Height and width of the result in pixels.
         channels_last: Lay the result out in memory as [*size, C], the order of Pillow's images; the default is
-            [C, *size]. 8-bit values are the same, and take two thirds of the time.
+            [C, *size]. The values are the same; those of 8 bits take two thirds of the time.
     """
-    # PyTorch goes by the strides of the batch: those of img[None] are not its channels_last format.
+    # Either way it is [1, C, H, W]. PyTorch recognises channels_last by the stride of the batch, in which they differ.
     img = torch.from_numpy(pixels)
     batch = img[None].permute(0, 3, 1, 2) if channels_last else img.permute(2, 0, 1)[None]
     return F.interpolate(batch, size, mode="bicubic", antialias=True)[0]
@@ -115,7 +115,9 @@ class Crop:
     def __call__(self, pixels: np.ndarray, channels_last: bool = False) -> Tensor:
         """Crop, resize and perhaps flip an image, with random numbers from Python's stream.
 
-        channels_last is to_size's.
+        Args:
+            pixels: The image, [H, W, C].
+            channels_last: As in `to_size`.
         """
         top, left, h, w = random_box(*pixels.shape[:2], self.scale, self.one_draw)
         flip = random.random() < 0.5
@@ -214,7 +216,7 @@ class FinetuneTransform:
         reprob: float,
         remode: str,
         recount: int,
-        pixels: Pixels = Pixels(),  # noqa: B008 (it never changes)
+        pixels: PixelSpec = PixelSpec(),  # noqa: B008 (it never changes)
     ) -> None:
         """Set up the augmentations.
 

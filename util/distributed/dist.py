@@ -307,13 +307,14 @@ def broadcast_from_rank0(tensors: Iterable[Tensor]) -> None:
 # DDP.
 
 
-def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Module:
+def wrap(model: nn.Module, device: torch.device, static_graph: bool = False) -> nn.Module:
     """Wrap a model in DDP if there are several ranks; every parameter must take part in the loss.
 
     Args:
         model: On its device.
         device: This rank's.
-        static: Every step runs the same graph and exchanges gradients (not with no_sync), which DDP can make use of.
+        static_graph: Every step runs the same graph and exchanges gradients (not with no_sync), of which DDP can make
+            use.
 
     Returns:
         The wrapped model; for a process that is alone, the model itself.
@@ -321,7 +322,9 @@ def wrap(model: nn.Module, device: torch.device, static: bool = False) -> nn.Mod
     if not td.is_initialized():
         return model
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static)
+    return DistributedDataParallel(
+        model, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=static_graph
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

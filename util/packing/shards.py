@@ -83,7 +83,7 @@ def plan_shards(images: PackedImages, folder: Path, shard_size: int) -> list[Sha
         raise UserError("there are no images to pack")
     with_images = {name.partition("/")[0] for name in images.names}
     folders = [name for name in images.classes if name not in with_images]
-    _check_names(images.names, folders)
+    _refuse_names(images.names, folders)
 
     # A shard ends before the image that would make it too large.
     shards, first, used = [], 0, sum(_member_size(name, None) for name in folders)
@@ -100,7 +100,7 @@ def plan_shards(images: PackedImages, folder: Path, shard_size: int) -> list[Sha
     ]
 
 
-def _check_names(names: list[str], folders: list[str]) -> None:
+def _refuse_names(names: list[str], folders: list[str]) -> None:
     """Check that members of these names are listed under the same names.
 
     Raises:

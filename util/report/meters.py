@@ -199,6 +199,7 @@ class _Progress:
         if self.line is None:
             whole = f" (run: {run_left})" if self.epochs else ""
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            # demo.py and benchmarks/train.py read this line.
             where = f"epoch {self.header} [{step + 1}/{self.steps}]"
             dist.print_rank0(f"{stamp}  {where}  {'  '.join(words)}  left {left}{whole}")
             return

@@ -90,7 +90,7 @@ class Monitor:
             dist.run_on_rank0(lambda: self._save_picture(model, epoch))
         if stats:
             listed = "  ".join(f"{name} {value:.4g}{' %' if name == 'knn' else ''}" for name, value in stats.items())
-            dist.print_rank0(f"monitor after epoch {epoch}: {listed}")
+            dist.print_rank0(f"monitor after epoch {epoch}: {listed}")  # demo.py reads this line
         return stats
 
     def _noise(self, model: nn.Module, names: list[str], device: torch.device) -> Tensor:

@@ -103,7 +103,7 @@ def to_picture(pixels: Tensor, side: int = 0) -> Image.Image:
     """Convert pixels to an RGB picture.
 
     Args:
-        pixels: Pixels [C, H, W], from 0 to 1, of which the channels are shown that `to_rgb` takes.
+        pixels: PixelSpec [C, H, W], from 0 to 1, of which the channels are shown that `to_rgb` takes.
         side: Least length of the picture's longer side in pixels, reached by whole-number magnification.
     """
     array = (to_rgb(pixels[None])[0].float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
