@@ -1,12 +1,15 @@
 # make demo [ARGS=--quick]: the three jobs on the samples, one table.   make test: the default tests.   make lint: style.
-# make bench-gpu ARGS="--output DIR": test and measure everything on one GPU.   make test-...: longer tests (CONTRIBUTING.md).
+# make bench-gpu ARGS="--output DIR --minutes 60": test and measure on one GPU.   make test-...: longer tests (CONTRIBUTING.md).
 # make mutants: put small faults into the code, one at a time, and see whether the tests notice (CONTRIBUTING.md).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-soak test-long test-cluster bench-gpu mutants lint clean
+help:
+	@sed -n 's/^# //p' Makefile
+
+.PHONY: help demo test test-slow test-soak test-long test-cluster bench-gpu mutants lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/python demo.py $(ARGS)

@@ -336,8 +336,8 @@ def card(source: Source, args: argparse.Namespace) -> str:
     rows = [f"| {name} | {table_cell(value)} |" for name, value in facts.items() if value is not None]
     lines += ["| | |", "|---|---|", *rows, ""] if rows else []
 
-    if flags := recipe(source.flags):
-        lines += [f"Recipe: `{flags}`", ""]
+    if "epochs" in source.flags:  # else they are those of the preprocessing alone
+        lines += [f"Recipe: `{recipe(source.flags)}`", ""]
     return "\n".join(lines)
 
 

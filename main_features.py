@@ -1,6 +1,6 @@
 """Extract features of images with the encoder of any checkpoint, without masking.
 
-    python main_features.py --resume output/pretrain/checkpoint-399.pth --data_path DIR --output features.npz
+    python main_features.py --resume output/pretrain/checkpoint-399.pth --images DIR --output features.npz
 
 DIR holds <class>/<images>, or images alone. features.npz holds `features` [N, D] (with --tokens all: [N, 1+L, D], class
 token first), `files` [N], and, if there are class folders, `labels` [N] and `classes`. Then a k-NN accuracy is printed:
@@ -53,7 +53,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pictures", type=Path, metavar="FILE", help="picture to draw features into, .png for example")
     add("--num", default=8, type=int, help="largest number of images in --pictures, evenly spread over the images")
     add("--heads", action="store_true", help="draw the attention of every head in --pictures, too")
-    add("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that classify those of --data_path by k-NN")
+    add("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that classify those of --images by k-NN")
     inference.add_flags(parser)
     args = parser.parse_args(argv)
     if args.num < 1:
@@ -218,7 +218,7 @@ def refuse_shared(files: list[ImagePath], neighbours: list[ImagePath], args: arg
     if shared := [path for path in neighbours if Path(str(path)).resolve() in own]:
         shared = join_names(map(str, shared), 3)
         raise UserError(
-            f"--neighbours {args.neighbours} and --data_path {args.data_path} share images ({shared}), which would be "
+            f"--neighbours {args.neighbours} and --images {args.data_path} share images ({shared}), which would be "
             "their own neighbours: omit --neighbours, or name other images"
         )
 

@@ -1,6 +1,6 @@
 # Sourced by every recipe: goes to the repository's root and sets the folders, which these variables can change:
-#     SEED       seed of the run; default: 0
-#     DATA       folder that scripts/prepare_data.py wrote; default: data/<dataset>
+#     SEED       seed of the run; default: 0 (imbalanced and segmentation run seeds 0, 1 and 2)
+#     DATA       folder of the images; default: data/<dataset>
 #     OUT        folder of the runs; default: output/<recipes' folder>
 #     RESULTS    folder of the logs that are stored; default: results/<recipes' folder>
 set -euo pipefail

@@ -69,7 +69,8 @@ def _add_training_flags(parser: argparse.ArgumentParser, several_rates: bool) ->
     else:
         add("--blr", type=float, help=blr_help)
     add("--min_lr", type=float, help="learning rate at the end of the schedule")
-    add("--weight_decay", type=float, help="weight decay; 1-D parameters (biases, norms) have none")
+    decay_help = "weight decay; none for 1-D parameters, and in fine-tuning none for cls_token and pos_embed"
+    add("--weight_decay", type=float, help=decay_help)
     add("--clip_grad", type=float, metavar="NORM", help="clip the gradients to this total norm; default: no clipping")
     add(
         "--max_bad_steps",
@@ -120,7 +121,8 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--data_path",
         metavar="DIR",
-        help="folder with train/<class>/<images> or train.tar, and the same for val; required",
+        help="folder with train/<class>/<images> or train.tar, and the same for val; required; pre-training needs no "
+        "classes and no val",
     )
     add(
         "--crop_scale",
