@@ -28,6 +28,7 @@ import main_pretrain
 import main_reconstruct
 from util import disk, errors
 from util.checkpoint.comparison import comparable
+from util.data import loaders
 from util.disk import remove_unfinished, write_whole
 from util.errors import Incomplete, UserError
 
@@ -143,6 +144,26 @@ def test_bad_images_are_named_and_the_others_are_done(script, name, trained, mix
             stored["classes"][label] == file.split("/")[0]
             for label, file in zip(stored["labels"], stored["files"], strict=True)
         )
+
+
+def test_loader_processes_change_no_feature_and_no_order(trained, mixed, tmp_path, capsys, monkeypatch):
+    stored, said, started, data_loader = [], [], [], loaders.data_loader
+
+    def recorded(files, loading, *more, **options):
+        started.append(loading.num_workers)
+        return data_loader(files, loading, *more, **options)
+
+    monkeypatch.setattr(loaders, "data_loader", recorded)
+    for workers in ("0", "2"):
+        argv = arguments(main_features, trained, mixed, tmp_path / f"{workers}.npz")
+        with pytest.raises(Incomplete):
+            main_features.main([*argv, "--num_workers", workers])
+        stored.append(np.load(tmp_path / f"{workers}.npz"))
+        said.append(capsys.readouterr().err)
+    assert started == [0, 2]
+    assert said[0] == said[1] and said[0].count("unreadable image, left out: ") == 3
+    for name in ("features", "files", "labels", "classes"):
+        assert np.array_equal(stored[0][name], stored[1][name]), name
 
 
 @pytest.mark.parametrize(("script", "name"), SCRIPTS)

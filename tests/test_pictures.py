@@ -335,9 +335,11 @@ def test_predictions_bear_the_checkpoints_names(images, tmp_path):
 def test_images_are_cut_and_turned_as_the_checkpoints_evaluation_did():
     checkpoint = {"args": {"crop_pct": 1.0, "exif": True, "mean": [0.1] * 3, "std": [0.2] * 3}}
     for given, taken in (((None, False), (1.0, True)), ((0.5, True), (0.5, True))):
-        flags = argparse.Namespace(crop_pct=given[0], exif=given[1], batch_size=4, device="cpu", max_megapixels=None)
+        flags = argparse.Namespace(crop_pct=given[0], exif=given[1], batch_size=4, device="cpu")
+        flags.max_megapixels, flags.num_workers = None, 3
         found = inference.preprocessing_as_trained(checkpoint, 3, flags)
         assert found.pixels.mean == (0.1,) * 3 and (found.crop_pct, found.pixels.exif) == taken
+        assert found.num_workers == 3
         assert (flags.crop_pct, flags.exif) == given, "the flags stay as they were"
 
 

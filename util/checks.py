@@ -282,7 +282,7 @@ def _cuda_problems(name: str, device: torch.device) -> list[str]:
     return []
 
 
-def _open_file_problems(args: argparse.Namespace) -> list[str]:
+def open_file_problems(args: argparse.Namespace) -> list[str]:
     """Raise the limit of open files where it is too low for the run; return a message if it can't be raised enough."""
     workers = min(args.num_workers, resources.cores())
     tensors = 4 if hasattr(args, "reprob") else 2  # erased boxes travel beside images and classes
@@ -318,7 +318,7 @@ def replaced_input_problems(name: str, output: str | Path, inputs: Iterable[str 
 def _environment_problems(args: argparse.Namespace) -> list[str]:
     """Return the problems that the flags have on this machine: device, files, folders."""
     # Device, open files, and input files.
-    problems = device_problems(args.device) + _open_file_problems(args)
+    problems = device_problems(args.device) + open_file_problems(args)
     if args.data_path and not Path(args.data_path).is_dir():
         problems.append(
             f"--data_path {args.data_path}: no such folder; it must hold train/<class>/<images>, or train.tar"

@@ -4,15 +4,18 @@ main_predict.py, main_features.py and main_reconstruct.py see images as the eval
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from util import checks, options
 from util.checkpoint.files import checkpoint_args
@@ -41,6 +44,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="rotate photographs as their EXIF orientation says; default: as in the checkpoint's evaluation",
     )
     options.add_size_limit(parser)
+    options.add_num_workers(parser)
     add("--device", default=dist.default_device(), help="cuda, mps or cpu")
 
 
@@ -65,7 +69,7 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UserError: Flags are invalid, or the output can't be written or is an input; names all problems at once.
     """
-    problems = checks.device_problems(args.device) + checks.range_problems(args)
+    problems = checks.device_problems(args.device) + checks.range_problems(args) + checks.open_file_problems(args)
 
     # Inputs: the checkpoint, the names of classes, the images.
     images = getattr(args, "images", None) or [getattr(args, "data_path", "")]
@@ -183,12 +187,14 @@ class Preprocessing:
         crop_pct: Side of the centre crop as a share of the resized image's; None: the default for the model's size.
         batch_size: Images per batch.
         device: Where batches are sent.
+        num_workers: Loader processes, at most; none are started for a single batch.
     """
 
     pixels: PixelSpec
     crop_pct: float | None
     batch_size: int
     device: torch.device
+    num_workers: int = 0
 
 
 def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Namespace) -> Preprocessing:
@@ -204,7 +210,30 @@ def preprocessing_as_trained(checkpoint: dict, channels: int, args: argparse.Nam
     pixels = PixelSpec.from_args(flags, channels)
     pixels = pixels._replace(exif=args.exif or bool(flags.get("exif")), max_megapixels=args.max_megapixels)
     crop_pct = args.crop_pct or flags.get("crop_pct")
-    return Preprocessing(pixels, crop_pct, args.batch_size, torch.device(args.device))
+    return Preprocessing(pixels, crop_pct, args.batch_size, torch.device(args.device), args.num_workers)
+
+
+class _Files(Dataset):
+    """Image files as a model takes them, or in place of an unreadable one the reason."""
+
+    def __init__(self, files: list[ImagePath], crop: CentreCrop, pixels: PixelSpec) -> None:
+        self.files, self.crop, self.pixels = files, crop, pixels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self.crop(load_array(self.files[index], self.pixels))
+        except BadImage as error:
+            return str(error)
+
+
+def _collate(samples: list[Tensor | str]) -> tuple[Tensor | None, list[str]]:
+    """Return a batch's readable images [M, C, H, W] (None if there are none), and the problem of each image or ""."""
+    readable = [(sample, 0) for sample in samples if isinstance(sample, Tensor)]
+    imgs = loaders.collate(readable)[0] if readable else None
+    return imgs, [sample if isinstance(sample, str) else "" for sample in samples]
 
 
 class Batches:
@@ -230,20 +259,23 @@ class Batches:
             UserError: At the end, if no file at all was readable.
         """
         self.bad = self.not_finite = 0
-        for start in range(0, len(self.files), self.preprocessing.batch_size):
-            paths, samples = [], []
-            for path in self.files[start : start + self.preprocessing.batch_size]:
-                try:
-                    samples.append((self.crop(load_array(path, self.preprocessing.pixels)), 0))
-                    paths.append(path)
-                except BadImage as error:
-                    self.bad += 1
-                    print(f"unreadable image, left out: {error}", file=sys.stderr, flush=True)
-            if samples:
-                imgs, _ = loaders.collate(samples)
+        rest = iter(self.files)
+        for imgs, problems in self._loader():
+            paths = [path for path, problem in zip(islice(rest, len(problems)), problems, strict=True) if not problem]
+            for problem in filter(None, problems):
+                self.bad += 1
+                print(f"unreadable image, left out: {problem}", file=sys.stderr, flush=True)
+            if imgs is not None:
                 yield paths, self.normalise(imgs)
         if self.bad == len(self.files):
             raise UserError(f"none of {self.bad} images can be read (named above): fix them, or name others")
+
+    def _loader(self) -> DataLoader:
+        how, count = self.preprocessing, len(self.files)
+        workers = min(how.num_workers, math.ceil(count / how.batch_size) - 1)
+        loading = loaders.Loading(how.batch_size, workers, pin_mem=True, seed=0, device=how.device)
+        files = _Files(self.files, self.crop, how.pixels)
+        return loaders.data_loader(files, loading, range(count), persistent=False, collate_fn=_collate)
 
     def report_not_finite(self, values: Tensor, paths: list[ImagePath]) -> None:
         """Name on stderr, and count, the images for which a model's output is not finite.

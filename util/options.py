@@ -145,10 +145,16 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="stop the run if more than this share of the training images is unreadable",
     )
-    add("--num_workers", default=10, type=int, help="data loading processes for each process, at most one per CPU core")
+    add_num_workers(parser)
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     no_pin_help = "do not pin the loader's memory"
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help=no_pin_help)
+
+
+def add_num_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --num_workers, for every script that loads images in processes of their own."""
+    workers_help = "data loading processes for each process, at most one per CPU core"
+    parser.add_argument("--num_workers", default=10, type=int, help=workers_help)
 
 
 def add_size_limit(parser: argparse.ArgumentParser) -> None:

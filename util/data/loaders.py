@@ -223,7 +223,9 @@ def spread(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
 
 
-def _data_loader(dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True) -> DataLoader:
+def data_loader(
+    dataset: Dataset, loading: Loading, sampler: Iterable, persistent: bool = True, collate_fn: Callable = collate
+) -> DataLoader:
     """Create torch's loader.
 
     Args:
@@ -231,6 +233,7 @@ def _data_loader(dataset: Dataset, loading: Loading, sampler: Iterable, persiste
         loading: How batches are loaded.
         sampler: Yields the keys of the images, in order.
         persistent: Keep the loader processes from one epoch to the next.
+        collate_fn: From the samples of a batch to the batch.
     """
     # More workers than cores only get in each other's way; the flag's default of 10 was made for big nodes.
     workers = min(loading.num_workers, resources.cores())
@@ -245,7 +248,7 @@ def _data_loader(dataset: Dataset, loading: Loading, sampler: Iterable, persiste
         worker_init_fn=_start_worker,
         # Python 3.14's default, forkserver, takes seconds to start and leaves orphans when the run is killed.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         generator=torch.Generator(),  # else each start of a loader would draw from the training loop's stream
     )
 
@@ -296,7 +299,7 @@ def train_loader(
             f"{count} training images{shared} don't fill one batch of {loading.batch_size}: lower --batch_size to "
             f"{count // ranks} or less"
         )
-    loader = _data_loader(dataset, loading, sampler)
+    loader = data_loader(dataset, loading, sampler)
     return TrainLoader(loader, loading.device, pixels)
 
 
@@ -309,7 +312,7 @@ def eval_loader(dataset: Images, loading: Loading, distributed: bool) -> DeviceL
         distributed: Each rank takes every world_size-th image, without padding; otherwise each takes all.
     """
     rank, world = (dist.rank(), dist.world_size()) if distributed else (0, 1)
-    loader = _data_loader(dataset, loading, range(rank, len(dataset), world))
+    loader = data_loader(dataset, loading, range(rank, len(dataset), world))
     return DeviceLoader(loader, loading.device, dataset.pixels)
 
 
@@ -336,7 +339,7 @@ def monitor_loaders(
     def load_some(images: MonitorImages, count: int) -> DeviceLoader:
         share = spread(len(images), count)[dist.rank() :: dist.world_size()]
         # Monitoring is rare: its processes end with it, so that training has their memory.
-        loader = _data_loader(images, loading, share, persistent=False)
+        loader = data_loader(images, loading, share, persistent=False)
         return DeviceLoader(loader, loading.device, train.pixels)
 
     try:
