@@ -160,7 +160,7 @@ def test_loader_processes_change_no_feature_and_no_order(trained, mixed, tmp_pat
             main_features.main([*argv, "--num_workers", workers])
         stored.append(np.load(tmp_path / f"{workers}.npz"))
         said.append(capsys.readouterr().err)
-    assert started == [0, 2]
+    assert started == [0, 2] and len(set(stored[0]["files"])) == 27
     assert said[0] == said[1] and said[0].count("unreadable image, left out: ") == 3
     for name in ("features", "files", "labels", "classes"):
         assert np.array_equal(stored[0][name], stored[1][name]), name
