@@ -1,4 +1,4 @@
-"""Fine-tuning of a pre-trained encoder as a classifier (paper, appendix A.1), and evaluation.
+r"""Fine-tuning of a pre-trained encoder as a classifier (paper, appendix A.1), and evaluation.
 
 One process, own images:
     python main_finetune.py --data_path DIR --nb_classes N --model vit_base_patch16 \
@@ -42,7 +42,7 @@ from util.updater import Updater, updates_per_epoch
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the job's flags from argv, or from the command line; --help lists them with their defaults."""
     parser = options.common_parser(
-        "MAE fine-tuning",
+        __doc__,
         models_vit.MODELS,
         model="vit_large_patch16",
         batch_size=64,

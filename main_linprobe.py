@@ -1,4 +1,4 @@
-"""Linear probing: a linear classifier on the frozen encoder (paper, appendix A.1), and evaluation.
+r"""Linear probing: a linear classifier on the frozen encoder (paper, appendix A.1), and evaluation.
 
 The paper's ViT-B, 8 GPUs (effective batch 16384):
     torchrun --nproc_per_node 8 main_linprobe.py --data_path DIR --batch_size 512 --accum_iter 4 --cls_token \
@@ -36,7 +36,7 @@ from util.updater import Updater
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the job's flags from argv, or from the command line; --help lists them with their defaults."""
     parser = options.common_parser(
-        "MAE linear probing",
+        __doc__,
         models_vit.MODELS,
         model="vit_large_patch16",
         batch_size=512,

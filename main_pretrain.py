@@ -1,4 +1,4 @@
-"""Masked pre-training (He et al., arXiv 2111.06377).
+r"""Masked pre-training (He et al., arXiv 2111.06377).
 
 One process:
     python main_pretrain.py --data_path DIR --model mae_vit_base_patch16 --norm_pix_loss
@@ -38,7 +38,7 @@ from util.updater import Updater
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the job's flags from argv, or from the command line; --help lists them with their defaults."""
     parser = options.common_parser(
-        "MAE pre-training",
+        __doc__,
         models_mae.MODELS,
         model="mae_vit_large_patch16",
         batch_size=64,

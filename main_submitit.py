@@ -1,11 +1,11 @@
-"""Submit a job to SLURM through submitit, or run it on this machine.
+r"""Submit a job to SLURM through submitit, or run it on this machine.
 
     python main_submitit.py pretrain --nodes 8 --ngpus 8 --job_dir JOB --partition P --timeout 4320 -- \
         --data_path DIR --batch_size 64 --model mae_vit_large_patch16 --norm_pix_loss --epochs 800
 
-The flags after -- go to main_pretrain.py (finetune: main_finetune.py, linprobe: main_linprobe.py), which runs in one
-process per GPU. A job whose time is up, or that is preempted, saves, is queued again by itself, and resumes with
---resume auto. Submitting the same command again later resumes the job, too.
+The flags after --, which may be left out, go to main_pretrain.py (finetune: main_finetune.py, linprobe:
+main_linprobe.py), which runs in one process per GPU. A job whose time is up, or that is preempted, saves, is queued
+again by itself, and resumes with --resume auto. Submitting the same command again later resumes the job, too.
 
 job_dir/
     submitit/        the batch script and every process's output, JOBID_RANK_log.out and .err
@@ -48,8 +48,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
         separator = argv.index("--")
         launcher_flags, flags = argv[:separator], argv[separator + 1 :]
 
-    usage = "Submit a job through submitit: main_submitit.py JOB ... -- FLAGS OF THE JOB"
-    parser = Parser(usage, allow_abbrev=False)
+    parser = Parser(__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("job", choices=list(MODELS), help="script to run: main_JOB.py")
     add("--job_dir", required=True, metavar="DIR", help="folder for the logs and the job's output; seen by all nodes")

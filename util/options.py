@@ -145,7 +145,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="stop the run if more than this share of the training images is unreadable",
     )
-    add_num_workers(parser)
+    add_num_workers(group)
     add("--pin_mem", action="store_true", default=True, help="pin the loader's memory for faster copies to the GPU")
     no_pin_help = "do not pin the loader's memory"
     add("--no_pin_mem", action="store_false", dest="pin_mem", default=argparse.SUPPRESS, help=no_pin_help)
