@@ -107,12 +107,12 @@ def _classifier(
         _refuse_arguments(arguments, set())
         model = models_load.classifier(checkpoint, source)
     else:
-        stored = models_load.encoder(checkpoint, source).config
+        _, stored = models_load.weights_and_config(checkpoint, source)
         kept = {argument: stored[argument] for argument in configurations.ENCODER_ARGUMENTS}
         config = checkpoint.get("model_config") or {}
         kept |= {"global_pool": config["global_pool"]} if "global_pool" in config else {}
         model = models_vit.VisionTransformer(**{**kept, **arguments, "num_classes": num_classes})
-        loading.load_pretrained(source, model)
+        loading.load_pretrained(source, model, checkpoint=checkpoint)
     _refuse_other_sizes(_name, factory.keywords, model.config, source)
     return _with_pretrained_cfg(model, checkpoint)
 

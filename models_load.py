@@ -73,7 +73,7 @@ def classifier(checkpoint: dict, source: str) -> VisionTransformer:
             "main_linprobe.py"
         )
     comparison.refuse_other_pooling(source, checkpoint)
-    state, config = _weights_and_config(checkpoint, source)
+    state, config = weights_and_config(checkpoint, source)
     model = classifier_from_config(config)
     _load(model, state, source)
     return keep_best_head(model, checkpoint)
@@ -93,7 +93,7 @@ def encoder(checkpoint: dict, source: str) -> VisionTransformer:
     Raises:
         UserError: The file holds no such model, or an encoder with more than the models here have.
     """
-    state, config = _weights_and_config(checkpoint, source)
+    state, config = weights_and_config(checkpoint, source)
     config = {name: config[name] for name in ENCODER_ARGUMENTS}
     model = classifier_from_config(config | {"num_classes": 0, "global_pool": "norm.weight" not in state})
 
@@ -104,7 +104,7 @@ def encoder(checkpoint: dict, source: str) -> VisionTransformer:
     return model
 
 
-def _weights_and_config(checkpoint: dict, source: str) -> tuple[dict[str, Tensor], dict]:
+def weights_and_config(checkpoint: dict, source: str) -> tuple[dict[str, Tensor], dict]:
     """Return a checkpoint's weights, and the arguments of the classifier or the autoencoder that they belong to.
 
     Raises:

@@ -13,6 +13,7 @@ from PIL import Image
 import models_load
 import models_mae
 import models_vit
+from util.checkpoint import weights
 from util.errors import UserError
 
 GREY = {"img_size": 28, "in_chans": 1}
@@ -34,6 +35,12 @@ def autoencoder(tmp_path_factory):
     torch.manual_seed(0)
     model = models_mae.mae_vit_demo_patch4(**GREY, norm_pix_loss=True).eval()
     return model, saved(tmp_path_factory.mktemp("hub") / "mae.pth", model)
+
+
+def test_a_new_head_reads_the_file_once(autoencoder, monkeypatch):
+    """An address would be downloaded a second time."""
+    monkeypatch.setattr(weights, "load_checkpoint", None)
+    assert load("vit_demo_patch4", weights=autoencoder[1], num_classes=5).config["num_classes"] == 5
 
 
 def test_an_autoencoder_has_the_files_sizes_and_weights(autoencoder):

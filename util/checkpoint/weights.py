@@ -91,7 +91,9 @@ def load_for_eval(
     return numbers
 
 
-def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> tuple[set[str], set[str]]:
+def load_pretrained(
+    source: str, model: nn.Module, args: dict | None = None, checkpoint: dict | None = None
+) -> tuple[set[str], set[str]]:
     """Load a pre-trained encoder into a classifier, before its head is prepared for training (paper, A.1).
 
     A weight that only the classifier has must belong to its head or to `fc_norm`. One that only the file has must lie
@@ -102,6 +104,7 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
         source: File, folder or address of the checkpoint.
         model: The classifier.
         args: The run's flags, for the messages.
+        checkpoint: The contents of the source, if they are read already.
 
     Returns:
         The names of the model's weights that were not loaded, the head's always among them, and of the file's weights
@@ -111,8 +114,8 @@ def load_pretrained(source: str, model: nn.Module, args: dict | None = None) -> 
         UserError: The source can't be read, any other weight is missing or surplus, or shapes or the number of
             attention heads differ; the message names them.
     """
-    args = args or {}
-    checkpoint, state = _open_encoder(source, model, args)
+    args, checkpoint = args or {}, checkpoint or load_checkpoint(source)
+    state = _encoder_state(source, checkpoint, model, args)
     resized = _resize_positions(state, checkpoint, model)
     model_state = model.state_dict()
     unused = {name for name in checkpoint["model"] if name.startswith("head.")} | set(checkpoint["left_out"])
@@ -158,7 +161,8 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
         UserError: The source can't be read, or a weight of the encoder, or of its decoder, is missing, surplus or of
             another shape.
     """
-    checkpoint, state = _open_encoder(source, model, args)
+    checkpoint = load_checkpoint(source)
+    state = _encoder_state(source, checkpoint, model, args)
     resized = _resize_positions(state, checkpoint, model)
     model_state = model.state_dict()
 
@@ -197,25 +201,21 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     dist.print_rank0(f"starting from {source} ({describe(checkpoint)}); {_describe_unmatched(new, unused)}")
 
 
-def _open_encoder(source: str, model: nn.Module, args: dict) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Read a checkpoint to start a training from.
+def _encoder_state(source: str, checkpoint: dict, model: nn.Module, args: dict) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint to start a training from, without a head, which is for other classes.
 
     Args:
-        source: File, folder or address of the checkpoint.
+        source: Name of the checkpoint, for the messages.
+        checkpoint: Its contents, in which the class token gets a position if it has none.
         model: The model that is to be trained.
         args: The run's flags, for the messages.
 
-    Returns:
-        The checkpoint, and its weights without a head, which is for other classes.
-
     Raises:
-        UserError: The source can't be read, or was made with another number of attention heads.
+        UserError: The checkpoint was made with another number of attention heads.
     """
-    checkpoint = load_checkpoint(source)
     checkpoint["model"] = add_class_position(checkpoint, source, model.patch_embed.num_patches)
     comparison.refuse_other_attention_heads(source, checkpoint, model, args)
-    state = {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
-    return checkpoint, state
+    return {name: value for name, value in checkpoint["model"].items() if not name.startswith("head.")}
 
 
 def _describe_unmatched(new: set[str], unused: set[str]) -> str:
