@@ -153,6 +153,14 @@ def print_table(results: dict[str, float], seed: int, quick: bool) -> None:
     print("-" * 60)
 
 
+def refuse_other_runs(output_dir: Path) -> None:
+    """Raise a UserError if the demo's jobs, which overwrite what was there, would replace runs that are not its own."""
+    for step in ("pretrain", "probe", "probe_untrained", "finetune", "scratch"):
+        folder = output_dir / step
+        if any(folder.glob("checkpoint-*.pth")) and not (folder / "out.txt").exists():
+            raise errors.UserError(f"{folder} holds a run that is not the demo's: choose another --output_dir")
+
+
 def main() -> None:
     """Run the five jobs one after the other and print the table."""
     parser = Parser(__doc__)
@@ -164,6 +172,7 @@ def main() -> None:
     # The samples and the default output_dir lie in the repository; any other is meant from where the user stands.
     if args.output_dir != parser.get_default("output_dir"):
         args.output_dir = args.output_dir.resolve()
+    refuse_other_runs(args.output_dir)
     os.chdir(ROOT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the job under way is ended, too
     start = time.time()

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from util.checkpoint.files import checkpoint_args, effective_batch, is_url, load
 from util.command_line import Parser
 from util.data.class_names import read_class_names
 from util.data.images import PixelSpec
-from util.disk import UNFINISHED, fsync_path, raise_write_errors, unwritable
+from util.disk import UNFINISHED, fsync_path, output_path, raise_write_errors, unwritable
 from util.errors import UserError
 
 # Files that tell a library that a folder holds a model for it.
@@ -67,7 +67,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="checkpoint of any of the jobs, or anything --finetune reads")
     add("--to", required=True, choices=tuple(EXPORTERS), help="format to export, described above")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    add("--output", required=True, type=output_path, metavar="DIR", help="folder to write")
     add("--model_ema", action="store_true", help="export the EMA of the weights")
     inference.add_norm_pix_loss(parser)
     inference.add_class_names(parser)
@@ -144,6 +144,11 @@ class Source:
         """Return height and width of the model's images in pixels."""
         return to_2tuple(self.config["img_size"])
 
+    @property
+    def exif(self) -> dict[str, bool]:
+        """Return what config.json says about EXIF orientation: nothing, unless images were rotated by it."""
+        return {"exif": True} if self.flags.get("exif") is True else {}
+
 
 def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Fold a probe's BatchNorm into its linear layer, then named head.weight and head.bias.
@@ -165,7 +170,7 @@ def fold_probe(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
 def to_timm(folder: Path, source: Source) -> None:
     """Write the classifier, or else the encoder, for timm."""
     description = configurations.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
-    save(folder, fold_probe(source.model.state_dict(), source.config), description)
+    save(folder, fold_probe(source.model.state_dict(), source.config), description | source.exif)
 
 
 def to_hf(folder: Path, source: Source) -> None:
@@ -191,7 +196,7 @@ def to_hf(folder: Path, source: Source) -> None:
 
     config = source.config | {"img_size": height}
     description = configurations.hugging_face_config(config, source.classes, source.flags.get("mask_ratio", 0.75))
-    save(folder, formats.to_hugging_face(state), description)
+    save(folder, formats.to_hugging_face(state), description | source.exif)
     settings = configurations.preprocessor_config(height, source.pixels, source.crop_pct)
     write_json(folder / "preprocessor_config.json", settings)
 
@@ -200,7 +205,7 @@ def to_encoder(folder: Path, source: Source) -> None:
     """Write the encoder under the released names, and config.json with its shape, mean, std and crop_pct."""
     encoder = models_load.encoder(source.checkpoint, source.path) if source.classes else source.model
     pixels = {"mean": source.pixels.mean, "std": source.pixels.std, "crop_pct": source.crop_pct}
-    save(folder, encoder.state_dict(), encoder.config | pixels, "encoder.safetensors")
+    save(folder, encoder.state_dict(), encoder.config | pixels | source.exif, "encoder.safetensors")
 
 
 def to_onnx(folder: Path, source: Source) -> None:
@@ -230,7 +235,7 @@ def to_onnx(folder: Path, source: Source) -> None:
     )
     program.save(folder / "model.onnx")
     description = configurations.timm_config(source.config, source.pixels, source.crop_pct, source.classes)
-    write_json(folder / "config.json", description)
+    write_json(folder / "config.json", description | source.exif)
 
 
 def save(folder: Path, state: dict[str, Tensor], config: dict, name: str = "model.safetensors") -> None:
@@ -291,7 +296,9 @@ def replace_export(folder: Path) -> Iterator[Path]:
                 yield unfinished
             except BaseException:
                 if not existed:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    with suppress(OSError):  # another program has written there meanwhile
+                        folder.rmdir()
                 raise
             files = [path.name for path in unfinished.iterdir()]
             for file in files:

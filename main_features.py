@@ -28,7 +28,7 @@ from util.command_line import Parser
 from util.data import splits
 from util.data.archives import ImagePath
 from util.data.loaders import spread
-from util.disk import write_whole
+from util.disk import output_path, write_whole
 from util.errors import UserError
 from util.report import feature_maps, knn, pictures
 from util.words import count_nouns, join_names
@@ -43,14 +43,14 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resume", required=True, metavar="CKPT", help="file or address of a checkpoint")
     images_help = "images to encode, in class folders or not"
     add("--images", "--data_path", dest="data_path", required=True, type=Path, metavar="DIR", help=images_help)
-    add("--output", required=True, type=Path, help="file to write, .npz")
+    add("--output", required=True, type=output_path, help="file to write, .npz")
     add(
         "--tokens",
         default="pooled",
         choices=("class", "pooled", "all"),
         help="the class token, the mean of the patch tokens (pooled), or all tokens",
     )
-    add("--pictures", type=Path, metavar="FILE", help="picture to draw features into, .png for example")
+    add("--pictures", type=output_path, metavar="FILE", help="picture to draw features into, .png for example")
     add("--num", default=8, type=int, help="largest number of images in --pictures, evenly spread over the images")
     add("--heads", action="store_true", help="draw the attention of every head in --pictures, too")
     add("--neighbours", type=Path, metavar="DIR", help="<class>/<images> that classify those of --images by k-NN")

@@ -10,6 +10,7 @@ those of --class_names, which released files need. Of a learning-rate sweep the 
 import argparse
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from util.checkpoint.files import load_checkpoint
 from util.command_line import Parser
 from util.data.archives import ImagePath
 from util.data.class_names import read_class_names
-from util.disk import write_csv
+from util.disk import STANDARD_OUTPUT, output_path, write_csv
 from util.errors import UserError
 from util.words import count_nouns
 
@@ -35,7 +36,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a classifier's checkpoint")
     add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to classify")
-    add("--output", required=True, type=Path, help="CSV file to write; -: standard output")
+    add("--output", required=True, type=output_path, help="CSV file to write; -: standard output")
     inference.add_class_names(parser)
     inference.add_flags(parser)
     return parser.parse_args(argv)
@@ -82,6 +83,19 @@ def rows(model: models_vit.VisionTransformer, batches: inference.Batches, classe
 def main(argv: list[str] | None = None) -> None:
     """Classify every image and write a CSV row for each (argv defaults to the command line's)."""
     args = get_args(argv)
+    # Where the table goes to standard output or through a pipe, messages go to stderr.
+    is_stream = args.output == STANDARD_OUTPUT or (args.output.exists() and not args.output.is_file())
+    with redirect_stdout(sys.stderr if is_stream else sys.stdout):
+        write_table(args)
+
+
+def write_table(args: argparse.Namespace) -> None:
+    """Write the table that the flags ask for.
+
+    Raises:
+        UserError: Flags, images or the checkpoint can't be used.
+        Incomplete: Some images can't be read; the table has the others.
+    """
     inference.check(args)
     files = inference.find_images(args.images)
     inference.refuse_replacing([args.output], files)
@@ -97,9 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
     batches = inference.Batches(files, model.patch_embed.img_size, preprocessing)
     write_csv(args.output, rows(model, batches, classes))
-    # Where the table goes to standard output or through a pipe, nothing else may.
-    where = sys.stdout if args.output.is_file() else sys.stderr
-    print(f"classes of {count_nouns(len(files) - batches.bad, 'image')} written to {args.output}", file=where)
+    print(f"classes of {count_nouns(len(files) - batches.bad, 'image')} written to {args.output}")
     inference.raise_if_incomplete([batches], args.output)
 
 

@@ -19,7 +19,7 @@ from util import errors, inference, masking
 from util.checkpoint.files import load_checkpoint
 from util.command_line import Parser
 from util.data.archives import ImagePath
-from util.disk import write_whole
+from util.disk import output_path, write_whole
 from util.errors import UserError
 from util.report import pictures
 from util.words import count_nouns
@@ -31,7 +31,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--resume", required=True, metavar="CKPT", help="file or address of a checkpoint with its decoder")
     add("--images", required=True, nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="images to reconstruct")
-    add("--output", required=True, type=Path, help="file to write; with --separate a folder")
+    add("--output", required=True, type=output_path, help="file to write; with --separate a folder")
     add("--separate", action="store_true", help="write each panel to a file of its own instead of one grid")
     add("--mask_ratio", default=0.75, type=float, help="share of the patches that are removed")
     add("--mask_sampling", default="random", choices=masking.KINDS, help="which patches are removed")

@@ -254,6 +254,38 @@ def test_resuming_another_architecture_names_both_sides(checkpoint):
         resume(path, autoencoder(embed_dim=32, num_heads=1))
 
 
+def test_another_shape_of_as_many_patches_is_refused(tmp_path):
+    wide = classifier(img_size=(8, 32))
+    optimizer = torch.optim.AdamW(wide.parameters())
+    checkpoints(tmp_path, wide, optimizer).save(Position(), whole_epoch=True)
+    tall = classifier(img_size=(32, 8))
+    message = r"it has 2 x 8 patches, here are 8 x 2: pass --input_size 8 32"
+    with pytest.raises(UserError, match=message):
+        weights.load_for_eval(str(tmp_path / "checkpoint-0.pth"), tall, {}, [])
+    with pytest.raises(UserError, match=message):
+        checkpoints("", tall, torch.optim.AdamW(tall.parameters())).resume(str(tmp_path / "checkpoint-0.pth"))
+    assert weights.load_pretrained(str(tmp_path / "checkpoint-0.pth"), tall)  # positions are resized
+
+
+def test_entries_of_a_later_version_do_not_matter(checkpoint, tmp_path):
+    path, _ = checkpoint
+    later = save_spoiled(path, tmp_path / "later.pth", lambda c: c["position"].update(from_the_future=1))
+    assert resume(later, autoencoder()).epoch == resume(path, autoencoder()).epoch
+
+
+def test_weights_alone_say_how_their_images_were_prepared(checkpoint, tmp_path, capsys):
+    path, _ = checkpoint
+
+    def spoil(stored):
+        del stored["optimizer"]
+        stored["args"] |= {"mean": [0.1] * 3, "exif": True}
+
+    bare = save_spoiled(path, tmp_path / "bare.pth", spoil)
+    resume(bare, autoencoder(), mean=[0.5] * 3, exif=False)
+    said = capsys.readouterr().out
+    assert "was made with --mean [0.1, 0.1, 0.1], here" in said and "was made with --exif True, here" in said
+
+
 def save_spoiled(path, target, spoil):
     stored = torch.load(path, weights_only=True)
     spoil(stored)

@@ -266,7 +266,11 @@ def test_names_in_another_order_than_the_checkpoints_are_refused(images, tmp_pat
     (tmp_path / "names").write_text("\n".join(reversed(CLASSES)))
     evaluation = [*train, "--eval", "--resume", str(tmp_path / "run" / "checkpoint-0.pth")]
     said = refusal(lambda: main_finetune.main([*evaluation, "--class_names", str(tmp_path / "names")]))
-    assert "names the classes in another order than" in said
+    assert "--class_names gives " in said and " other numbers than" in said
+    # One that moves, beside new names, would swap two classes.
+    (tmp_path / "names").write_text("\n".join([CLASSES[1], CLASSES[0], "new", *CLASSES[3:]]))
+    said = refusal(lambda: main_finetune.main([*evaluation, "--class_names", str(tmp_path / "names")]))
+    assert f"--class_names gives {CLASSES[1]}, {CLASSES[0]} other numbers than" in said
 
 
 # Classes of different sizes.

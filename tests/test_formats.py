@@ -24,7 +24,7 @@ from util import optim
 from util.amp import LossScaler
 from util.checkpoint import weights
 from util.checkpoint.configurations import from_hugging_face_config, is_model_config, preprocessing
-from util.checkpoint.files import load_checkpoint
+from util.checkpoint.files import checkpoint_args, load_checkpoint
 from util.checkpoint.formats import recognise, to_hugging_face
 from util.data.images import PixelSpec
 from util.data.transforms import CentreCrop
@@ -414,6 +414,18 @@ def test_weights_do_not_take_the_config_of_others_for_their_own(tmp_path):
     folder = export(save_checkpoint(tmp_path / "run", autoencoder("small"), "pretrain"), "encoder", tmp_path / "out")
     save_file(autoencoder("small").state_dict(), folder / "mine.safetensors")
     assert "model_config" not in load_checkpoint(str(folder / "mine.safetensors"))
+
+
+@pytest.mark.parametrize("to", ["timm", "hf", "encoder"])
+def test_exports_remember_that_images_were_rotated(to, tmp_path):
+    model = classifier("small", global_pool=False)
+    file = save_checkpoint(tmp_path / "run", model, "finetune")
+    for exif in (False, True):
+        stored = torch.load(file, weights_only=True)
+        stored["args"]["exif"] = exif
+        torch.save(stored, tmp_path / "rotated.pth")
+        folder = export(str(tmp_path / "rotated.pth"), to, tmp_path / f"out{exif}")
+        assert checkpoint_args(load_checkpoint(str(folder))).get("exif", False) is exif
 
 
 def test_the_model_card_says_what_the_checkpoint_knows(tmp_path):

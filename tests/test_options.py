@@ -160,7 +160,11 @@ BAD = [
     ("finetune", "--layer_decay 0", "must be greater than 0"),
     ("finetune", "--reprob 1.5", "must lie between 0 and 1"),
     ("finetune", "--cutmix_minmax 0.5", "needs two numbers"),
-    ("finetune", "--crop_pct 0", "must be greater than 0"),
+    ("pretrain", "--mean nan 0 0 --std 1 1 1", "--mean nan 0.0 0.0: must be finite"),
+    ("pretrain", "--mean 0 0 0 --std inf 1 1", "--std inf 1.0 1.0: must be greater than 0 and finite"),
+    ("pretrain", "--mean 0 0 0 --std 1 1 1e-45", "must be greater than 0 and finite"),
+    ("finetune", "--cutmix_minmax 0.5 0.501", "no length in pixels is in between"),
+    ("finetune", "--crop_pct 0", "must be at least 0.01"),
     ("finetune", "--confusion /", "--confusion / can't be written to: it is a folder"),
 ]
 
@@ -265,7 +269,7 @@ def test_another_runs_checkpoints_are_not_overwritten_unasked(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("job", "flags", "message"),
     [
-        ("finetune", "--crop_pct 87.5", "--crop_pct 87.5 must be greater than 0, and at most 1"),
+        ("finetune", "--crop_pct 87.5", "--crop_pct 87.5 must be at least 0.01, and at most 1"),
         ("pretrain", "--seed 4294967296", "--seed 4294967296 must be at least 0 and less than 2147483648"),
         ("pretrain", "--start_epoch 400", "--start_epoch 400 must be less than --epochs 400"),
         ("linprobe", "--blr 0.1 0.2 --min_lr 0.01", "--min_lr would differ between the heads of several --blr"),

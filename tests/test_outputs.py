@@ -67,6 +67,50 @@ SHORT = ["--num_workers", 0, "--monitor_freq", 0, "--epochs", 1, "--warmup_epoch
 SCRIPTS = [(main_predict, "p.csv"), (main_features, "f.npz"), (main_reconstruct, "g.png")]
 
 
+def test_an_output_through_a_folder_that_is_not_there_is_seen_where_it_lies(trained, images, tmp_path, refusal):
+    """Until NEW exists, NEW/../RUN does not either."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").write_text("{}")
+    argv = job_argv(images, tmp_path / "new" / ".." / "run", *SHORT)
+    assert "holds another run (log.txt)" in refusal(lambda: main_pretrain.main([str(word) for word in argv]))
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("important")
+    words = ["--resume", str(trained / "finetune" / "checkpoint-0.pth"), "--to", "hf"]
+    refusal(lambda: main_export.main([*words, "--output", f"{tmp_path}/new/../other"]))
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+    (tmp_path / "other" / "config.json").write_text("{}")
+    argv = [*words[:2], "--to", "timm", "--output", f"{tmp_path}/new/../other"]
+    assert "is not of an earlier export" in refusal(lambda: main_export.main(argv))
+
+    picture = Path(shutil.copy(next(images.rglob("*.png")), tmp_path / "picture.png"))
+    argv = arguments(main_reconstruct, trained, picture, tmp_path / "new" / ".." / "picture.png")
+    assert "is one of the inputs" in refusal(lambda: main_reconstruct.main(argv))
+
+
+def test_no_table_replaces_a_checkpoint_or_a_log(trained, images, tmp_path, refusal):
+    for name in ("model.safetensors", "mine.pth", "log.txt"):
+        (tmp_path / name).write_text("precious")
+        argv = arguments(main_predict, trained, images / "val", tmp_path / name)
+        assert "is a checkpoint or a log, and would be replaced" in refusal(lambda argv=argv: main_predict.main(argv))
+        assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_run_does_not_write_among_the_images(images, tmp_path, refusal):
+    argv = job_argv(images, images / "train" / "run", *SHORT)
+    said = refusal(lambda: main_pretrain.main([str(word) for word in argv]))
+    assert "lies among the images" in said and not (images / "train" / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "loop/run"])
+def test_names_that_no_folder_can_have_end_in_a_message(name, images, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    argv = job_argv(images, tmp_path / name, *SHORT)
+    with pytest.raises(SystemExit) as end:
+        errors.run(lambda: main_pretrain.main([str(word) for word in argv]))
+    assert end.value.code == 2 and "error: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("script", "name"), SCRIPTS)
 def test_an_input_is_not_replaced(script, name, trained, images, tmp_path, refusal):
     picture = Path(shutil.copy(next(images.rglob("*.png")), tmp_path / "picture.png"))

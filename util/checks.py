@@ -14,6 +14,7 @@ import torch
 from util import disk, lock, masking, options, resources
 from util.checkpoint.configurations import weights_in
 from util.checkpoint.files import is_url
+from util.data.splits import SPLITS
 from util.data.transforms import FinetuneTransform
 from util.distributed import dist, launchers
 from util.errors import UserError, raise_problems
@@ -27,6 +28,7 @@ MINUTES = (lambda x: 0 < x <= 10**6, "must be greater than 0, and at most 100000
 SHARE = (lambda x: 0 <= x <= 1, "must lie between 0 and 1")
 POSITIVE_SHARE = (lambda x: 0 < x <= 1, "must be greater than 0, and at most 1")
 MASK_RATIO = (lambda x: 0 < x < 1, "must lie between 0 and 1, and keep and remove at least one patch")
+CROP_SHARE = (lambda x: 0.01 <= x <= 1, "must be at least 0.01, and at most 1")
 BELOW_1 = (lambda x: 0 <= x < 1, "must be at least 0 and less than 1")
 SEED = (lambda x: 0 <= x < 2**31, "must be at least 0 and less than 2147483648")
 
@@ -38,7 +40,8 @@ FLAGS_BY_RANGE = [
     (NOT_NEGATIVE, "mixup cutmix color_jitter lr blr"),
     (POSITIVE, "clip_grad layer_decay max_megapixels"),
     (MINUTES, "dist_timeout"),
-    (POSITIVE_SHARE, "crop_pct train_fraction"),
+    (POSITIVE_SHARE, "train_fraction"),
+    (CROP_SHARE, "crop_pct"),
     (SEED, "seed val_seed"),
     (SHARE, "max_bad_images reprob mixup_prob mixup_switch_prob"),
     (BELOW_1, "drop_path smoothing model_ema_decay val_fraction"),
@@ -173,9 +176,12 @@ def _pixel_problems(args: argparse.Namespace) -> list[str]:
         for name in ("mean", "std")
         if len(getattr(args, name)) != C
     ]
-    if min(args.std) <= 0:
+    tiny = torch.finfo(torch.float32).tiny
+    if not all(tiny <= value < math.inf for value in args.std):
         values = " ".join(map(str, args.std))
-        problems.append(f"--std {values}: must be greater than 0; a channel that never changes has 1")
+        problems.append(f"--std {values}: must be greater than 0 and finite; a channel that never changes has 1")
+    if not all(map(math.isfinite, args.mean)):
+        problems.append(f"--mean {' '.join(map(str, args.mean))}: must be finite")
     return problems
 
 
@@ -222,9 +228,11 @@ def _augmentation_problems(args: argparse.Namespace) -> list[str]:
     problems = []
     if options.mixes(args) and args.batch_size % 2:
         problems.append(f"--batch_size {args.batch_size} must be even for mixup and cutmix")
-    bounds = args.cutmix_minmax
+    bounds, sides = args.cutmix_minmax, _values(args.input_size)
     if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] < bounds[1] <= 1):
         problems.append(f"--cutmix_minmax {' '.join(map(str, bounds))}: needs two numbers, 0 <= MIN < MAX <= 1")
+    elif bounds is not None and any(int(side * bounds[0]) == int(side * bounds[1]) for side in sides):
+        problems.append(f"--cutmix_minmax {bounds[0]} {bounds[1]}: no length in pixels is in between; widen the range")
     try:
         FinetuneTransform(32, (0.5, 1.0), None, args.aa, 0.0, "pixel", 1)
     except Exception:  # timm asserts, and parses with float()
@@ -303,16 +311,19 @@ def _is_there(source: str) -> bool:
 
 
 def replaced_input_problems(name: str, output: str | Path, inputs: Iterable[str | Path]) -> list[str]:
-    """Check that an output is none of the inputs; return a list with one message, or an empty one.
+    """Check that an output replaces no input, checkpoint or log; return a list with one message, or an empty one.
 
     Args:
         name: The output's flag, without --.
         output: The file or folder to write.
         inputs: Files, folders and addresses that are read; "" for none.
     """
-    if Path(output).resolve() not in {Path(source).resolve() for source in inputs if source}:
-        return []
-    return [f"--{name} {output} is one of the inputs, and would be replaced: choose another name"]
+    path = Path(output).resolve()
+    if path in {Path(source).resolve() for source in inputs if source}:
+        return [f"--{name} {output} is one of the inputs, and would be replaced: choose another name"]
+    if path.is_file() and (path.suffix in (".pth", ".pt", ".safetensors") or path.name == "log.txt"):
+        return [f"--{name} {output} is a checkpoint or a log, and would be replaced: choose another name"]
+    return []
 
 
 def _environment_problems(args: argparse.Namespace) -> list[str]:
@@ -367,6 +378,11 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
         path = getattr(args, name)
         if path and (reason := disk.unwritable(path)) and (name == "output_dir" or path != args.output_dir):
             problems.append(f"--{name} {path} can't be written to: {reason}")
+
+    # Would it lie among the images, as a class?
+    for split in SPLITS if args.data_path and args.output_dir else ():
+        if Path(args.output_dir).resolve().is_relative_to((Path(args.data_path) / split).resolve()):
+            problems.append(f"--output_dir {args.output_dir} lies among the images: choose a folder elsewhere")
 
     # Would --overwrite remove the checkpoint from which to start?
     for name in ("finetune", "init"):

@@ -20,6 +20,14 @@ STANDARD_OUTPUT = Path("-")
 UNFINISHED = ".unfinished-"  # how the names of files and folders begin that are being written
 
 
+def output_path(text: str) -> Path:
+    """Return the path that a flag names, without `..`, for argparse.
+
+    Until a folder NEW exists, NEW/../RUN does not either, so that nobody would see what lies in RUN.
+    """
+    return _follow_links(Path(text)) if ".." in Path(text).parts else Path(text)
+
+
 def is_utf8(path: str | Path) -> bool:
     """Return whether a path is stored on the disk as UTF-8, which libraries that encode names themselves assume."""
     try:
@@ -157,7 +165,7 @@ def write_csv(path: Path, rows: Iterable[list]) -> None:
     """
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     if path == STANDARD_OUTPUT:
-        with raise_write_errors(path), open(sys.stdout.fileno(), "w", closefd=False, **options) as file:
+        with raise_write_errors(path), open(sys.__stdout__.fileno(), "w", closefd=False, **options) as file:
             csv.writer(file).writerows(rows)
         return
     with write_whole(path) as unfinished, unfinished.open("w", **options) as file:

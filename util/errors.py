@@ -23,7 +23,8 @@ from util.distributed import dist, launchers
 
 # System errors that mean: a file could not be written; or could not be written or read.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-DISK = (*FULL, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOTDIR)
+NAMES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+DISK = (*FULL, *NAMES, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
 # How gloo, NCCL and the store say that another process is gone.
 PEERS = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|recvValue failed|[Tt]imed out|[Tt]imeout")
 # How Python, torch and the linker say that a process, or the machine, has too many files open.
@@ -172,6 +173,8 @@ def _describe_runtime_error(text: str) -> tuple[str, int] | None:
     """Return message and exit code for a RuntimeError that is recognised by its text, None for any other."""
     if refused := re.search(r"you tried to allocate (\d+) bytes", text):
         return _memory_message(f"{int(refused[1]) / 2**30:.1f} GiB more were asked for"), 2
+    if "Symlink loop" in text:  # Path.resolve, before Python 3.13
+        return f"error: {text}: its links lead in a circle; name another path", 2
     if re.search(r"shared memory(\(shm\)| limit)", text):
         return (
             "error: /dev/shm, through which loader processes send their batches, is full: lower --num_workers, or "

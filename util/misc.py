@@ -22,14 +22,14 @@ A checkpoint holds plain types and tensors only, so that torch.load opens it wit
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from util.amp import LossScaler
-from util.checkpoint.comparison import comparable
+from util.checkpoint.comparison import comparable, compare_flags
 from util.checkpoint.files import (
     checkpoint_args,
     digest_file,
@@ -279,6 +279,7 @@ class Checkpoints:
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.get("model_ema") or self.model.state_dict())
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            compare_flags(source, checkpoint, self.args, ("mean", "std", "exif", "norm_pix_loss"))
             dist.print_rank0(
                 f"weights from {source} ({describe(checkpoint)}), which holds no optimiser: "
                 f"starting at epoch {start_epoch}"
@@ -319,9 +320,10 @@ class Checkpoints:
             batch_changed: Whether the effective batch is not the checkpoint's.
             dataset: Images in the training set; 0: unknown.
         """
+        known = {field.name for field in fields(Position)}  # a later version may store more
         position = Position(
             checkpoint["epoch"] + 1,
-            **checkpoint.get("position", {}),
+            **{name: value for name, value in checkpoint.get("position", {}).items() if name in known},
             rng=checkpoint.get("rng", []),
             stats=checkpoint.get("stats", {}),
         )

@@ -4,6 +4,7 @@ Flags that the reference also has keep its names, meanings and defaults, with th
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from util.data.class_names import read_class_names
 from util.data.images import PixelSpec
 from util.data.loaders import Loading
 from util.data.splits import DataSpec
+from util.disk import output_path
 from util.distributed import dist
 from util.loop import RunSettings
 from util.report.scores import Evaluation
@@ -279,6 +281,9 @@ def finish(args: argparse.Namespace) -> argparse.Namespace:
         args.blr = args.blr[0]
     if args.log_dir is None:
         args.log_dir = args.output_dir
+    for name in ("output_dir", "log_dir", "confusion"):
+        if ".." in Path(getattr(args, name, "")).parts:
+            setattr(args, name, str(output_path(getattr(args, name))))
     sides = args.input_size
     if isinstance(sides, list):
         args.input_size = sides[0] if len(set(sides)) == 1 and len(sides) < 3 else tuple(sides)

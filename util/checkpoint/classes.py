@@ -3,6 +3,7 @@
 from util.data.datasets import class_differences
 from util.distributed import dist
 from util.errors import UserError
+from util.words import join_names
 
 
 def refuse_other_classes(source: str, stored: dict[str, int] | None, current: dict[str, int] | None) -> None:
@@ -30,7 +31,7 @@ def resolve_class_names(source: str, checkpoint: dict, count: int, given: list[s
 
     Raises:
         UserError: There are not as many names as classes, the checkpoint numbers its classes otherwise than from 0 on,
-            or both name the same classes in different orders.
+            or a name has another number there than in the file.
     """
     class_to_idx = checkpoint.get("class_to_idx") or {}
     stored = sorted(class_to_idx, key=class_to_idx.get) or None
@@ -43,9 +44,11 @@ def resolve_class_names(source: str, checkpoint: dict, count: int, given: list[s
         return stored
     if len(given) != count:
         raise UserError(f"--class_names names {len(given)} classes, and {source} has {count}: name each of them")
-    if stored and given != stored and set(given) == set(stored):
+    moved = [name for number, name in enumerate(given) if class_to_idx.get(name, number) != number]
+    if moved:
         raise UserError(
-            f"--class_names names the classes in another order than {source}, which stores its own: omit --class_names"
+            f"--class_names gives {join_names(moved, 3)} other numbers than {source}, which stores names of its own: "
+            "omit --class_names"
         )
     return given
 

@@ -3,11 +3,12 @@
 import re
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 from util.checkpoint.configurations import known_config
 from util.checkpoint.files import checkpoint_args
-from util.checkpoint.formats import count_blocks, has_decoder, is_square
+from util.checkpoint.formats import count_blocks, file_grid, has_decoder, is_square
 from util.data.transforms import CentreCrop
 from util.distributed import dist
 from util.errors import UserError
@@ -110,6 +111,17 @@ def refuse_other_attention_heads(source: str, checkpoint: dict, model: nn.Module
             )
 
 
+def refuse_other_grid(source: str, checkpoint: dict, model: nn.Module) -> None:
+    """Raise a UserError for another grid of as many patches, whose positions have the same shape."""
+    stored, here = file_grid(checkpoint), model.patch_embed.grid_size
+    if stored and stored != here and stored[0] * stored[1] == here[0] * here[1]:
+        size = known_config(checkpoint)["img_size"]
+        raise UserError(
+            f"{source} does not fit: it has {stored[0]} x {stored[1]} patches, here are {here[0]} x {here[1]}: pass "
+            f"--input_size {' '.join(map(str, to_2tuple(size)))}"
+        )
+
+
 def _stored_values(checkpoint: dict) -> dict:
     """Return what a checkpoint tells about its model and its flags, by the flags' names."""
     return (checkpoint.get("model_config") or {}) | checkpoint_args(checkpoint)
@@ -129,7 +141,7 @@ def refuse_other_pooling(source: str, checkpoint: dict) -> None:
 def refuse_other_rates(source: str, checkpoint: dict, args: dict) -> None:
     """Raise a UserError if --blr differs from the rates of a sweep, which name its heads in the output."""
     stored, rates = checkpoint_args(checkpoint).get("blr"), args.get("blr")
-    if isinstance(stored, list) and stored != rates:
+    if isinstance(stored, list) and stored != rates and "probe" in args:  # fine-tuning is told that it is another job's
         raise UserError(f"{source} has the heads of --blr {' '.join(f'{rate:g}' for rate in stored)}: pass these")
 
 

@@ -250,7 +250,7 @@ def preprocessor_config(side: int, pixels: PixelSpec, crop_pct: float) -> dict:
 
 
 def preprocessing(folder: Path, config: dict) -> dict:
-    """Return the --mean, --std and --crop_pct that the model in a folder was made with, as far as they are stated.
+    """Return the --mean, --std, --crop_pct and --exif that the model in a folder was made with, as far as stated.
 
     Args:
         folder: Folder that Hugging Face, timm or main_export.py wrote.
@@ -263,6 +263,7 @@ def preprocessing(folder: Path, config: dict) -> dict:
     else:
         stated = config.get("pretrained_cfg") or config
     found = {name: stated[name] for name in ("mean", "std", "crop_pct") if stated.get(name)}
+    found |= {"exif": True} if config.get("exif") is True else {}  # main_export.py's; other libraries ignore it
     return drop_incomplete_normalisation(found)
 
 

@@ -1,6 +1,7 @@
 """Loading of a checkpoint's weights into a model: whole, the encoder alone, or the encoder with its decoder."""
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def load_model(
     missing, surplus = set(model_state) - set(state), set(state) - set(model_state)
     comparison.refuse_misfits(source, checkpoint, model, args, missing, surplus)
     comparison.refuse_other_attention_heads(source, checkpoint, model, args)
+    comparison.refuse_other_grid(source, checkpoint, model)
     model.load_state_dict(state)
 
 
@@ -130,12 +132,9 @@ def load_pretrained(
     # autoencoder by the name of the classifier that has its encoder.
     encoder = {name: value for name, value in state.items() if name not in decoder}
     encoder |= {name: model_state[name] for name in head if "norm.weight" in state or not name.startswith("fc_norm.")}
-    config = dict(checkpoint.get("model_config") or {})
-    if config.get("model"):
-        config["model"] = re.sub(r"^mae_|_dec\w+$", "", config["model"])
-    compared = {**checkpoint, "model": encoder, "model_config": config}
+    compared = _renamed(checkpoint, encoder, lambda name: re.sub(r"^mae_|_dec\w+$", "", name))
     comparison.refuse_misfits(source, compared, model, args, missing - head, surplus - needless)
-    comparison.compare_flags(source, checkpoint, args, ("mean", "std"))
+    comparison.compare_flags(source, checkpoint, args, ("mean", "std", "exif"))
 
     # Everything is known to fit: load, and print what was changed, and the weights that were not matched.
     model.load_state_dict(state, strict=False)
@@ -181,15 +180,13 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
     state = {name: value for name, value in state.items() if name not in needless | new}
 
     # The file is compared as if it had what it need not have; a classifier, by the name of its autoencoder.
-    config = dict(checkpoint.get("model_config") or {})
-    if config.get("model"):
-        config["model"] = "mae_" + config["model"].removeprefix("mae_")
-    compared = {**checkpoint, "model": state | {name: model_state[name] for name in new}, "model_config": config}
+    whole = state | {name: model_state[name] for name in new}
+    compared = _renamed(checkpoint, whole, lambda name: "mae_" + name.removeprefix("mae_"))
     missing, surplus = set(model_state) - set(state) - new, set(state) - set(model_state)
     comparison.refuse_misfits(source, compared, model, args, missing, surplus)
 
     # A decoder that was trained with another --norm_pix_loss predicts other targets, and a file may not tell: notices.
-    comparison.compare_flags(source, checkpoint, args, ("mean", "std"))
+    comparison.compare_flags(source, checkpoint, args, ("mean", "std", "exif"))
     if has_decoder(state):
         comparison.compare_flags(source, checkpoint, args, ("norm_pix_loss",))
         comparison.warn_of_unknown_targets(source, checkpoint, args.get("norm_pix_loss", False))
@@ -199,6 +196,14 @@ def load_initial(source: str, model: nn.Module, args: dict) -> None:
         dist.print_rank0(line)
     unused = (set(checkpoint["model"]) - set(state) - new) | set(checkpoint["left_out"])
     dist.print_rank0(f"starting from {source} ({describe(checkpoint)}); {_describe_unmatched(new, unused)}")
+
+
+def _renamed(checkpoint: dict, state: dict[str, Tensor], rename: Callable[[str], str]) -> dict:
+    """Return a checkpoint for a comparison: with other weights, and its model under another name if it has one."""
+    config = dict(checkpoint.get("model_config") or {})
+    if config.get("model"):
+        config["model"] = rename(config["model"])
+    return {**checkpoint, "model": state, "model_config": config}
 
 
 def _encoder_state(source: str, checkpoint: dict, model: nn.Module, args: dict) -> dict[str, torch.Tensor]:
