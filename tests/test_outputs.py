@@ -26,6 +26,7 @@ import main_linprobe
 import main_predict
 import main_pretrain
 import main_reconstruct
+import models_load
 from util import disk, errors
 from util.checkpoint.comparison import comparable
 from util.data import loaders
@@ -86,6 +87,17 @@ def test_an_output_through_a_folder_that_is_not_there_is_seen_where_it_lies(trai
     picture = Path(shutil.copy(next(images.rglob("*.png")), tmp_path / "picture.png"))
     argv = arguments(main_reconstruct, trained, picture, tmp_path / "new" / ".." / "picture.png")
     assert "is one of the inputs" in refusal(lambda: main_reconstruct.main(argv))
+
+
+def test_a_failed_export_removes_nothing_of_others(tmp_path):
+    with pytest.raises(RuntimeError), main_export.replace_export(tmp_path / "new"):
+        (tmp_path / "new" / "other.txt").write_text("of another program")
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other.txt"]
+    with pytest.raises(RuntimeError), main_export.replace_export(tmp_path / "newer") as folder:
+        (folder / "config.json").write_text("{}")
+        raise RuntimeError
+    assert not (tmp_path / "newer").exists()
 
 
 def test_no_table_replaces_a_checkpoint_or_a_log(trained, images, tmp_path, refusal):
@@ -438,6 +450,14 @@ def test_a_dash_is_standard_output_to_which_a_table_is_appended(trained, images,
     lines = (tmp_path / "table.csv").read_text().splitlines()
     assert lines[0] == "before" and lines[1].startswith("file,") and len(lines) == 32, done.stderr
     assert done.returncode == 0 and "classes of 30 images written to -" in done.stderr
+
+
+def test_messages_do_not_go_into_a_table_on_standard_output(trained, images, monkeypatch, capfd):
+    classifier = models_load.classifier
+    monkeypatch.setattr(models_load, "classifier", lambda *args: print("keeping the head") or classifier(*args))
+    main_predict.main(arguments(main_predict, trained, images / "val", "-"))
+    table, said = capfd.readouterr()
+    assert table.startswith("file,") and len(table.splitlines()) == 31 and "keeping the head" in said
 
 
 def test_a_device_is_written_to_whatever_its_folder_permits(tmp_path, monkeypatch):
