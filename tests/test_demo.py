@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import demo
+from util.errors import UserError
 
 
 @pytest.mark.slow
@@ -53,3 +54,12 @@ def test_demo_shows_what_pretraining_is_worth(script, tmp_path, monkeypatch, cap
         accuracy = dict(zip(runs, pool.map(train, runs), strict=True))
     assert accuracy["one"] > accuracy["none"] + 2, accuracy
     assert accuracy["attentive"] > results["probe_untrained"] + 20, accuracy
+
+
+def test_the_demo_replaces_no_run_but_its_own(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "checkpoint-399.pth").write_text("of a week's training")
+    with pytest.raises(UserError, match="pretrain holds a run that is not the demo's"):
+        demo.refuse_other_runs(tmp_path)
+    (tmp_path / "pretrain" / "out.txt").write_text("output of the demo")
+    demo.refuse_other_runs(tmp_path)
