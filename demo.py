@@ -172,8 +172,8 @@ def main() -> None:
     # The samples and the default output_dir lie in the repository; any other is meant from where the user stands.
     if args.output_dir != parser.get_default("output_dir"):
         args.output_dir = args.output_dir.resolve()
-    refuse_other_runs(args.output_dir)
     os.chdir(ROOT)
+    refuse_other_runs(args.output_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the job under way is ended, too
     start = time.time()
     pretrain = PRETRAIN + (QUICK_PRETRAIN if args.quick else "")
